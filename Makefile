@@ -1,0 +1,52 @@
+# One command each: reproduce the series, test it, lint it, rewrite the outputs of the committed notebooks.
+#   make reproduce PROFILE=cpu FORCE=1      make test      make lint      make notebooks      make clean
+PYTHON  ?= python3
+PROFILE ?= cpu
+FORCE   ?=
+# The torch that is installed where there is none yet; one that is already there is kept.
+TORCH   ?= 2.13.0
+
+# An active environment is used as it is (conda's base does not count); otherwise .venv is made.
+CONDA := $(if $(filter base,$(CONDA_DEFAULT_ENV)),,$(CONDA_PREFIX))
+ENV   := $(or $(VIRTUAL_ENV),$(CONDA),$(CURDIR)/.venv)
+RUN   := "$(ENV)/bin/python"
+STAMP := "$(ENV)/.lora_distill"
+
+.PHONY: reproduce test lint notebooks install clean
+
+reproduce: install
+	$(RUN) -m lora_distill reproduce --profile $(PROFILE) $(if $(FORCE),--force)
+
+test: install
+	$(RUN) -m pytest --cov --cov-report=
+	rm -rf runs/smoke figures/smoke
+	$(RUN) -m lora_distill prepare --profile smoke
+	$(RUN) -m pytest -x --nbval-lax --nbval-current-env build/notebooks \
+		--cov --cov-append --cov-report=term --cov-fail-under=85
+
+lint: install
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+notebooks: install
+	$(RUN) -m lora_distill notebooks
+
+# Installed anew when pyproject.toml is newer than the stamp, or when the stamp is another checkout's.
+install:
+	@if [ ! -x $(RUN) ]; then \
+		"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+			|| { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11" >&2; exit 1; }; \
+		"$(PYTHON)" -m venv "$(ENV)"; \
+	fi
+	@if [ ! $(STAMP) -nt pyproject.toml ] || [ "$$(cat $(STAMP))" != "$(CURDIR)" ]; then \
+		set -e; \
+		$(RUN) -c 'import importlib.metadata as m; m.version("torch")' 2>/dev/null \
+			|| $(RUN) -m pip install torch==$(TORCH); \
+		$(RUN) -m pip install -e ".[test,dev]"; \
+		echo "$(CURDIR)" > $(STAMP); \
+	fi
+
+# Leaves runs/ alone: it holds what took long to train.
+clean:
+	rm -rf build *.egg-info .coverage .pytest_cache .ruff_cache runs/smoke figures/smoke
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,148 @@
+"""Roles on one W0: named LoRA adapters on a single frozen UNet, and the LoRA files that stock diffusers reads.
+
+The teacher is the UNet with every adapter off; a student, a fine-tune or an LCM is the same UNet with one adapter on.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from lora_distill.provenance import atomic_write
+from lora_distill.storage import DamagedFileError
+
+TARGETS = {
+    "attention": ["to_q", "to_k", "to_v", "to_out.0"],
+    # the fourteen suffixes of LCM-LoRA (Luo et al. 2023): every convolution and linear layer but the outermost
+    "all": [
+        *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+        *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
+    ],
+}
+
+
+def add_adapter(
+    unet: UNet2DConditionModel, name: str, *, rank: int, alpha: float, targets: str = "attention", seed: int = 0
+) -> list[torch.nn.Parameter]:
+    """Add a trainable LoRA adapter, W0 + (alpha / rank) B A with B = 0, freeze W0 and return A and B.
+
+    Adapters that were there before are left switched off and frozen.
+    """
+    unet.requires_grad_(False)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS[targets], init_lora_weights="gaussian")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet.add_adapter(config, adapter_name=name)
+    unet.set_adapter(name)
+    parameters = adapter_parameters(unet, name)
+    for parameter in parameters:
+        parameter.data = parameter.data.float()  # 16-bit W0 is fine, 16-bit Adam updates are not
+    return parameters
+
+
+def adapter_parameters(unet: UNet2DConditionModel, name: str) -> list[torch.nn.Parameter]:
+    """A and B of one adapter."""
+    return [p for key, p in unet.named_parameters() if "lora_" in key and f".{name}." in key]
+
+
+def adapter_names(unet: UNet2DConditionModel) -> list[str]:
+    """The adapters that a UNet carries."""
+    return sorted(getattr(unet, "peft_config", {}))
+
+
+@contextmanager
+def role(unet: UNet2DConditionModel, adapter: str | None) -> Iterator[UNet2DConditionModel]:
+    """Let the UNet play one role: an adapter by name, or None for the teacher, W0 alone.
+
+    On leaving, by whatever way, every layer is again as it was found: active adapters, on or off, requires_grad.
+    PEFT's own switches set requires_grad as a side effect; here what is trained never changes. Close the teacher's
+    role before backward: gradient checkpointing recomputes with whatever role is on at that moment.
+
+    Raises ValueError for an adapter that the UNet does not carry.
+    """
+    if adapter is not None and adapter not in adapter_names(unet):
+        raise ValueError(f"no adapter {adapter!r} on this UNet; it carries {adapter_names(unet) or 'none'}")
+    layers = [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
+    found = [(layer, layer.disable_adapters, list(layer.active_adapters)) for layer in layers]
+    trained = [(p, p.requires_grad) for p in unet.parameters()]
+    try:
+        for layer in layers:
+            _switch(layer, adapter is None, [adapter] if adapter else layer.active_adapters)
+        _restore_requires_grad(trained)
+        yield unet
+    finally:
+        for layer, disabled, active in found:
+            _switch(layer, disabled, active)
+        _restore_requires_grad(trained)
+
+
+def _switch(layer: BaseTunerLayer, disabled: bool, active: list[str]) -> None:
+    layer.set_adapter(active)
+    layer.enable_adapters(not disabled)
+
+
+def _restore_requires_grad(trained: list[tuple[torch.nn.Parameter, bool]]) -> None:
+    for parameter, flag in trained:
+        parameter.requires_grad_(flag)
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+def save_adapter(unet: UNet2DConditionModel, name: str, path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write one adapter as a LoRA file for `StableDiffusionPipeline.load_lora_weights`.
+
+    Raw PEFT keys and the adapter's config as metadata: the form that keeps alpha != rank and all-layers targets.
+    """
+    state = get_peft_model_state_dict(unet, adapter_name=name)
+    tensors = {f"unet.{key}": value.detach().cpu().contiguous() for key, value in state.items()}
+    config = {key: _jsonable(value) for key, value in unet.peft_config[name].to_dict().items()}
+    packed = json.dumps({f"unet.{key}": value for key, value in config.items()}, sort_keys=True)
+    atomic_write(path, save(tensors, {"format": "pt", LORA_ADAPTER_METADATA_KEY: packed, **(metadata or {})}))
+
+
+def _jsonable(value):
+    return sorted(value) if isinstance(value, set) else value
+
+
+def load_adapter(unet: UNet2DConditionModel, name: str, path: Path) -> dict[str, str]:
+    """Load a LoRA file as an adapter and return the file's metadata.
+
+    Raises `DamagedFileError` for a file that cannot be read, ValueError for one made for another architecture.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            metadata = file.metadata() or {}
+    except (SafetensorError, FileNotFoundError) as error:
+        raise DamagedFileError(f"{path}: not a readable LoRA file ({error})") from None
+    _check_architecture(unet, state, path)
+    packed = json.loads(metadata[LORA_ADAPTER_METADATA_KEY]) if LORA_ADAPTER_METADATA_KEY in metadata else None
+    unet.load_lora_adapter(
+        state,
+        prefix="unet",
+        adapter_name=name,
+        metadata=packed and {k.removeprefix("unet."): v for k, v in packed.items()},
+    )
+    return metadata
+
+
+def _check_architecture(unet: UNet2DConditionModel, state: dict[str, torch.Tensor], path: Path) -> None:
+    modules = dict(unet.named_modules())
+    for key, value in state.items():
+        module_name, _, part = key.removeprefix("unet.").partition(".lora_")
+        module = modules.get(module_name)
+        weight = getattr(getattr(module, "base_layer", module), "weight", None)
+        axis = {"A.weight": 1, "B.weight": 0}.get(part)
+        if axis is None or weight is None or value.shape[axis] != weight.shape[axis]:
+            raise ValueError(
+                f"{path}: made for another architecture: {key} {tuple(value.shape)} does not fit this UNet"
+            )

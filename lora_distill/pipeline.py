@@ -1,0 +1,105 @@
+"""Stable Diffusion pipelines: load one by folder, hub id or as the bundled one; encode prompts, decode latents."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
+
+from lora_distill.storage import digest
+
+BUNDLED = Path(__file__).parent / "assets" / "pipeline"
+PARTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
+
+
+def load_pipeline(
+    name: str = "bundled", device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> StableDiffusionPipeline:
+    """A pipeline in the Stable Diffusion layout: "bundled", a local folder or a hub id.
+
+    Raises FileNotFoundError that names the missing folder or part.
+    """
+    folder = BUNDLED if name == "bundled" else Path(name)
+    local = folder.is_dir()
+    if not local and (name == "bundled" or name.startswith((".", "/", "~"))):
+        raise FileNotFoundError(f"no pipeline folder {folder}")
+    if local:
+        missing = [part for part in ("model_index.json", *PARTS) if not (folder / part).exists()]
+        if missing:
+            raise FileNotFoundError(f"{folder}: not a whole Stable Diffusion pipeline, {', '.join(missing)} missing")
+    pipe = StableDiffusionPipeline.from_pretrained(
+        folder if local else name,
+        torch_dtype=dtype,
+        safety_checker=None,
+        feature_extractor=None,
+        image_encoder=None,
+        requires_safety_checker=False,
+        use_safetensors=True,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+        part.requires_grad_(False)
+    return pipe.to(device)
+
+
+def choose_device(device: str) -> str:
+    """Resolve "auto" to the GPU when there is one."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
+
+
+def fingerprint(pipe: StableDiffusionPipeline) -> str:
+    """A digest of everything that decides what a pipeline makes: weights, tokenizer and scheduler settings."""
+    modules = {"unet": pipe.unet, "vae": pipe.vae, "text_encoder": pipe.text_encoder}
+    weights = {
+        f"{name}.{key}": value
+        for name, module in modules.items()
+        for key, value in module.state_dict().items()
+        if "lora_" not in key
+    }
+    settings = repr((sorted(pipe.scheduler.config.items(), key=str), sorted(pipe.tokenizer.get_vocab().items())))
+    text = torch.frombuffer(bytearray(settings.encode()), dtype=torch.uint8)
+    return digest({key.replace(".base_layer", ""): value for key, value in weights.items()} | {"settings": text})
+
+
+@torch.no_grad()
+def encode_prompts(pipe: StableDiffusionPipeline, prompts: list[str], batch_size: int = 128) -> Tensor:
+    """Prompt embeddings (n, tokens, dim). Warns once with the count of prompts longer than the encoder takes.
+
+    Raises ValueError when there are no prompts.
+    """
+    if not prompts:
+        raise ValueError("no prompts to encode")
+    length = pipe.tokenizer.model_max_length
+    cut = sum(len(ids) > length for ids in pipe.tokenizer(prompts).input_ids)
+    if cut:
+        warnings.warn(f"{cut} of {len(prompts)} prompts are longer than {length} tokens and were cut", stacklevel=2)
+    parts = []
+    for start in range(0, len(prompts), batch_size):
+        tokens = pipe.tokenizer(
+            prompts[start : start + batch_size],
+            padding="max_length",
+            truncation=True,
+            max_length=length,
+            return_tensors="pt",
+        )
+        parts.append(pipe.text_encoder(tokens.input_ids.to(pipe.text_encoder.device))[0])
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def decode_latents(pipe: StableDiffusionPipeline, latents: Tensor, batch_size: int = 50) -> np.ndarray:
+    """Images (n, h, w, 3) uint8 of scaled latents (n, 4, h/8, w/8)."""
+    parts = []
+    for batch in latents.split(batch_size):
+        images = pipe.vae.decode(batch.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor).sample
+        parts.append(to_uint8(images))
+    return np.concatenate(parts)
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """Images in [-1, 1], (n, 3, h, w), as (n, h, w, 3) uint8."""
+    return ((images.float() + 1) * 127.5).clamp(0, 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()

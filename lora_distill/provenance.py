@@ -1,0 +1,74 @@
+"""What made a result: settings, versions, commit, machine. And files that are written whole or not at all."""
+
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from lora_distill.settings import Settings, repository_root
+
+PACKAGES = ("lora_distill", "torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "papermill")
+
+
+def atomic_write(path: Path, content: bytes | str) -> None:
+    """Write a file by a temporary one beside it and a rename; on any failure the old file stays as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on; those not installed are left out."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout, ending in -dirty where tracked files differ from it; None outside of git."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=repository_root(), capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # no git on this machine
+        return None
+    return done.stdout.strip() or None
+
+
+def device_name(device: str) -> str:
+    """The processor or the GPU that `device` stands for, by its model name."""
+    import torch  # here, because whoever only reads settings need not wait for it
+
+    if device != "cpu" and torch.cuda.is_available():
+        return torch.cuda.get_device_name(None if device == "auto" else device)
+    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+
+
+def now() -> str:
+    """The time in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def manifest(settings: Settings, **more: Any) -> dict[str, Any]:
+    """All that one needs to know to make a result again."""
+    return {
+        "settings": settings.model_dump(),
+        "versions": versions(),
+        "platform": platform.platform(),
+        "device": device_name(settings.device),
+        "commit": git_commit(),
+        "command": " ".join(["lora_distill", *sys.argv[1:]]),
+        "written": now(),
+        **more,
+    }

@@ -1,0 +1,231 @@
+"""The settings of a run: flat, typed and frozen, read from params/<profile>.yaml or a notebook's parameters cell.
+
+A key that does not exist, a value of the wrong type or out of range is refused in one line before anything runs.
+"""
+
+from collections.abc import Iterable
+from difflib import SequenceMatcher
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+class SettingsError(ValueError):
+    """Settings that no run can use; the message is one line that says which key, where, and what would do."""
+
+
+class Settings(BaseModel):
+    """All that a run can be told. The defaults are those of params/cpu.yaml."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    profile: str = Field(
+        "cpu", pattern=r"^\w[\w.-]*$", description="name of the run, and of its folders in runs/ and figures/"
+    )
+    seed: int = Field(0, ge=0, description="seed of training, data and the adapters' first weights")
+
+    pipeline: str = Field(
+        "bundled", min_length=1, description="bundled, a folder in the Stable Diffusion layout, or a hub id"
+    )
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
+    mixed_precision: Literal["no", "fp16", "bf16"] = Field("no", description="precision of forward passes in training")
+    pretrain: Literal["short", "full"] = Field("short", description="how long notebook 00 trains the small pipeline")
+
+    style: Literal["noto", "fluent"] = Field("noto", description="drawing style of the bundled scenes")
+    data_size: Literal["8k", "30k"] = Field("8k", description="captioned training images, after Flickr8k and 30k")
+    teacher_images: int = Field(1024, ge=1, description="images the teacher makes to distil on")
+
+    guidance_scale: float = Field(5.0, ge=1, description="w of the teacher; 1 is no guidance")
+    sampling_steps: int = Field(25, ge=1, description="steps of the multi-step samplers")
+
+    train_steps: int = Field(600, ge=1, description="optimiser updates")
+    batch_size: int = Field(32, ge=1, description="images a forward pass")
+    gradient_accumulation: int = Field(1, ge=1, description="forward passes an update")
+    learning_rate: float = Field(2.0e-3, gt=0, description="learning rate of LoRA training")
+    full_learning_rate: float = Field(2.0e-4, gt=0, description="learning rate of the conventional full copy")
+    warmup_steps: int = Field(50, ge=0, description="updates of linear warm-up, at most train_steps")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
+    weight_decay: float = Field(0.0, ge=0, description="weight decay of AdamW")
+    ema_decay: float = Field(0.0, ge=0, lt=1, description="decay of the weights' moving average; 0 is off")
+    log_every: int = Field(10, ge=1, description="updates between lines of the log")
+    checkpoint_every: int = Field(200, ge=1, description="updates between checkpoints")
+
+    lora_rank: int = Field(4, ge=1, description="rank of the adapters")
+    lora_alpha: int = Field(4, ge=1, description="scale of the adapters, as alpha / rank")
+    lora_targets: Literal["attention", "all"] = Field("attention", description="attention: q, k, v, out; all: more")
+
+    eval_prompts: int = Field(200, ge=1, description="prompts a measurement of quality")
+    eval_every: int = Field(200, ge=1, description="updates between measurements in training")
+    eval_seeds: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1, description="seeds of sampling")
+    guidance_scales: list[Annotated[float, Field(ge=1)]] = Field(
+        [1.0, 2.0, 3.0, 5.0, 7.5, 10.0], min_length=1, description="w of the curves of quality against guidance"
+    )
+    timing_batch: int = Field(8, ge=1, description="images a timed call")
+    timing_repeats: int = Field(5, ge=1, description="timed calls, after those that warm up")
+
+    @field_validator("eval_seeds")
+    @classmethod
+    def _distinct(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"eval_seeds: must differ from each other, got {seeds}")
+        return seeds
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> "Settings":
+        if self.warmup_steps > self.train_steps:
+            raise ValueError(f"warmup_steps: must be at most train_steps = {self.train_steps}, got {self.warmup_steps}")
+        return self
+
+
+def load_settings(profile_or_path: str | Path) -> Settings:
+    """The settings of a profile, params/<profile>.yaml, or of a YAML file given by its path.
+
+    Raises `SettingsError` when there is no such file, or when it holds what no run can use.
+    """
+    path = Path(profile_or_path)
+    if path.suffix not in {".yaml", ".yml"}:
+        path = repository_root() / "params" / f"{profile_or_path}.yaml"
+    if not path.is_file():
+        names = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml"))) or "none"
+        raise SettingsError(f"no profile {path.stem!r} in {path.parent}; available: {names}")
+    source = f"{path.parent.name}/{path.name}"
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{source} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise SettingsError(f"{source}: expected lines of 'key: value', got {_shown(values)}")
+    settings = _validate({str(key): value for key, value in values.items()}, source)
+    if settings.profile != path.stem:  # a copied file that kept its profile would overwrite that profile's run
+        raise SettingsError(f"{source}: profile: must be {path.stem!r} as the file is named, got {settings.profile!r}")
+    return settings
+
+
+def from_notebook(namespace: dict[str, Any]) -> Settings:
+    """Settings from the names that a notebook's parameters cell left in `globals()`; other keys keep their defaults.
+
+    Raises `SettingsError` for a name that is no key, a wrong type or an impossible value.
+    """
+    # Run a second time, the cell also sees what later cells bound: only then are unknown names passed over.
+    first = not namespace.get("_settings_checked")
+    namespace["_settings_checked"] = True
+    known = Settings.model_fields
+    parameters = {
+        name: value
+        for name, value in namespace.items()
+        if (name in known and not _is_code(value)) or (name not in known and first and _is_parameter(name, value))
+    }
+    return _validate(parameters, "the parameters cell")
+
+
+def repository_root() -> Path:
+    """The checkout: that of this package, or the one around the working directory; else the working directory."""
+    for folder in (PACKAGE.parent, Path.cwd(), *Path.cwd().parents):
+        if (folder / "params" / "cpu.yaml").is_file():
+            return folder
+    return Path.cwd()
+
+
+def run_dir(settings: Settings) -> Path:
+    """Where a run keeps its notebooks, checkpoints and results."""
+    return repository_root() / "runs" / settings.profile
+
+
+def figures_dir(settings: Settings) -> Path:
+    """Where a run draws its figures."""
+    return repository_root() / "figures" / settings.profile
+
+
+def _is_code(value: Any) -> bool:
+    return isinstance(value, ModuleType | type) or type(value).__name__ == "function"
+
+
+def _is_parameter(name: str, value: Any) -> bool:
+    """Whether a name can come from a parameters cell: what YAML can hold, and none of IPython's own names."""
+    plain = value is None or isinstance(value, str | int | float | list | dict)
+    return plain and not name.startswith("_") and name not in {"In", "Out"}
+
+
+def _validate(values: dict[str, Any], source: str) -> Settings:
+    """Settings from plain values, or the first problem in a reader's words."""
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        first, *others = error.errors()
+    more = f" (and {len(others)} more)" if others else ""
+    if first["type"] == "extra_forbidden":
+        key = first["loc"][0]
+        raise SettingsError(
+            f"unknown key {key!r} in {source}; did you mean {_nearest(key, Settings.model_fields)!r}?{more}"
+        )
+    raise SettingsError(f"{source}: {_explain(first)}{more}")
+
+
+def _nearest(key: str, known: Iterable[str]) -> str:
+    """The known key that is most like this one, as a whole or in one of its words."""
+
+    def likeness(other: str) -> tuple[float, float]:
+        whole = SequenceMatcher(None, key, other).ratio()
+        return max(whole, *(SequenceMatcher(None, key, word).ratio() for word in other.split("_"))), whole
+
+    return max(known, key=likeness)
+
+
+EXPECTED = {
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "int_type": "a whole number",
+    "string_type": "text",
+    "list_type": "a list",
+    "string_pattern_mismatch": "{description}",
+    "string_too_short": "{description}",
+    "too_short": "at least one value",
+    "literal_error": "{expected}",
+    "greater_than_equal": "at least {ge}",
+    "greater_than": "more than {gt}",
+    "less_than": "less than {lt}",
+}
+
+
+def _explain(error: dict[str, Any]) -> str:
+    """One problem found by pydantic as `key: expected ..., got ...`."""
+    if error["type"] == "value_error":  # our own validators say it all
+        return str(error["ctx"]["error"])
+    key, *index = error["loc"]
+    facts = {"description": Settings.model_fields[key].description, **error.get("ctx", {})}
+    expected = EXPECTED.get(error["type"], error["msg"]).format(**facts)
+    place = key + "".join(f"[{i}]" for i in index)
+    return f"{place}: expected {expected}, got {_shown(error['input'])}{_yaml_hint(error)}"
+
+
+def _shown(value: Any) -> str:
+    """A value of the wrong kind as a reader sees it."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, str):
+        return f"the text {value!r}"
+    return repr(value) if isinstance(value, bool | int | float | list | dict) else f"a {type(value).__name__}"
+
+
+def _yaml_hint(error: dict[str, Any]) -> str:
+    """What to write where YAML reads something else than was meant: 1e-4 as text, no as false."""
+    value = error["input"]
+    if error["type"] == "float_type" and isinstance(value, str):
+        mantissa, _, exponent = value.lower().partition("e")
+        try:
+            float(value)
+        except ValueError:
+            return ""
+        if not exponent:
+            return " (write it without quotes)"
+        point = "" if "." in mantissa else ".0"
+        sign = "" if exponent[0] in "+-" else "+"
+        return f" (YAML reads {value} as text; write {mantissa}{point}e{sign}{exponent})"
+    if isinstance(value, bool) and error["type"] in {"string_type", "literal_error"}:
+        return " (YAML reads yes, no, on and off as true or false; write the text in quotes)"
+    return ""

@@ -1,0 +1,52 @@
+"""The command line: exit codes, and one line instead of a traceback."""
+
+import sys
+
+import pytest
+
+from lora_distill import __main__ as cli
+from lora_distill import series
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run a command; its exit code, stdout and stderr."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["lora_distill", *arguments])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return end.value.code or 0, *capsys.readouterr()
+
+    return run
+
+
+def test_help_lists_the_commands(command):
+    code, out, _ = command("--help")
+    assert code == 0 and all(name in out for name in ("reproduce", "prepare", "notebooks", "settings"))
+
+
+def test_settings_are_printed_with_their_meaning(command):
+    code, out, _ = command("settings", "--profile", "smoke")
+    assert code == 0 and "train_steps: 4 " in out and "# optimiser updates" in out
+
+
+def test_unknown_profile_is_one_line(command):
+    code, _, err = command("reproduce", "--profile", "nope")
+    assert code == 2 and err.startswith("no profile 'nope'") and err.count("\n") == 1
+
+
+def test_failed_notebook_is_one_line(command, monkeypatch):
+    def fail(*_, **__):
+        raise series.SeriesError("01_x: failed in cell 3")
+
+    fail.__globals__["__package__"] = "lora_distill"
+    monkeypatch.setattr(series, "reproduce", fail)
+    assert command("reproduce") == (1, "", "01_x: failed in cell 3\n")
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lora_distill", "prepare"])
+    monkeypatch.setattr(series, "prepare", lambda profile: int("x"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        cli.main()

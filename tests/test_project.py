@@ -1,0 +1,52 @@
+"""Facts that are written down twice in this repository agree."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text())
+
+
+def test_environment_leaves_the_list_of_packages_to_pyproject():
+    python, *others = ENVIRONMENT["dependencies"]
+    assert others == ["pip", {"pip": ["-e .[test,dev]"]}]
+    assert {"test", "dev"} <= PROJECT["optional-dependencies"].keys()
+    assert PROJECT["requires-python"] == f">={python.removeprefix('python=')}"
+
+
+def test_makefile_asks_for_the_same_python():
+    major, minor = PROJECT["requires-python"].removeprefix(">=").split(".")
+    assert f"sys.version_info < ({major}, {minor})" in (ROOT / "Makefile").read_text()
+
+
+def test_makefile_installs_a_torch_that_the_package_accepts():
+    number = r"(\d+)\.(\d+)"
+    lowest = next(re.search(number, line) for line in PROJECT["dependencies"] if line.startswith("torch>="))
+    chosen = re.search(rf"TORCH\s+\?= {number}", (ROOT / "Makefile").read_text())
+    assert tuple(map(int, chosen.groups())) >= tuple(map(int, lowest.groups()))
+
+
+@pytest.mark.parametrize("name", ["README.md", "Makefile"])
+def test_profiles_that_are_named_exist(name):
+    text = (ROOT / name).read_text()
+    named = re.findall(r"(?:params/|--profile |PROFILE=)([a-z0-9][\w-]*)", text)
+    assert not [profile for profile in named if not (ROOT / "params" / f"{profile}.yaml").is_file()]
+
+
+def test_citation_has_this_version_and_both_works():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == PROJECT["version"]
+    assert [work["title"] for work in citation["references"]] == [
+        "LoRA-Enhanced Distillation on Guided Diffusion Models",
+        "Enhancing Image Generation with LCM LoRA Distillation",
+    ]
+
+
+def test_licences_are_shipped():
+    for name in ("LICENSE", "lora_distill/assets/LICENSE-noto.txt", "lora_distill/assets/LICENSE-fluent.txt"):
+        assert (ROOT / name).stat().st_size > 300
