@@ -17,12 +17,13 @@ STAMP := "$(ENV)/.lora_distill"
 reproduce: install
 	$(RUN) -m lora_distill reproduce --profile $(PROFILE) $(if $(FORCE),--force)
 
+# nbval hands the name after --cov= on to the kernels, and hangs without one.
 test: install
-	$(RUN) -m pytest --cov --cov-report=
+	$(RUN) -m pytest --cov=lora_distill --cov-report=
 	rm -rf runs/smoke figures/smoke
 	$(RUN) -m lora_distill prepare --profile smoke
 	$(RUN) -m pytest -x --nbval-lax --nbval-current-env build/notebooks \
-		--cov --cov-append --cov-report=term --cov-fail-under=85
+		--cov=lora_distill --cov-append --cov-report=term --cov-fail-under=85
 
 lint: install
 	$(RUN) -m ruff check .

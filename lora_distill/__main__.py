@@ -2,6 +2,7 @@
 
 import sys
 import traceback
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -52,6 +53,82 @@ def settings(profile: Profile = "cpu") -> None:
     checked = load_settings(profile)
     for key, field in type(checked).model_fields.items():
         print(f"{f'{key}: {getattr(checked, key)}':<50} # {field.description}")
+
+
+@app.command()
+def distill(profile: Profile = "cpu") -> None:
+    """Distil guidance into a LoRA on one W0 and write the LoRA file, which stock diffusers loads."""
+    from lora_distill.data import scene_prompts, teacher_set
+    from lora_distill.distillation import LORA_FILE, distil_lora
+    from lora_distill.pipeline import choose_device, load_pipeline
+    from lora_distill.sampling import Sampler
+    from lora_distill.settings import load_settings, run_dir
+
+    checked = load_settings(profile)
+    folder = run_dir(checked)
+    pipe = load_pipeline(checked.pipeline, choose_device(checked.device))
+    prompts = scene_prompts(checked.style, "train", checked.teacher_images, checked.seed)
+    sampler = Sampler(checked.sampling_steps, checked.guidance_scale)
+    teacher = teacher_set(pipe, prompts, sampler, checked.seed, folder / "cache")
+    distil_lora(pipe, teacher, checked, folder)
+    print(folder / LORA_FILE)
+
+
+@app.command()
+def sample(
+    prompts: Annotated[list[str], typer.Argument(help="one picture each")],
+    out: Annotated[Path, typer.Option(help="the PNG to write, pictures side by side")] = Path("sample.png"),
+    pipeline: Annotated[str, typer.Option(help="bundled, a folder or a hub id")] = "bundled",
+    lora: Annotated[Path | None, typer.Option(help="a LoRA file; the student then samples")] = None,
+    guidance_scale: Annotated[float, typer.Option(min=1, help="1 is one pass a step")] = 1.0,
+    steps: Annotated[int, typer.Option(min=1)] = 25,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Draw prompts with a pipeline, with or without a LoRA."""
+    from lora_distill import adapters, sampling
+    from lora_distill import pipeline as pipelines
+
+    pipe = pipelines.load_pipeline(pipeline, pipelines.choose_device("auto"))
+    if lora:
+        adapters.load_adapter(pipe.unet, "student", lora)
+    sampler = sampling.Sampler(steps, guidance_scale, adapter="student" if lora else None)
+    noise = sampling.initial_noise(pipe, len(prompts), seed)
+    embeds, empty = pipelines.encode_prompts(pipe, prompts), pipelines.encode_prompts(pipe, [""])
+    latents = sampling.sample_in_batches(pipe, sampler, noise, embeds, empty)
+    pipelines.save_png(pipelines.decode_latents(pipe, latents), out)
+    print(out)
+
+
+@app.command()
+def pretrain(
+    preset: Annotated[str, typer.Option(help="short or full")] = "full",
+    out: Annotated[Path, typer.Option(help="folder of the pipeline")] = Path("runs/pretraining/pipeline"),
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+) -> None:
+    """Train the bundled pipeline from nothing; interrupted, it goes on where it stopped."""
+    from lora_distill import pretraining
+    from lora_distill.pipeline import choose_device
+
+    if preset not in pretraining.PRESETS:
+        raise ValueError(f"no preset {preset!r}; there are {', '.join(pretraining.PRESETS)}")
+    pretraining.pretrain(
+        pretraining.PRESETS[preset], out, out.with_name(f"{out.name}-work"), seed, choose_device(device)
+    )
+    print(out)
+
+
+@app.command()
+def model_card(
+    folder: Annotated[Path | None, typer.Option(help="a pipeline made by pretrain; the bundle by default")] = None,
+    count: Annotated[int, typer.Option(min=1, help="test prompts")] = 1000,
+) -> None:
+    """Score a pretrained pipeline on test prompts and write scores.json and its model card."""
+    from lora_distill import model_card as card
+    from lora_distill.pipeline import BUNDLED
+
+    card.write(folder or BUNDLED, count)
+    print((folder or BUNDLED) / "README.md")
 
 
 def raised_here(error: Exception) -> bool:

@@ -94,6 +94,28 @@ def _restore_requires_grad(trained: list[tuple[torch.nn.Parameter, bool]]) -> No
         parameter.requires_grad_(flag)
 
 
+# ---------------------------------------------------------------------------------------------- copies
+
+
+def plain_copy(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """A second UNet with the values of W0 and no adapters: what conventional distillation trains."""
+    state = {key.replace(".base_layer", ""): value for key, value in unet.state_dict().items() if "lora_" not in key}
+    copy = UNet2DConditionModel.from_config(unet.config).to(unet.device, unet.dtype)
+    copy.load_state_dict(state)
+    return copy
+
+
+@torch.no_grad()
+def merged_copy(unet: UNet2DConditionModel, adapter: str) -> UNet2DConditionModel:
+    """A UNet without PEFT layers whose weights are W0 + (alpha / rank) B A: what one would deploy."""
+    copy = plain_copy(unet).requires_grad_(False)
+    weights = dict(copy.named_parameters())
+    for name, layer in unet.named_modules():
+        if isinstance(layer, BaseTunerLayer) and adapter in layer.lora_A:
+            weights[f"{name}.weight"].add_(layer.get_delta_weight(adapter).to(copy.dtype))
+    return copy
+
+
 # ---------------------------------------------------------------------------------------------- files
 
 

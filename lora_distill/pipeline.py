@@ -1,16 +1,24 @@
 """Stable Diffusion pipelines: load one by folder, hub id or as the bundled one; encode prompts, decode latents."""
 
+import io
 import warnings
 from pathlib import Path
 
+import diffusers.utils.logging
 import numpy as np
 import torch
+import transformers.utils.logging
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 from torch import Tensor
 
+from lora_distill.provenance import atomic_write
 from lora_distill.storage import digest
 
 BUNDLED = Path(__file__).parent / "assets" / "pipeline"
+for library in (diffusers, transformers):
+    library.utils.logging.disable_progress_bar()  # five parts load in a blink; the bars would stay in notebooks
+
 PARTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
 
 
@@ -31,7 +39,7 @@ def load_pipeline(
             raise FileNotFoundError(f"{folder}: not a whole Stable Diffusion pipeline, {', '.join(missing)} missing")
     pipe = StableDiffusionPipeline.from_pretrained(
         folder if local else name,
-        torch_dtype=dtype,
+        dtype=dtype,
         safety_checker=None,
         feature_extractor=None,
         image_encoder=None,
@@ -103,3 +111,10 @@ def decode_latents(pipe: StableDiffusionPipeline, latents: Tensor, batch_size: i
 def to_uint8(images: Tensor) -> np.ndarray:
     """Images in [-1, 1], (n, 3, h, w), as (n, h, w, 3) uint8."""
     return ((images.float() + 1) * 127.5).clamp(0, 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def save_png(images: np.ndarray, path: Path) -> None:
+    """Images (n, h, w, 3) uint8 side by side as one PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.concatenate(list(images), axis=1)).save(buffer, format="png")
+    atomic_write(path, buffer.getvalue())

@@ -4,7 +4,7 @@ The result has the folder layout of Stable Diffusion 1.5 and goes through the sa
 """
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +17,11 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from lora_distill import diffusion, scenes
+from lora_distill.provenance import atomic_write, device_name, git_commit, versions
 from lora_distill.training import Schedule, train
 
 CROP_SIZE = 32
-PROMPT_LENGTH = 24  # tokens; the longest caption has 21, start and end included
+PROMPT_LENGTH = 24  # tokens; the longest caption has 16, start and end included
 CAPTION_DROPOUT = 0.1  # of the captions are replaced by "", so that the model also learns the unconditional eps
 
 
@@ -37,25 +38,55 @@ class Preset:
 PRESETS = {
     "full": Preset(
         images=29_000,
-        vae_crops=Schedule(4_800, 24, 1e-3, warmup_steps=100, final_learning_rate=0.2, beta2=0.99),
-        vae_images=Schedule(1_200, 8, 2e-4, warmup_steps=20, beta2=0.99),
+        vae_crops=Schedule(
+            4_800, 24, 1e-3, warmup_steps=100, final_learning_rate=0.2, beta2=0.99, mixed_precision="bf16"
+        ),
+        vae_images=Schedule(1_200, 8, 2e-4, warmup_steps=20, beta2=0.99, mixed_precision="bf16"),
         unet=Schedule(5_000, 64, 1e-3, warmup_steps=200, ema_decay=0.999, beta2=0.99, checkpoint_every=250),
     ),
     "short": Preset(
         images=64,
-        vae_crops=Schedule(20, 8, 1e-3, warmup_steps=5, log_every=5),
-        vae_images=Schedule(5, 4, 2e-4, log_every=5),
+        vae_crops=Schedule(20, 8, 1e-3, warmup_steps=5, mixed_precision="bf16", log_every=5),
+        vae_images=Schedule(5, 4, 2e-4, mixed_precision="bf16", log_every=5),
         unet=Schedule(20, 16, 1e-3, warmup_steps=5, ema_decay=0.9, log_every=5),
     ),
 }
-PRESETS = {
-    name: replace(
-        preset,
-        vae_crops=replace(preset.vae_crops, mixed_precision="bf16"),
-        vae_images=replace(preset.vae_images, mixed_precision="bf16"),
+
+
+def pretrain(preset: Preset, folder: Path, work: Path, seed: int = 0, device: str = "cpu") -> StableDiffusionPipeline:
+    """Train the whole pipeline and save it in half precision to `folder`, with training.json beside its parts.
+
+    Checkpoints are kept in `work`; a run that was interrupted goes on from there.
+    """
+    vae, vae_logs = train_vae(preset, work, seed, device)
+    pipe, unet_log = train_text_to_image(preset, vae, work, seed, device)
+    pipe.to(dtype=torch.float16).save_pretrained(folder)
+    logs = {**vae_logs, "unet": unet_log}
+    record = {
+        "seed": seed,
+        "images": preset.images,
+        "schedules": {name: asdict(getattr(preset, name)) for name in logs},
+        "minutes": {name: round(minutes(log, getattr(preset, name)), 1) for name, log in logs.items()},
+        "device": device_name(device),
+        "versions": versions(),
+        "commit": git_commit(),
+        "loss": {name: [[row["step"], round(row["loss"], 5)] for row in _thinned(log)] for name, log in logs.items()},
+    }
+    atomic_write(folder / "training.json", json.dumps(record, indent=1))
+    return pipe.to(dtype=torch.float32)
+
+
+def minutes(log: list[dict], schedule: Schedule) -> float:
+    """How long the logged steps took."""
+    steps = [row["step"] for row in log]
+    return sum(
+        (step - before) * schedule.batch_size / row["images_per_s"] / 60
+        for step, before, row in zip(steps, [0, *steps], log, strict=False)
     )
-    for name, preset in PRESETS.items()
-}
+
+
+def _thinned(log: list[dict], rows: int = 200) -> list[dict]:
+    return log[:: max(1, len(log) // rows)]
 
 
 # ---------------------------------------------------------------------------------------------- the parts
@@ -161,8 +192,10 @@ class Reconstruction(nn.Module):
         return reconstruction + self.kl_weight * kl, {"reconstruction": reconstruction.detach(), "kl": kl.detach()}
 
 
-def train_vae(preset: Preset, folder: Path, seed: int = 0, device: str = "cpu") -> AutoencoderKL:
-    """Train the VAE on scenes of every style: first on crops around the objects, then on whole images.
+def train_vae(
+    preset: Preset, folder: Path, seed: int = 0, device: str = "cpu"
+) -> tuple[AutoencoderKL, dict[str, list[dict]]]:
+    """Train the VAE on scenes of every style, first on crops around the objects, then on whole images; with the logs.
 
     Two thirds of an image are flat background; crops of a quarter of the area around a sprite teach the same
     in a quarter of the time. The last steps see whole images, because group norms notice the difference.
@@ -188,10 +221,12 @@ def train_vae(preset: Preset, folder: Path, seed: int = 0, device: str = "cpu") 
         rows = torch.randint(len(images), (batch_size,), generator=generator)
         return {"images": images[rows], "noise": _latent_noise(batch_size, scenes.IMAGE_SIZE // 8, generator)}
 
+    logs = {}
     for name, draw_batch in (("vae_crops", draw_crops), ("vae_images", draw_images)):
         schedule = replace(getattr(preset, name), seed=seed)
-        train(objective, draw_batch, schedule, folder / name, device=device, title=name.replace("_", " on "))
-    return objective.vae.eval()
+        title = name.replace("_", " on ")
+        logs[name] = train(objective, draw_batch, schedule, folder / name, device=device, title=title)
+    return objective.vae.eval(), logs
 
 
 def draw_all(data: list[scenes.Scene]) -> Tensor:
@@ -227,9 +262,9 @@ class TextToImage(nn.Module):
 
 
 def train_text_to_image(
-    preset: Preset, vae: AutoencoderKL, folder: Path, seed: int = 0, device: str = "cpu", each=None
-) -> StableDiffusionPipeline:
-    """Train text encoder and UNet on the base style, with caption dropout and EMA; return the whole pipeline."""
+    preset: Preset, vae: AutoencoderKL, folder: Path, seed: int = 0, device: str = "cpu"
+) -> tuple[StableDiffusionPipeline, list[dict]]:
+    """Train text encoder and UNet on the base style, with caption dropout and EMA; the whole pipeline and the log."""
     data = scenes.sample_scenes("noto", "train", preset.images, seed)
     rng = np.random.default_rng(seed)
     captions = [scenes.captions(s, rng) for s in data]  # (n, 5)
@@ -266,8 +301,8 @@ def train_text_to_image(
         requires_safety_checker=False,
     )
     schedule = replace(preset.unet, seed=seed)
-    train(objective, draw_batch, schedule, folder / "unet", device=device, title="text encoder and UNet", each=each)
-    return pipeline
+    log = train(objective, draw_batch, schedule, folder / "unet", device=device, title="text encoder and UNet")
+    return pipeline, log
 
 
 def grammar_captions(seed: int) -> list[str]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import resource
 import shutil
@@ -20,7 +21,8 @@ from lora_distill.settings import PACKAGE, Settings, figures_dir, load_settings,
 
 # Progress is plain text in a committed notebook: widgets leave megabytes that code hosts do not show.
 KERNEL_ENVIRONMENT = {"PYTHONWARNINGS": "ignore:IProgress not found", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-KERNEL = {"kernel_name": "python3", "extra_arguments": ["--log-level=ERROR"]}
+# Kernels announce their transport at the start, and as an error the interrupt that comes before their shutdown.
+KERNEL = {"kernel_name": "python3", "extra_arguments": ["--log-level=CRITICAL"]}
 PRETRAINING = "00"  # makes the bundled pipeline: not part of a run, which reads the committed one
 
 
@@ -114,7 +116,7 @@ def execute(path: Path, output: Path, settings: Settings) -> None:
     except DeadKernelError:
         reason = "failed: its kernel died, most often for want of memory"
     else:
-        # exit() in a cell, or a lost reply, ends a notebook early and yet looks like success to papermill
+        # SystemExit(0) in a cell ends a notebook early and yet is success to papermill
         if all(cell.execution_count for cell in code_cells(notebook) if cell.source.strip()):
             return
         reason = "failed: it stopped before its last cell"
@@ -214,7 +216,9 @@ def results_table(folder: Path) -> str:
 def _papermill(path: Path, output: Path, settings: Settings, **options) -> NotebookNode:
     """papermill with our ways: quiet, in the notebook's folder, every key given whether its cell declares it or not."""
     os.environ.update({name: os.environ.get(name, value) for name, value in KERNEL_ENVIRONMENT.items()})
-    papermill.utils.logger.setLevel("ERROR")  # it would warn of each key that the cell leaves at its default
+    logging.getLogger("papermill").setLevel(
+        logging.ERROR
+    )  # it would warn of each key that the cell leaves at its default
     parameters = settings.model_dump()
     return papermill.execute_notebook(
         path, output, parameters, cwd=path.parent, progress_bar=False, **(KERNEL | options)

@@ -5,6 +5,7 @@ A key that does not exist, a value of the wrong type or out of range is refused 
 
 from collections.abc import Iterable
 from difflib import SequenceMatcher
+from inspect import isroutine
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, Literal
@@ -142,7 +143,8 @@ def figures_dir(settings: Settings) -> Path:
 
 
 def _is_code(value: Any) -> bool:
-    return isinstance(value, ModuleType | type) or type(value).__name__ == "function"
+    """Whether a value is a module, class or function: an import, which no parameters cell means as a value."""
+    return isinstance(value, ModuleType | type) or isroutine(value)
 
 
 def _is_parameter(name: str, value: Any) -> bool:
@@ -209,7 +211,11 @@ def _shown(value: Any) -> str:
         return "nothing"
     if isinstance(value, str):
         return f"the text {value!r}"
-    return repr(value) if isinstance(value, bool | int | float | list | dict) else f"a {type(value).__name__}"
+    return (
+        repr(value)
+        if isinstance(value, bool | int | float | list | dict)
+        else f"an object of type {type(value).__name__}"
+    )
 
 
 def _yaml_hint(error: dict[str, Any]) -> str:

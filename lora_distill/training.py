@@ -69,13 +69,14 @@ def train(
     folder: Path,
     *,
     device: str | torch.device = "cpu",
-    each: tuple[int, Callable[[int], None]] | None = None,
+    each: tuple[int, Callable[[int], dict]] | None = None,
     title: str = "training",
 ) -> list[dict]:
     """Minimise `objective(batch) -> (loss, scalars)` over its trainable parameters; return the log.
 
-    `draw_batch(batch_size, generator)` makes a batch. `each = (n, call)` calls `call(step)` before the first step
-    and after every n-th. A checkpoint in `folder` is continued; a damaged one is refused and training starts anew.
+    `draw_batch(batch_size, generator)` makes a batch. `each = (n, call)` puts the measurements `call(step)` into the
+    log before the first step, after every n-th and after the last. A checkpoint in `folder` is continued; a damaged
+    one is refused and training starts anew; one of another schedule is a ValueError.
     """
     AcceleratorState._reset_state()  # accelerate keeps the first run's precision for the whole process otherwise
     accelerator = Accelerator(
@@ -97,7 +98,7 @@ def train(
 
     progress = tqdm(total=schedule.steps, initial=first_step, desc=title, mininterval=2, file=sys.stdout, ncols=100)
     if each and first_step == 0:
-        each[1](0)
+        log.append({"step": 0, **each[1](0)})
     clock, images = time.perf_counter(), 0
     for step in range(first_step, schedule.steps):
         for group in optimizer.param_groups:
@@ -129,11 +130,11 @@ def train(
             clock, images = time.perf_counter(), 0
             log.append(row)
             progress.set_postfix_str(f"loss {row['loss']:.4f}, {row['images_per_s']:.0f} images/s", refresh=False)
+        if each and (done % each[0] == 0 or done == schedule.steps):
+            log.append({"step": done, **each[1](done)})
+            clock, images = time.perf_counter(), 0
         if accelerator.is_main_process and (done % schedule.checkpoint_every == 0 or done == schedule.steps):
             state.save(done, log)
-        if each and (done % each[0] == 0 or done == schedule.steps):
-            each[1](done)
-            clock = time.perf_counter()
     progress.close()
     if schedule.ema_decay:
         ema.copy_to(parameters.values())

@@ -22,7 +22,7 @@ def tags(cell) -> list[str]:
 def test_form(path):
     notebook = nbformat.read(path, 4)
     assert notebook.nbformat_minor >= 5, "cells need ids"
-    assert notebook.metadata.kernelspec.name == "python3"
+    assert (notebook.metadata.kernelspec.name, notebook.metadata.kernelspec.language) == ("python3", "python")
     assert not notebook.metadata.keys() & {"widgets", "papermill"}
     assert all(cell.metadata.keys() <= {"tags"} for cell in notebook.cells)
     assert sum("parameters" in tags(cell) for cell in notebook.cells) == 1

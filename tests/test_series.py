@@ -1,12 +1,15 @@
 """The series runner on tiny notebooks: what it reuses, what it runs again, and what it says when one fails."""
 
 import json
+import sys
 from pathlib import Path
 
 import nbformat
 import pytest
+from nbclient.exceptions import DeadKernelError
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from lora_distill import __main__ as cli
 from lora_distill import provenance, series, settings
 from lora_distill.series import SeriesError
 from lora_distill.settings import Settings, SettingsError
@@ -19,7 +22,8 @@ def write_notebook(path: Path, *sources: str) -> None:
     parameters = new_code_cell(PARAMETERS, id="parameters", metadata={"tags": ["parameters"]})
     code = [new_code_cell(source, id=f"cell-{i}") for i, source in enumerate(sources)]
     cells = [new_markdown_cell("# Title", id="title"), parameters, *code]
-    nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3"}}), path)
+    metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(new_notebook(cells=cells, metadata=metadata), path)
 
 
 @pytest.fixture
@@ -141,7 +145,7 @@ def test_results_are_printed(executed, checkout, capsys):
     [
         ("{}['nope']", "01_first: failed in cell 3: KeyError: 'nope'; see runs/cpu/01_first.ipynb"),
         ("import os; os._exit(1)", "01_first: failed: its kernel died, most often for want of memory; see"),
-        ("exit()", "01_first: failed: it stopped before its last cell; see"),
+        ("raise SystemExit(0)", "01_first: failed: it stopped before its last cell; see"),
     ],
 )
 def test_failure(checkout, source, message):
@@ -152,6 +156,20 @@ def test_failure(checkout, source, message):
         series.reproduce("cpu")
     assert str(failure.value).startswith(message) and "\n" not in str(failure.value)
     assert not stamp.exists() and not (checkout / "runs" / "cpu" / "02_second.ipynb").exists()
+
+
+def test_failure_is_one_line_of_the_command(checkout, monkeypatch, capsys):
+    def die(*_, **__):
+        raise DeadKernelError("Kernel died")
+
+    monkeypatch.setattr(series, "_papermill", die)
+    monkeypatch.setattr(sys, "argv", ["lora_distill", "reproduce"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "01_first: failed: its kernel died, most often for want of memory; see runs/cpu/01_first.ipynb"
+    ]
 
 
 def test_commit_outputs(checkout):

@@ -119,7 +119,7 @@ class TestFromNotebook:
                 from_notebook(namespace)
 
     def test_refuses_a_key_that_was_bound_to_something_else(self):
-        with pytest.raises(SettingsError, match="pipeline: expected text, got a object"):
+        with pytest.raises(SettingsError, match="pipeline: expected text, got an object of type"):
             from_notebook({"pipeline": object()})
 
 

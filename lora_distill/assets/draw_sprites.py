@@ -14,8 +14,12 @@ from PIL import Image
 
 SIZE = 48
 PACKAGES = {"noto": "noto", "fluent": "fluent-emoji-flat"}
-ICONS = """lion frog panda pig-face owl octopus butterfly penguin whale red-apple watermelon pineapple
-hamburger doughnut automobile bus house soccer-ball umbrella evergreen-tree cactus mushroom crown wrapped-gift""".split()
+ICONS = [
+    *("lion", "frog", "panda", "pig-face", "owl", "octopus", "butterfly", "penguin", "whale"),
+    *("red-apple", "watermelon", "pineapple", "hamburger", "doughnut"),
+    *("automobile", "bus", "house", "soccer-ball", "umbrella", "evergreen-tree", "cactus", "mushroom", "crown"),
+    "wrapped-gift",
+]
 
 
 def sprite(package: dict, icon: str) -> Image.Image:

@@ -1,0 +1,106 @@
+"""Guided distillation as an experiment: the paper's method on one W0, and the conventional one on two UNets."""
+
+from collections.abc import Callable
+from copy import copy
+from pathlib import Path
+
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor
+
+from lora_distill.adapters import adapter_names, add_adapter, plain_copy, save_adapter
+from lora_distill.data import cache_key, noised_batches
+from lora_distill.objectives import GuidanceDistillation
+from lora_distill.settings import Settings
+from lora_distill.storage import digest
+from lora_distill.training import Schedule, train
+
+STUDENT = "student"
+LORA_FILE = "student_lora.safetensors"
+Milestones = tuple[int, Callable[[int, StableDiffusionPipeline], dict]]
+
+
+def distil_lora(
+    pipe: StableDiffusionPipeline,
+    teacher: dict[str, Tensor],
+    settings: Settings,
+    folder: Path,
+    each: Milestones | None = None,
+) -> list[dict]:
+    """The paper's method: W0 alone is the teacher, W0 with the adapter "student" the student; return the log.
+
+    `each = (n, measure)` puts `measure(step, pipe)` into the log every n steps.
+    """
+    if STUDENT in adapter_names(pipe.unet):
+        pipe.unet.delete_adapters(STUDENT)
+    add_adapter(
+        pipe.unet,
+        STUDENT,
+        rank=settings.lora_rank,
+        alpha=settings.lora_alpha,
+        targets=settings.lora_targets,
+        seed=settings.seed,
+    )
+    lora = {"rank": settings.lora_rank, "alpha": settings.lora_alpha, "targets": settings.lora_targets}
+    plan = _schedule(settings, settings.learning_rate)
+    log = _distil("lora", pipe, pipe.unet, teacher, settings, plan, folder, each, lora)
+    save_adapter(pipe.unet, STUDENT, folder / LORA_FILE)
+    return log
+
+
+def distil_full_copy(
+    pipe: StableDiffusionPipeline,
+    teacher: dict[str, Tensor],
+    settings: Settings,
+    folder: Path,
+    each: Milestones | None = None,
+) -> tuple[StableDiffusionPipeline, list[dict]]:
+    """The conventional method: a second UNet, a full copy, learns from the first; return its pipeline and the log."""
+    student = plain_copy(pipe.unet)
+    plan = _schedule(settings, settings.full_learning_rate)
+    log = _distil("full_copy", pipe, student, teacher, settings, plan, folder, each, {})
+    return with_unet(pipe, student.requires_grad_(False)), log
+
+
+def _distil(name, pipe, student, teacher, settings, plan: Schedule, folder: Path, each, extra: dict) -> list[dict]:
+    """Train `student`, in a folder of its own for all that decides the result, so that only like continues like."""
+    objective = GuidanceDistillation(
+        student, pipe.unet, pipe.scheduler, settings.guidance_scale, teacher["empty_embeds"]
+    )
+    key = cache_key(teacher=digest(teacher), guidance_scale=settings.guidance_scale, plan=repr(plan), **extra)
+    draw_batch = noised_batches(teacher, pipe.scheduler.config.num_train_timesteps)
+    student_pipe = with_unet(pipe, student)
+    milestones = each and (each[0], lambda step: each[1](step, student_pipe))
+    title = name.replace("_", " ")
+    return train(
+        objective, draw_batch, plan, folder / f"{name}-{key}", device=pipe.device, each=milestones, title=title
+    )
+
+
+def _schedule(settings: Settings, learning_rate: float) -> Schedule:
+    return Schedule(
+        steps=settings.train_steps,
+        batch_size=settings.batch_size,
+        learning_rate=learning_rate,
+        seed=settings.seed,
+        warmup_steps=settings.warmup_steps,
+        gradient_accumulation=settings.gradient_accumulation,
+        max_grad_norm=settings.max_grad_norm,
+        weight_decay=settings.weight_decay,
+        ema_decay=settings.ema_decay,
+        mixed_precision=settings.mixed_precision,
+        log_every=settings.log_every,
+        checkpoint_every=settings.checkpoint_every,
+    )
+
+
+def with_unet(pipe: StableDiffusionPipeline, unet: UNet2DConditionModel) -> StableDiffusionPipeline:
+    """The same pipeline around another UNet; nothing else is copied."""
+    other = copy(pipe)
+    other.unet = unet
+    return other
+
+
+def parameter_counts(unet: UNet2DConditionModel) -> tuple[int, int]:
+    """(parameters of W0, parameters of all A and B) of one UNet."""
+    lora = sum(p.numel() for key, p in unet.named_parameters() if "lora_" in key)
+    return sum(p.numel() for p in unet.parameters()) - lora, lora

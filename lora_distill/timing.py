@@ -1,0 +1,56 @@
+"""Seconds per image, with what the timer holds: text encoder, UNet and VAE apart."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from diffusers import StableDiffusionPipeline
+
+from lora_distill.pipeline import decode_latents, encode_prompts
+from lora_distill.sampling import Sampler, initial_noise, sample
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per image of each part, one entry a repeat."""
+
+    text_encoder: list[float]
+    unet: list[float]
+    vae: list[float]
+
+    @property
+    def total(self) -> list[float]:
+        return [sum(parts) for parts in zip(self.text_encoder, self.unet, self.vae, strict=True)]
+
+    @property
+    def median(self) -> float:
+        return median(self.total)
+
+
+def time_sampler(pipe: StableDiffusionPipeline, sampler: Sampler, prompts: list[str], repeats: int) -> Timing:
+    """Time one batch from prompts to uint8 images, after one warm-up, `repeats` times; the GPU is synchronised."""
+    parts = {"text_encoder": [], "unet": [], "vae": []}
+    noise = initial_noise(pipe, len(prompts), seed=0)
+    for repeat in range(repeats + 1):
+        embeds, text_seconds = _timed(pipe, lambda: (encode_prompts(pipe, prompts), encode_prompts(pipe, [""])))
+        latents, unet_seconds = _timed(pipe, lambda: sample(pipe, sampler, noise, *embeds))  # noqa: B023
+        _, vae_seconds = _timed(pipe, lambda: decode_latents(pipe, latents))  # noqa: B023
+        if repeat:
+            for name, seconds in zip(parts, (text_seconds, unet_seconds, vae_seconds), strict=True):
+                parts[name].append(seconds / len(prompts))
+    return Timing(**parts)
+
+
+def _timed(pipe: StableDiffusionPipeline, call: Callable):
+    _synchronise(pipe)
+    start = time.perf_counter()
+    result = call()
+    _synchronise(pipe)
+    return result, time.perf_counter() - start
+
+
+def _synchronise(pipe: StableDiffusionPipeline) -> None:
+    if pipe.device.type == "cuda":
+        torch.cuda.synchronize(pipe.device)

@@ -1,0 +1,101 @@
+"""The experiment of notebook 02 in small: one W0 in the LoRA run, a second UNet only in the conventional one."""
+
+import gc
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+from lora_distill.adapters import adapter_names, merged_copy, role
+from lora_distill.data import scene_prompts, teacher_set
+from lora_distill.distillation import LORA_FILE, distil_full_copy, distil_lora, parameter_counts, with_unet
+from lora_distill.evaluation import Judge, drawn
+from lora_distill.pipeline import encode_prompts, load_pipeline
+from lora_distill.sampling import Sampler, initial_noise, sample
+from lora_distill.settings import Settings
+from lora_distill.timing import time_sampler
+
+SETTINGS = Settings(
+    train_steps=4, batch_size=2, warmup_steps=1, log_every=1, checkpoint_every=2, eval_every=2, guidance_scale=3.0
+)
+
+
+@pytest.fixture
+def bundle():
+    return load_pipeline("bundled")
+
+
+@pytest.fixture
+def teacher(bundle, tmp_path):
+    prompts = scene_prompts("noto", "train", 4, seed=0)
+    return teacher_set(bundle, prompts, Sampler(2, 3.0), 0, tmp_path / "cache")
+
+
+def unets_in_memory() -> int:
+    gc.collect()
+    return sum(isinstance(thing, UNet2DConditionModel) for thing in gc.get_objects())
+
+
+def test_the_lora_run_holds_one_unet_and_the_conventional_run_two(bundle, teacher, tmp_path):
+    before = unets_in_memory()
+    distil_lora(bundle, teacher, SETTINGS, tmp_path)
+    assert unets_in_memory() == before
+    student_pipe, _ = distil_full_copy(bundle, teacher, SETTINGS, tmp_path)
+    assert unets_in_memory() == before + 1
+    assert student_pipe.unet is not bundle.unet
+
+
+def test_w0_is_untouched_and_at_most_5_percent_are_trained(bundle, teacher, tmp_path):
+    w0 = {name: value.clone() for name, value in bundle.unet.state_dict().items()}
+    distil_lora(bundle, teacher, SETTINGS, tmp_path)
+    after = {name.replace(".base_layer", ""): v for name, v in bundle.unet.state_dict().items() if "lora_" not in name}
+    assert w0.keys() == after.keys() and all(torch.equal(w0[name], after[name]) for name in w0)
+    base, lora = parameter_counts(bundle.unet)
+    assert 0 < lora <= 0.05 * base
+
+
+def test_the_log_holds_measurements_at_the_milestones(bundle, teacher, tmp_path):
+    log = distil_lora(bundle, teacher, SETTINGS, tmp_path, each=(2, lambda step, pipe: {"seen": step}))
+    assert [row["step"] for row in log if "seen" in row] == [0, 2, 4]
+    assert distil_lora(bundle, teacher, SETTINGS, tmp_path, each=(2, lambda step, pipe: {})) == log, "read back"
+
+
+def test_stock_diffusers_draws_the_student_from_its_file(bundle, teacher, tmp_path):
+    distil_lora(bundle, teacher, SETTINGS, tmp_path)
+    prompts = ["a lion left of a bus on a blue background"]
+    noise = initial_noise(bundle, 1, seed=1)
+    ours = sample(
+        bundle, Sampler(3, adapter="student"), noise, encode_prompts(bundle, prompts), encode_prompts(bundle, [""])
+    )
+    stock = load_pipeline("bundled")
+    stock.load_lora_weights(str(tmp_path), weight_name=LORA_FILE)
+    theirs = stock(prompts, latents=noise, guidance_scale=1.0, num_inference_steps=3, output_type="latent").images
+    assert (ours - theirs).abs().max() <= 1e-5
+
+
+def test_merged_and_unmerged_agree_within_float_tolerance(bundle, teacher, tmp_path):
+    distil_lora(bundle, teacher, SETTINGS, tmp_path)
+    merged = merged_copy(bundle.unet, "student")
+    assert not adapter_names(merged)
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([10, 900])
+    embeds = encode_prompts(bundle, ["a lion", "an owl"])
+    with torch.no_grad(), role(bundle.unet, "student"):
+        assert (merged(x, t, embeds).sample - bundle.unet(x, t, embeds).sample).abs().max() <= 1e-4
+
+
+def test_the_judge_gives_the_same_verdict_on_the_same_seed(bundle):
+    judge = Judge(bundle, scene_prompts("noto", "val", 4, seed=0), drawn("noto", "val", 150, seed=1))
+    one, two = judge(Sampler(2), seed=0), judge(Sampler(2), seed=0)
+    assert (one.images == two.images).all() and one.frechet_distance == two.frechet_distance
+
+
+def test_the_timer_reports_every_part_of_every_repeat(bundle):
+    timing = time_sampler(bundle, Sampler(2), ["a lion", "an owl"], repeats=3)
+    assert len(timing.text_encoder) == len(timing.unet) == len(timing.vae) == 3
+    assert all(total > unet > 0 for total, unet in zip(timing.total, timing.unet, strict=True))
+
+
+def test_another_unet_shares_the_rest_of_the_pipeline(bundle):
+    other = with_unet(bundle, UNet2DConditionModel.from_config(bundle.unet.config))
+    assert isinstance(other, StableDiffusionPipeline)
+    assert other.vae is bundle.vae and other.unet is not bundle.unet and bundle.unet is not None
