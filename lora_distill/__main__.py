@@ -58,7 +58,7 @@ def settings(profile: Profile = "cpu") -> None:
 @app.command()
 def distill(profile: Profile = "cpu") -> None:
     """Distil guidance into a LoRA on one W0 and write the LoRA file, which stock diffusers loads."""
-    from lora_distill.data import scene_prompts, teacher_set
+    from lora_distill.data import teacher_set, training_captions
     from lora_distill.distillation import LORA_FILE, distil_lora
     from lora_distill.pipeline import choose_device, load_pipeline
     from lora_distill.sampling import Sampler
@@ -67,9 +67,9 @@ def distill(profile: Profile = "cpu") -> None:
     checked = load_settings(profile)
     folder = run_dir(checked)
     pipe = load_pipeline(checked.pipeline, choose_device(checked.device))
-    prompts = scene_prompts(checked.style, "train", checked.teacher_images, checked.seed)
+    captions = training_captions(checked.data, checked.style, checked.teacher_images, checked.seed)
     sampler = Sampler(checked.sampling_steps, checked.guidance_scale)
-    teacher = teacher_set(pipe, prompts, sampler, checked.seed, folder / "cache")
+    teacher = teacher_set(pipe, captions, sampler, checked.seed, folder / "cache")
     distil_lora(pipe, teacher, checked, folder)
     print(folder / LORA_FILE)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import torch
 from datasets import Dataset, Features, Image, List, Value
 from diffusers import StableDiffusionPipeline
@@ -61,6 +62,46 @@ def scene_dataset(style: str, size: str, split: str, seed: int, cache_dir: Path 
     return Dataset.from_generator(rows, features=FEATURES, cache_dir=cache_dir, fingerprint=key)
 
 
+def image_folder(folder: Path) -> Dataset:
+    """Captioned images of one's own: a folder with metadata.jsonl, {"file_name": ..., "captions": [...]} a line.
+
+    Raises FileNotFoundError without that file, and ValueError naming the line or image that cannot be used.
+    """
+    metadata = folder / "metadata.jsonl"
+    if not metadata.is_file():
+        raise FileNotFoundError(f"{metadata} is missing: one line an image, {{'file_name': ..., 'captions': [...]}}")
+    rows = [_checked_row(folder, number, line) for number, line in enumerate(metadata.read_text().splitlines(), 1)]
+    if not rows:
+        raise ValueError(f"{metadata} is empty")
+    return Dataset.from_list(rows, features=Features({name: FEATURES[name] for name in ("image", "captions")}))
+
+
+def _checked_row(folder: Path, number: int, line: str) -> dict:
+    place = f"{folder / 'metadata.jsonl'}, line {number}"
+    try:
+        row = json.loads(line)
+        path, captions = folder / row["file_name"], row["captions"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{place}: expected {{'file_name': ..., 'captions': [...]}}") from None
+    if not isinstance(captions, list) or not captions or not all(isinstance(c, str) and c.strip() for c in captions):
+        raise ValueError(f"{place}: expected a list of captions, none of them empty")
+    try:
+        with PIL.Image.open(path) as image:
+            image.load()
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{path}: not a readable image ({error})") from None
+    return {"image": str(path), "captions": captions}
+
+
+def training_captions(source: str, style: str, count: int, seed: int) -> list[str]:
+    """`count` captions to make teacher images of: of the bundled scenes, or one a picture from an image folder."""
+    if source == "scenes":
+        return scene_prompts(style, "train", count, seed).captions
+    rng = np.random.default_rng([seed, 3])
+    captions = image_folder(Path(source)).select_columns("captions")["captions"]
+    return [five[int(rng.integers(len(five)))] for five in (captions[i % len(captions)] for i in range(count))]
+
+
 # ---------------------------------------------------------------------------------------------- the cache
 
 
@@ -83,7 +124,7 @@ def cached(folder: Path, kind: str, key: str, make: Callable[[], dict[str, Tenso
 
 
 def teacher_set(
-    pipe: StableDiffusionPipeline, prompts: Prompts, sampler: Sampler, seed: int, cache_dir: Path
+    pipe: StableDiffusionPipeline, captions: list[str], sampler: Sampler, seed: int, cache_dir: Path
 ) -> dict[str, Tensor]:
     """Teacher-made `latents` (n, 4, h, w) with their `prompt_embeds`, and `empty_embeds` (1, tokens, dim), cached.
 
@@ -92,15 +133,15 @@ def teacher_set(
     """
     key = cache_key(
         pipeline=fingerprint(pipe),
-        captions=prompts.captions,
+        captions=captions,
         sampler=repr(sampler),
         seed=seed,
         dtype=str(pipe.unet.dtype),
     )
 
     def make() -> dict[str, Tensor]:
-        prompt_embeds, empty_embeds = encode_prompts(pipe, prompts.captions), encode_prompts(pipe, [""])
-        noise = initial_noise(pipe, len(prompts), seed)
+        prompt_embeds, empty_embeds = encode_prompts(pipe, captions), encode_prompts(pipe, [""])
+        noise = initial_noise(pipe, len(captions), seed)
         latents = sample_in_batches(pipe, sampler, noise, prompt_embeds, empty_embeds, title="teacher images")
         return {"latents": latents, "prompt_embeds": prompt_embeds, "empty_embeds": empty_embeds}
 

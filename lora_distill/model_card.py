@@ -11,6 +11,7 @@ from lora_distill import scenes
 from lora_distill.data import Prompts, scene_prompts
 from lora_distill.metrics import Proportion, prompt_alignment
 from lora_distill.pipeline import decode_latents, encode_prompts, load_pipeline, to_uint8
+from lora_distill.pretraining import CAPTION_DROPOUT, CAPTION_NOISE
 from lora_distill.provenance import atomic_write, device_name, now
 from lora_distill.sampling import Sampler, initial_noise, sample_in_batches
 
@@ -93,7 +94,9 @@ else.
 ## Training
 
 Data: {training["images"]:,} scenes of the bundled world (training split, base style Noto; the VAE saw both styles),
-drawn from seed {training["seed"]}, five captions an image. One layout in eight is held out of training.
+drawn from seed {training["seed"]}, five captions an image. One layout in eight is held out of training. While text
+encoder and UNet trained, {CAPTION_NOISE:.0%} of the captions were another image's, as on the web, and
+{CAPTION_DROPOUT:.0%} were empty: what guidance mends, and what it needs.
 Notebook 00 with `pretrain: full`, or `python -m lora_distill pretrain --preset full`, makes it again.
 
 | stage | steps | batch | images seen | learning rate | minutes |

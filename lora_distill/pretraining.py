@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from lora_distill import diffusion, scenes
@@ -23,6 +23,9 @@ from lora_distill.training import Schedule, train
 CROP_SIZE = 32
 PROMPT_LENGTH = 24  # tokens; the longest caption has 16, start and end included
 CAPTION_DROPOUT = 0.1  # of the captions are replaced by "", so that the model also learns the unconditional eps
+# of the captions belong to another image, as on the web: a model that learns p(image | caption) well then draws
+# something else as often, and guidance has something to mend
+CAPTION_NOISE = 0.2
 
 
 @dataclass(frozen=True)
@@ -54,13 +57,13 @@ PRESETS = {
 
 
 def pretrain(preset: Preset, folder: Path, work: Path, seed: int = 0, device: str = "cpu") -> StableDiffusionPipeline:
-    """Train the whole pipeline and save it in half precision to `folder`, with training.json beside its parts.
+    """Train the whole pipeline and save it to `folder`, UNet and VAE in half precision, training.json beside them.
 
     Checkpoints are kept in `work`; a run that was interrupted goes on from there.
     """
     vae, vae_logs = train_vae(preset, work, seed, device)
     pipe, unet_log = train_text_to_image(preset, vae, work, seed, device)
-    pipe.to(dtype=torch.float16).save_pretrained(folder)
+    save_pipeline(pipe, folder)
     logs = {**vae_logs, "unet": unet_log}
     record = {
         "seed": seed,
@@ -73,7 +76,19 @@ def pretrain(preset: Preset, folder: Path, work: Path, seed: int = 0, device: st
         "loss": {name: [[row["step"], round(row["loss"], 5)] for row in _thinned(log)] for name, log in logs.items()},
     }
     atomic_write(folder / "training.json", json.dumps(record, indent=1))
-    return pipe.to(dtype=torch.float32)
+    return pipe
+
+
+def save_pipeline(pipe: StableDiffusionPipeline, folder: Path) -> None:
+    """Save a pipeline with UNet and VAE in half precision.
+
+    The text encoder stays in float32: transformers loads what it finds, where diffusers goes back to float32.
+    """
+    for part in (pipe.unet, pipe.vae):
+        part.half()
+    pipe.save_pretrained(folder)
+    for part in (pipe.unet, pipe.vae):
+        part.float()
 
 
 def minutes(log: list[dict], schedule: Schedule) -> float:
@@ -280,6 +295,8 @@ def train_text_to_image(
 
     def draw_batch(batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
         rows = torch.randint(len(data), (batch_size,), generator=generator)
+        noisy = torch.rand(batch_size, generator=generator) < CAPTION_NOISE
+        caption_rows = torch.where(noisy, torch.randint(len(data), (batch_size,), generator=generator), rows)
         caption = torch.randint(input_ids.shape[1], (batch_size,), generator=generator)
         dropped = torch.rand(batch_size, generator=generator) < CAPTION_DROPOUT
         noise = torch.randn(2, batch_size, *mean.shape[1:], generator=generator)
@@ -287,7 +304,7 @@ def train_text_to_image(
             "latents": (mean[rows] + std[rows] * noise[0]) * vae.config.scaling_factor,
             "eps": noise[1],
             "timesteps": torch.randint(scheduler.config.num_train_timesteps, (batch_size,), generator=generator),
-            "input_ids": torch.where(dropped[:, None], empty_ids, input_ids[rows, caption]),
+            "input_ids": torch.where(dropped[:, None], empty_ids, input_ids[caption_rows, caption]),
         }
 
     pipeline = StableDiffusionPipeline(

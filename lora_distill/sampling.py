@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
-from tqdm.auto import trange
+from tqdm import trange
 
 from lora_distill import diffusion
 from lora_distill.adapters import role

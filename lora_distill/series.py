@@ -92,15 +92,11 @@ def run(path: Path, settings: Settings, folder: Path, *, force: bool = False) ->
         print(f"{path.stem}: up to date")
         return stamp
     stamp_path.unlink(missing_ok=True)  # what a failed run leaves behind is nobody's result
-    print(f"{path.stem}: running ... ", end="", flush=True)
+    print(f"{path.stem}: running", flush=True)
     clock = time.perf_counter()
-    try:
-        execute(path, folder / path.name, settings)
-    except SeriesError:
-        print("failed")
-        raise
+    execute(path, folder / path.name, settings)
     seconds = round(time.perf_counter() - clock, 1)
-    print(f"{seconds:.0f} s")
+    print(f"{path.stem}: done in {seconds:.0f} s")
     stamp = {"key": key, "finished": now(), "seconds": seconds, "peak_memory_mb": _peak_memory_mb()}
     atomic_write(stamp_path, json.dumps(stamp, indent=2) + "\n")
     return stamp
@@ -216,13 +212,10 @@ def results_table(folder: Path) -> str:
 def _papermill(path: Path, output: Path, settings: Settings, **options) -> NotebookNode:
     """papermill with our ways: quiet, in the notebook's folder, every key given whether its cell declares it or not."""
     os.environ.update({name: os.environ.get(name, value) for name, value in KERNEL_ENVIRONMENT.items()})
-    logging.getLogger("papermill").setLevel(
-        logging.ERROR
-    )  # it would warn of each key that the cell leaves at its default
+    # papermill would warn of each key that a parameters cell leaves at its default
+    logging.getLogger("papermill").setLevel(logging.ERROR)
     parameters = settings.model_dump()
-    return papermill.execute_notebook(
-        path, output, parameters, cwd=path.parent, progress_bar=False, **(KERNEL | options)
-    )
+    return papermill.execute_notebook(path, output, parameters, cwd=path.parent, **(KERNEL | options))
 
 
 def _peak_memory_mb() -> float:

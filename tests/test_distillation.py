@@ -28,7 +28,7 @@ def bundle():
 @pytest.fixture
 def teacher(bundle, tmp_path):
     prompts = scene_prompts("noto", "train", 4, seed=0)
-    return teacher_set(bundle, prompts, Sampler(2, 3.0), 0, tmp_path / "cache")
+    return teacher_set(bundle, prompts.captions, Sampler(2, 3.0), 0, tmp_path / "cache")
 
 
 def unets_in_memory() -> int:
