@@ -64,18 +64,18 @@ def errors(proportions: list[Proportion]) -> np.ndarray:
 
 def image_grid(rows: dict[str, np.ndarray], captions: list[str], width: float = 5.5) -> Figure:
     """Images in rows with a label each, (n, h, w, 3) uint8, under one caption a column."""
-    columns = len(captions)
-    figure, axes = plt.subplots(
-        len(rows), columns, figsize=(width, width / columns * len(rows) * 1.02 + 0.35), squeeze=False
-    )
+    label = 0.85 if any(rows) else 0.0  # inches for the row labels
+    top = 0.4 if any(captions) else 0.0
+    cell = (width - label) / len(captions)
+    figure, axes = plt.subplots(len(rows), len(captions), figsize=(width, cell * len(rows) + top), squeeze=False)
     figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
-    for line, (label, images) in zip(axes, rows.items(), strict=True):
+    for line, (name, images) in zip(axes, rows.items(), strict=True):
         for ax, image in zip(line, images, strict=True):
             ax.imshow(image, interpolation="nearest")
             ax.set(xticks=[], yticks=[])
             ax.grid(False)
             ax.spines[:].set_visible(False)
-        line[0].set_ylabel(label, rotation=0, ha="right", va="center")
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center")
     for ax, caption in zip(axes[0], captions, strict=True):
         ax.set_title(_wrapped(caption), fontsize=6)
     return figure

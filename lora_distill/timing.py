@@ -1,7 +1,8 @@
 """Seconds per image, with what the timer holds: text encoder, UNet and VAE apart."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 
@@ -29,6 +30,17 @@ class Timing:
         return median(self.total)
 
 
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let the CPU work with `count` threads. One thread is the cleaner clock: two also measure how work is shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def time_sampler(pipe: StableDiffusionPipeline, sampler: Sampler, prompts: list[str], repeats: int) -> Timing:
     """Time one batch from prompts to uint8 images, after one warm-up, `repeats` times; the GPU is synchronised."""
     parts = {"text_encoder": [], "unet": [], "vae": []}
@@ -41,6 +53,16 @@ def time_sampler(pipe: StableDiffusionPipeline, sampler: Sampler, prompts: list[
             for name, seconds in zip(parts, (text_seconds, unet_seconds, vae_seconds), strict=True):
                 parts[name].append(seconds / len(prompts))
     return Timing(**parts)
+
+
+@torch.no_grad()
+def time_unet(pipe: StableDiffusionPipeline, batch_size: int, repeats: int) -> float:
+    """Median seconds of one UNet forward at a batch size, after two that warm up."""
+    noise = initial_noise(pipe, batch_size, seed=0)
+    embeds = encode_prompts(pipe, [""]).expand(batch_size, -1, -1).contiguous()
+    timestep = torch.tensor(500, device=noise.device)
+    seconds = [_timed(pipe, lambda: pipe.unet(noise, timestep, embeds))[1] for _ in range(repeats + 2)]
+    return median(seconds[2:])
 
 
 def _timed(pipe: StableDiffusionPipeline, call: Callable):

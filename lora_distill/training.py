@@ -92,7 +92,7 @@ def train(
         weight_decay=schedule.weight_decay,
     )
     ema = EMAModel(parameters.values(), decay=schedule.ema_decay, use_ema_warmup=True, power=0.75)
-    state = _State(parameters, optimizer, ema, schedule, folder)
+    state = _State(parameters, optimizer, ema, accelerator.scaler, schedule, folder)
     first_step, log = state.restore()
     model, optimizer = accelerator.prepare(objective, optimizer)
 
@@ -109,8 +109,9 @@ def train(
             )
             batch = draw_batch(schedule.batch_size, generator)
             batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
-            with accelerator.accumulate(model), accelerator.autocast():
-                loss, scalars = model(batch)
+            with accelerator.accumulate(model):
+                with accelerator.autocast():
+                    loss, scalars = model(batch)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(parameters.values(), schedule.max_grad_norm)
@@ -155,6 +156,7 @@ class _State:
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.AdamW
     ema: EMAModel
+    scaler: torch.amp.GradScaler | None  # of fp16 training
     schedule: Schedule
     folder: Path
 
@@ -165,11 +167,9 @@ class _State:
         if self.schedule.ema_decay:
             shadows = zip(self.parameters, self.ema.shadow_params, strict=True)
             tensors |= {f"ema.{name}": shadow for name, shadow in shadows}
-        save_tensors(
-            self.folder / CHECKPOINT,
-            tensors,
-            {"step": str(step), "schedule": repr(self.schedule), "log": json.dumps(log)},
-        )
+        scaler = self.scaler.state_dict() if self.scaler else None
+        metadata = {"step": step, "schedule": repr(self.schedule), "log": log, "scaler": scaler}
+        save_tensors(self.folder / CHECKPOINT, tensors, {key: json.dumps(value) for key, value in metadata.items()})
         (self.folder / LOG).write_text("".join(json.dumps(row) + "\n" for row in log))
 
     def restore(self) -> tuple[int, list[dict]]:
@@ -178,19 +178,25 @@ class _State:
         if not path.exists():
             return 0, []
         try:
-            tensors, metadata = load_tensors(path)
+            tensors, texts = load_tensors(path)
         except DamagedFileError as error:
             warnings.warn(f"{error}; training starts anew", stacklevel=3)
             return 0, []
+        metadata = {key: json.loads(text) for key, text in texts.items()}
         if metadata["schedule"] != repr(self.schedule):
             raise ValueError(f"{path} was made with other settings; delete it, or train into another folder")
-        with torch.no_grad():
-            for name, p in self.parameters.items():
-                p.copy_(tensors[f"parameter.{name}"])
-                prefix = f"optimizer.{name}."
-                state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-                self.optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in state.items()}
+        self._load(tensors, metadata)
+        return metadata["step"], metadata["log"]
+
+    @torch.no_grad()
+    def _load(self, tensors: dict[str, Tensor], metadata: dict) -> None:
+        for name, p in self.parameters.items():
+            p.copy_(tensors[f"parameter.{name}"])
+            prefix = f"optimizer.{name}."
+            state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            self.optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in state.items()}
         if self.schedule.ema_decay:
             self.ema.shadow_params = [tensors[f"ema.{name}"].to(p.device) for name, p in self.parameters.items()]
-            self.ema.optimization_step = int(metadata["step"])
-        return int(metadata["step"]), json.loads(metadata["log"])
+            self.ema.optimization_step = metadata["step"]
+        if self.scaler:
+            self.scaler.load_state_dict(metadata["scaler"])
