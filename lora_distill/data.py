@@ -151,10 +151,10 @@ def teacher_set(
 
 def noised_batches(
     teacher: dict[str, Tensor], train_timesteps: int
-) -> Callable[[int, torch.Generator], dict[str, Tensor]]:
+) -> Callable[[int, int, torch.Generator], dict[str, Tensor]]:
     """Batches for the objectives: a teacher latent, fresh noise and a uniform timestep each."""
 
-    def draw_batch(batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def draw_batch(step: int, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
         rows = torch.randint(len(teacher["latents"]), (batch_size,), generator=generator)
         latents = teacher["latents"][rows.to(teacher["latents"].device)]
         return {

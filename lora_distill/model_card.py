@@ -95,8 +95,8 @@ else.
 
 Data: {training["images"]:,} scenes of the bundled world (training split, base style Noto; the VAE saw both styles),
 drawn from seed {training["seed"]}, five captions an image. One layout in eight is held out of training. While text
-encoder and UNet trained, {CAPTION_NOISE:.0%} of the captions were another image's, as on the web, and
-{CAPTION_DROPOUT:.0%} were empty: what guidance mends, and what it needs.
+encoder and UNet trained, {CAPTION_DROPOUT:.0%} of the captions were empty, which guidance needs, and after
+{training["clean_steps"]:,} steps {CAPTION_NOISE:.0%} were another image's, as on the web, which guidance mends.
 Notebook 00 with `pretrain: full`, or `python -m lora_distill pretrain --preset full`, makes it again.
 
 | stage | steps | batch | images seen | learning rate | minutes |

@@ -24,7 +24,8 @@ CROP_SIZE = 32
 PROMPT_LENGTH = 24  # tokens; the longest caption has 16, start and end included
 CAPTION_DROPOUT = 0.1  # of the captions are replaced by "", so that the model also learns the unconditional eps
 # of the captions belong to another image, as on the web: a model that learns p(image | caption) well then draws
-# something else as often, and guidance has something to mend
+# something else as often, and guidance has something to mend. Only after `clean_steps`: with noise from the start, words
+# take several times as long (after 1,750 steps 15 % of objects were right at w = 1, without noise 73 %).
 CAPTION_NOISE = 0.2
 
 
@@ -36,6 +37,7 @@ class Preset:
     vae_crops: Schedule
     vae_images: Schedule
     unet: Schedule
+    clean_steps: int  # of the UNet's steps before caption noise sets in
 
 
 PRESETS = {
@@ -46,12 +48,14 @@ PRESETS = {
         ),
         vae_images=Schedule(1_200, 8, 2e-4, warmup_steps=20, beta2=0.99, mixed_precision="bf16"),
         unet=Schedule(5_000, 64, 1e-3, warmup_steps=200, ema_decay=0.999, beta2=0.99, checkpoint_every=250),
+        clean_steps=3_500,
     ),
     "short": Preset(
         images=64,
         vae_crops=Schedule(20, 8, 1e-3, warmup_steps=5, mixed_precision="bf16", log_every=5),
         vae_images=Schedule(5, 4, 2e-4, mixed_precision="bf16", log_every=5),
         unet=Schedule(20, 16, 1e-3, warmup_steps=5, ema_decay=0.9, log_every=5),
+        clean_steps=10,
     ),
 }
 
@@ -68,6 +72,7 @@ def pretrain(preset: Preset, folder: Path, work: Path, seed: int = 0, device: st
     record = {
         "seed": seed,
         "images": preset.images,
+        "clean_steps": preset.clean_steps,
         "schedules": {name: asdict(getattr(preset, name)) for name in logs},
         "minutes": {name: round(minutes(log, getattr(preset, name)), 1) for name, log in logs.items()},
         "device": device_name(device),
@@ -221,7 +226,7 @@ def train_vae(
     images = draw_all(data)
     centres = torch.tensor([s.positions for s in data])  # (n, 2, 2)
 
-    def draw_crops(batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def draw_crops(step: int, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
         rows = torch.randint(len(images), (batch_size,), generator=generator)
         which = torch.randint(2, (batch_size,), generator=generator)
         jitter = torch.randint(-8, 9, (batch_size, 2), generator=generator)
@@ -232,7 +237,7 @@ def train_vae(
         ]
         return {"images": torch.stack(crops), "noise": _latent_noise(batch_size, CROP_SIZE // 8, generator)}
 
-    def draw_images(batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def draw_images(step: int, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
         rows = torch.randint(len(images), (batch_size,), generator=generator)
         return {"images": images[rows], "noise": _latent_noise(batch_size, scenes.IMAGE_SIZE // 8, generator)}
 
@@ -293,18 +298,20 @@ def train_text_to_image(
     scheduler = build_scheduler()
     objective = TextToImage(build_text_encoder(tokenizer), build_unet(), scheduler).to(device)
 
-    def draw_batch(batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def draw_batch(step: int, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
         rows = torch.randint(len(data), (batch_size,), generator=generator)
-        noisy = torch.rand(batch_size, generator=generator) < CAPTION_NOISE
-        caption_rows = torch.where(noisy, torch.randint(len(data), (batch_size,), generator=generator), rows)
         caption = torch.randint(input_ids.shape[1], (batch_size,), generator=generator)
         dropped = torch.rand(batch_size, generator=generator) < CAPTION_DROPOUT
         noise = torch.randn(2, batch_size, *mean.shape[1:], generator=generator)
+        timesteps = torch.randint(scheduler.config.num_train_timesteps, (batch_size,), generator=generator)
+        mistaken = torch.rand(batch_size, generator=generator) < CAPTION_NOISE * (step >= preset.clean_steps)
+        others = torch.randint(len(data), (batch_size,), generator=generator)
+        ids = input_ids[torch.where(mistaken, others, rows), caption]
         return {
             "latents": (mean[rows] + std[rows] * noise[0]) * vae.config.scaling_factor,
             "eps": noise[1],
-            "timesteps": torch.randint(scheduler.config.num_train_timesteps, (batch_size,), generator=generator),
-            "input_ids": torch.where(dropped[:, None], empty_ids, input_ids[caption_rows, caption]),
+            "timesteps": timesteps,
+            "input_ids": torch.where(dropped[:, None], empty_ids, ids),
         }
 
     pipeline = StableDiffusionPipeline(

@@ -64,7 +64,7 @@ def step_generator(seed: int, step: int, process: int = 0) -> torch.Generator:
 
 def train(
     objective: nn.Module,
-    draw_batch: Callable[[int, torch.Generator], dict[str, Tensor]],
+    draw_batch: Callable[[int, int, torch.Generator], dict[str, Tensor]],
     schedule: Schedule,
     folder: Path,
     *,
@@ -74,9 +74,9 @@ def train(
 ) -> list[dict]:
     """Minimise `objective(batch) -> (loss, scalars)` over its trainable parameters; return the log.
 
-    `draw_batch(batch_size, generator)` makes a batch. `each = (n, call)` puts the measurements `call(step)` into the
-    log before the first step, after every n-th and after the last. A checkpoint in `folder` is continued; a damaged
-    one is refused and training starts anew; one of another schedule is a ValueError.
+    `draw_batch(step, batch_size, generator)` makes a batch. `each = (n, call)` puts the measurements `call(step)`
+    into the log before the first step, after every n-th and after the last. A checkpoint in `folder` is continued;
+    a damaged one is refused and training starts anew; one of another schedule is a ValueError.
     """
     AcceleratorState._reset_state()  # accelerate keeps the first run's precision for the whole process otherwise
     accelerator = Accelerator(
@@ -107,7 +107,7 @@ def train(
             generator = step_generator(
                 schedule.seed, step * schedule.gradient_accumulation + part, accelerator.process_index
             )
-            batch = draw_batch(schedule.batch_size, generator)
+            batch = draw_batch(step, schedule.batch_size, generator)
             batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
             with accelerator.accumulate(model):
                 with accelerator.autocast():
