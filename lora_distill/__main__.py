@@ -94,7 +94,7 @@ def sample(
     sampler = sampling.Sampler(steps, guidance_scale, adapter="student" if lora else None)
     noise = sampling.initial_noise(pipe, len(prompts), seed)
     embeds, empty = pipelines.encode_prompts(pipe, prompts), pipelines.encode_prompts(pipe, [""])
-    latents = sampling.sample_in_batches(pipe, sampler, noise, embeds, empty)
+    latents = sampling.sample_in_batches(pipe, sampler, noise, embeds, empty, seed)
     pipelines.save_png(pipelines.decode_latents(pipe, latents), out)
     print(out)
 

@@ -97,10 +97,17 @@ def _restore_requires_grad(trained: list[tuple[torch.nn.Parameter, bool]]) -> No
 # ---------------------------------------------------------------------------------------------- copies
 
 
-def plain_copy(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """A second UNet with the values of W0 and no adapters: what conventional distillation trains."""
+def plain_copy(unet: UNet2DConditionModel, time_cond_proj_dim: int | None = None) -> UNet2DConditionModel:
+    """A second UNet with the values of W0 and no adapters: what conventional distillation trains.
+
+    With `time_cond_proj_dim` it also takes an embedded guidance scale, as a full LCM does (Luo et al. 2023). The new
+    projection starts at zero, so that training starts at the teacher.
+    """
     state = {key.replace(".base_layer", ""): value for key, value in unet.state_dict().items() if "lora_" not in key}
-    copy = UNet2DConditionModel.from_config(unet.config).to(unet.device, unet.dtype)
+    config = {**unet.config, "time_cond_proj_dim": time_cond_proj_dim}
+    copy = UNet2DConditionModel.from_config(config).to(unet.device, unet.dtype)
+    if time_cond_proj_dim:
+        state["time_embedding.cond_proj.weight"] = torch.zeros_like(copy.time_embedding.cond_proj.weight)
     copy.load_state_dict(state)
     return copy
 

@@ -142,7 +142,7 @@ def teacher_set(
     def make() -> dict[str, Tensor]:
         prompt_embeds, empty_embeds = encode_prompts(pipe, captions), encode_prompts(pipe, [""])
         noise = initial_noise(pipe, len(captions), seed)
-        latents = sample_in_batches(pipe, sampler, noise, prompt_embeds, empty_embeds, title="teacher images")
+        latents = sample_in_batches(pipe, sampler, noise, prompt_embeds, empty_embeds, seed, title="teacher images")
         return {"latents": latents, "prompt_embeds": prompt_embeds, "empty_embeds": empty_embeds}
 
     tensors = cached(cache_dir, "teacher", key, make)

@@ -5,6 +5,8 @@ Notation: x_t = alpha_t x0 + sigma_t eps with alpha_t = sqrt(alpha_bar_t), sigma
 "epsilon" or "v_prediction" with v = alpha_t eps - sigma_t x0 (Salimans & Ho 2022, app. D).
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -53,6 +55,43 @@ def guide(uncond: Tensor, cond: Tensor, guidance_scale: float) -> Tensor:
 def ddim_step(x0: Tensor, eps: Tensor, alpha_next: Tensor, sigma_next: Tensor) -> Tensor:
     """The deterministic DDIM step to the next noise level (Song et al. 2021, eq. 12 with sigma = 0)."""
     return alpha_next * x0 + sigma_next * eps
+
+
+def boundary_scalings(
+    timesteps: Tensor, timestep_scaling: float = 10.0, sigma_data: float = 0.5
+) -> tuple[Tensor, Tensor]:
+    """c_skip and c_out of a consistency function, each (batch, 1, 1, 1): f(x, 0) = x (Luo et al. 2023, app. D).
+
+    The defaults are those of `LCMScheduler`.
+    """
+    scaled = timesteps.double()[:, None, None, None] * timestep_scaling
+    c_skip = sigma_data**2 / (scaled**2 + sigma_data**2)
+    c_out = scaled / (scaled**2 + sigma_data**2).sqrt()
+    return c_skip.float(), c_out.float()
+
+
+def guidance_embedding(guidance_scale: Tensor, dim: int) -> Tensor:
+    """Sinusoidal features (batch, dim) of w, the extra input of a full LCM (Luo et al. 2023, §4.3).
+
+    `diffusers` embeds w - 1, the weight of the conditional direction beyond no guidance; so does this.
+    """
+    frequencies = torch.exp(-math.log(10_000.0) * torch.arange(dim // 2, device=guidance_scale.device) / (dim // 2 - 1))
+    angles = 1000 * (guidance_scale.float() - 1)[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def pseudo_huber(prediction: Tensor, target: Tensor, c: float) -> Tensor:
+    """sqrt(d^2 + c^2) - c, averaged in float32: quadratic below c, linear above (Song & Dhariwal 2023, eq. 8)."""
+    difference = prediction.float() - target.float()
+    return ((difference.square() + c * c).sqrt() - c).mean()
+
+
+def gaussian_kl(latents: Tensor, reference: Tensor) -> Tensor:
+    """KL(reference || latents) of Gaussians fitted to each channel over batch and space, averaged over channels."""
+    mean, reference_mean = latents.float().mean((0, 2, 3)), reference.float().mean((0, 2, 3))
+    var, reference_var = latents.float().var((0, 2, 3)), reference.float().var((0, 2, 3))
+    ratio = (reference_var + (mean - reference_mean).square()) / var
+    return 0.5 * ((var / reference_var).log() + ratio - 1).mean()
 
 
 def mean_squared_error(prediction: Tensor, target: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class Judge:
         """Sample the prompts from noise that depends on the seed alone, and judge the images."""
         pipe = pipe or self.pipe
         noise = initial_noise(pipe, len(self.prompts), seed)
-        latents = sample_in_batches(pipe, sampler, noise, self.prompt_embeds, self.empty_embeds)
+        latents = sample_in_batches(pipe, sampler, noise, self.prompt_embeds, self.empty_embeds, seed)
         return self.judge_images(decode_latents(pipe, latents))
 
     def judge_images(self, images: np.ndarray) -> Quality:

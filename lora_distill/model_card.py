@@ -44,7 +44,7 @@ def _alignment(pipe: StableDiffusionPipeline, prompts: Prompts, guidance_scale: 
     noise = initial_noise(pipe, len(prompts), SEED)
     embeds, empty = encode_prompts(pipe, prompts.captions), encode_prompts(pipe, [""])
     sampler = Sampler(STEPS, guidance_scale)
-    latents = sample_in_batches(pipe, sampler, noise, embeds, empty, title=f"w = {guidance_scale:g}")
+    latents = sample_in_batches(pipe, sampler, noise, embeds, empty, SEED, title=f"w = {guidance_scale:g}")
     return prompt_alignment(decode_latents(pipe, latents), prompts.scenes)
 
 

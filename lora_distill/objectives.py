@@ -7,6 +7,7 @@ A batch holds `latents` (b, 4, h, w), `eps` (the noise, same shape), `timesteps`
 import torch
 from diffusers import SchedulerMixin, UNet2DConditionModel
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from lora_distill import diffusion
 from lora_distill.adapters import role
@@ -39,15 +40,161 @@ class GuidanceDistillation(nn.Module):
         alpha, sigma = diffusion.alpha_sigma(self.alphas_cumprod, batch["timesteps"])
         x_t = diffusion.add_noise(batch["latents"], batch["eps"], alpha, sigma)
         # teacher first: no student graph is alive while its two passes run
-        target = self.guided_teacher(x_t, batch["timesteps"], batch["prompt_embeds"])
+        target = guided_output(
+            self.teacher, x_t, batch["timesteps"], batch["prompt_embeds"], self.empty_embeds, self.guidance_scale
+        )
         output = self.student(x_t, batch["timesteps"], batch["prompt_embeds"]).sample
         return diffusion.mean_squared_error(output, target), {}
 
+
+@torch.no_grad()
+def guided_output(
+    teacher: UNet2DConditionModel,
+    x_t: Tensor,
+    timesteps: Tensor,
+    prompt_embeds: Tensor,
+    empty_embeds: Tensor,
+    guidance_scale: float | Tensor,
+) -> Tensor:
+    """The guided output of W0, (b, 4, h, w): both halves in one batched forward, adapters off."""
+    both_embeds = torch.cat([empty_embeds.expand_as(prompt_embeds), prompt_embeds])
+    with role(teacher, None):
+        outputs = teacher(torch.cat([x_t] * 2), torch.cat([timesteps] * 2), both_embeds).sample
+    uncond, cond = outputs.chunk(2)
+    return diffusion.guide(uncond, cond, guidance_scale)
+
+
+class ConsistencyFunction(nn.Module):
+    """f(x_t, t) = c_skip x_t + c_out x0(x_t, t): a UNet that jumps to its trajectory's end (Luo et al. 2023, eq. 9).
+
+    A UNet with `time_cond_proj_dim` also takes the guidance scale as an input: the full LCM.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, scheduler: SchedulerMixin):
+        super().__init__()
+        self.unet = unet
+        self.prediction_type = scheduler.config.prediction_type
+        self.alphas_cumprod = scheduler.alphas_cumprod
+
+    def forward(self, x_t: Tensor, timesteps: Tensor, prompt_embeds: Tensor, guidance_scale: Tensor) -> Tensor:
+        """Clean latents (b, 4, h, w) of x_t at timesteps (b,); guidance_scale (b,) is read by a full LCM alone."""
+        dim = self.unet.config.time_cond_proj_dim
+        timestep_cond = diffusion.guidance_embedding(guidance_scale, dim) if dim else None
+        output = self.unet(x_t, timesteps, prompt_embeds, timestep_cond=timestep_cond).sample
+        alpha, sigma = diffusion.alpha_sigma(self.alphas_cumprod, timesteps)
+        x0 = diffusion.to_x0(output, x_t, alpha, sigma, self.prediction_type)
+        c_skip, c_out = diffusion.boundary_scalings(timesteps)
+        return c_skip * x_t + c_out * x0
+
+
+class ConsistencyDistillation(nn.Module):
+    """f(x_t, t) <- f_target(x_s, s), x_s one DDIM step of the guided teacher from x_t (Luo et al. 2023, alg. 1).
+
+    The batch's `timesteps` lie on the DDIM grid and `guidance_scale` (b,) is the w of each row; s = t - `skip`, and 0
+    below the first grid point, where the boundary condition makes the target x_s itself: `inside` lists the rows that
+    lie above it, and the target is evaluated for those alone. f_target is the moving average of the student when
+    training keeps one (`moving_average`), else the student itself. Teacher, target, student is the order in which no
+    graph is alive during the passes that need none.
+    """
+
+    def __init__(
+        self,
+        student: UNet2DConditionModel,
+        teacher: UNet2DConditionModel,
+        scheduler: SchedulerMixin,
+        empty_embeds: Tensor,
+        skip: int = 20,
+        huber_c: float = 1e-3,
+    ):
+        super().__init__()
+        self.student = ConsistencyFunction(student, scheduler)
+        self.teacher = teacher
+        self.prediction_type = scheduler.config.prediction_type
+        self.alphas_cumprod = scheduler.alphas_cumprod
+        self.skip = skip
+        self.huber_c = huber_c
+        self.moving_average: dict[str, Tensor] = {}
+        self.register_buffer("empty_embeds", empty_embeds, persistent=False)  # (1, tokens, dim)
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        timesteps, prompt_embeds, guidance_scale = (
+            batch[name] for name in ("timesteps", "prompt_embeds", "guidance_scale")
+        )
+        alpha, sigma = diffusion.alpha_sigma(self.alphas_cumprod, timesteps)
+        x_t = diffusion.add_noise(batch["latents"], batch["eps"], alpha, sigma)
+        earlier = (timesteps - self.skip).clamp(min=0)
+        x_s = self.ddim_solver(x_t, timesteps, earlier, prompt_embeds, guidance_scale)
+        target = self.target(x_s, earlier, prompt_embeds, guidance_scale, batch["inside"])
+        prediction = self.student(x_t, timesteps, prompt_embeds, guidance_scale)
+        return diffusion.pseudo_huber(prediction, target, self.huber_c), {}
+
     @torch.no_grad()
-    def guided_teacher(self, x_t: Tensor, timesteps: Tensor, prompt_embeds: Tensor) -> Tensor:
-        """Both halves of guidance in one batched forward of W0."""
-        both_embeds = torch.cat([self.empty_embeds.expand_as(prompt_embeds), prompt_embeds])
-        with role(self.teacher, None):
-            outputs = self.teacher(torch.cat([x_t] * 2), torch.cat([timesteps] * 2), both_embeds).sample
-        uncond, cond = outputs.chunk(2)
-        return diffusion.guide(uncond, cond, self.guidance_scale)
+    def ddim_solver(
+        self, x_t: Tensor, timesteps: Tensor, earlier: Tensor, prompt_embeds: Tensor, guidance_scale: Tensor
+    ) -> Tensor:
+        """x_s (b, 4, h, w): one step of the guided teacher's probability-flow ODE (Luo et al. 2023, eq. 16)."""
+        w = guidance_scale[:, None, None, None]
+        output = guided_output(self.teacher, x_t, timesteps, prompt_embeds, self.empty_embeds, w)
+        alpha, sigma = diffusion.alpha_sigma(self.alphas_cumprod, timesteps)
+        x0 = diffusion.to_x0(output, x_t, alpha, sigma, self.prediction_type)
+        eps = diffusion.to_eps(output, x_t, alpha, sigma, self.prediction_type)
+        return diffusion.ddim_step(x0, eps, *diffusion.alpha_sigma(self.alphas_cumprod, earlier))
+
+    @torch.no_grad()
+    def target(
+        self, x_s: Tensor, timesteps: Tensor, prompt_embeds: Tensor, guidance_scale: Tensor, inside: Tensor
+    ) -> Tensor:
+        """f_target(x_s, s), (b, 4, h, w); rows that are not `inside` are at s = 0 and equal x_s."""
+        rows = (x_s[inside], timesteps[inside], prompt_embeds[inside], guidance_scale[inside])
+        weights = {name.removeprefix("student."): value for name, value in self.moving_average.items()}
+        return x_s.index_copy(0, inside, functional_call(self.student, weights, rows).to(x_s.dtype))
+
+
+class ConsistencyMimicry(nn.Module):
+    """The LoRA student's clean latents <- those of a trained LCM on the same x_t, by MSE + KL (the slides' phase 3).
+
+    The slides do not say which KL. Ours is between Gaussians fitted to each latent channel over batch and space, so
+    it holds the student to the LCM's brightness and contrast where the MSE alone would settle for the mean.
+    """
+
+    def __init__(
+        self,
+        student: UNet2DConditionModel,
+        lcm: UNet2DConditionModel,
+        scheduler: SchedulerMixin,
+        mse_weight: float = 1.0,
+        kl_weight: float = 1.0,
+    ):
+        super().__init__()
+        self.student = ConsistencyFunction(student, scheduler)
+        self.lcm = ConsistencyFunction(lcm, scheduler)
+        self.alphas_cumprod = scheduler.alphas_cumprod
+        self.mse_weight = mse_weight
+        self.kl_weight = kl_weight
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        alpha, sigma = diffusion.alpha_sigma(self.alphas_cumprod, batch["timesteps"])
+        x_t = diffusion.add_noise(batch["latents"], batch["eps"], alpha, sigma)
+        inputs = (x_t, batch["timesteps"], batch["prompt_embeds"], batch["guidance_scale"])
+        with torch.no_grad():
+            reference = self.lcm(*inputs)
+        prediction = self.student(*inputs)
+        mse, kl = diffusion.mean_squared_error(prediction, reference), diffusion.gaussian_kl(prediction, reference)
+        return self.mse_weight * mse + self.kl_weight * kl, {"mse": mse.detach(), "kl": kl.detach()}
+
+
+class Denoising(nn.Module):
+    """The plain diffusion loss, output <- eps or v, MSE (Rombach et al. 2022, eq. 3): LoRA fine-tuning on a style."""
+
+    def __init__(self, student: UNet2DConditionModel, scheduler: SchedulerMixin):
+        super().__init__()
+        self.student = student
+        self.prediction_type = scheduler.config.prediction_type
+        self.alphas_cumprod = scheduler.alphas_cumprod
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        alpha, sigma = diffusion.alpha_sigma(self.alphas_cumprod, batch["timesteps"])
+        x_t = diffusion.add_noise(batch["latents"], batch["eps"], alpha, sigma)
+        output = self.student(x_t, batch["timesteps"], batch["prompt_embeds"]).sample
+        target = diffusion.target_output(batch["latents"], batch["eps"], alpha, sigma, self.prediction_type)
+        return diffusion.mean_squared_error(output, target), {}

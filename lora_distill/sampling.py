@@ -1,9 +1,10 @@
 """Sampling in latent space with any diffusers scheduler: guided (two passes), one pass, and guided in part."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DPMSolverMultistepScheduler, LCMScheduler, SchedulerMixin, StableDiffusionPipeline
 from torch import Tensor
 from tqdm import trange
 
@@ -17,12 +18,16 @@ class Sampler:
 
     guidance_scale = 1 is one UNet pass a step; above it, two, in one batched forward. `guided_fraction` < 1 drops
     the unconditional pass on the last steps: the training-free saving (Golnari et al. 2023, "selective guidance").
+    `scheduler` is the pipeline's own, DPM-Solver++ (2M) or LCM's. `embedded_guidance` is the w that a full LCM takes
+    as an input of its single pass.
     """
 
     steps: int = 25
     guidance_scale: float = 1.0
     guided_fraction: float = 1.0
     adapter: str | None = None
+    scheduler: Literal["own", "dpm++", "lcm"] = "own"
+    embedded_guidance: float | None = None
 
     @property
     def guided_steps(self) -> int:
@@ -32,6 +37,17 @@ class Sampler:
     def unet_passes(self) -> int:
         """UNet evaluations an image (NFE)."""
         return self.steps + self.guided_steps
+
+
+def build_scheduler(pipe: StableDiffusionPipeline, name: str) -> SchedulerMixin:
+    """A fresh scheduler with the noise schedule of the pipeline's own."""
+    kinds = {"own": type(pipe.scheduler), "dpm++": DPMSolverMultistepScheduler, "lcm": LCMScheduler}
+    return kinds[name].from_config(pipe.scheduler.config)
+
+
+def step_generators(count: int, seed: int) -> list[torch.Generator]:
+    """One source of step noise an image, for samplers that draw any (LCM), the same for every batch size."""
+    return [torch.Generator().manual_seed(seed * 1_000_003 + index + 1) for index in range(count)]
 
 
 def initial_noise(pipe: StableDiffusionPipeline, count: int, seed: int) -> Tensor:
@@ -44,16 +60,26 @@ def initial_noise(pipe: StableDiffusionPipeline, count: int, seed: int) -> Tenso
 
 @torch.no_grad()
 def sample(
-    pipe: StableDiffusionPipeline, sampler: Sampler, noise: Tensor, prompt_embeds: Tensor, empty_embeds: Tensor
+    pipe: StableDiffusionPipeline,
+    sampler: Sampler,
+    noise: Tensor,
+    prompt_embeds: Tensor,
+    empty_embeds: Tensor,
+    generators: list[torch.Generator] | None = None,
 ) -> Tensor:
     """Latents (n, 4, h, w) from noise (n, 4, h, w), prompt_embeds (n, tokens, dim) and "" embedded (1, tokens, dim).
 
-    Equal to the stock pipeline called with the same `latents`.
+    Equal to the stock pipeline called with the same `latents` and, for LCM's noisy steps, the same `generator` list;
+    LCM without one is a ValueError.
     """
-    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    if sampler.scheduler == "lcm" and generators is None:
+        raise ValueError("the lcm scheduler draws noise at its steps: give one generator an image")
+    scheduler = build_scheduler(pipe, sampler.scheduler)
     scheduler.set_timesteps(sampler.steps, device=noise.device)
+    noisy_step = {"generator": generators} if sampler.scheduler == "lcm" else {}
     latents = noise * scheduler.init_noise_sigma
     both_embeds = torch.cat([empty_embeds.expand_as(prompt_embeds), prompt_embeds])
+    timestep_cond = _embedded_guidance(pipe, sampler, len(noise))
     with role(pipe.unet, sampler.adapter):
         for index, t in enumerate(scheduler.timesteps):
             if index < sampler.guided_steps:
@@ -61,9 +87,20 @@ def sample(
                 uncond, cond = pipe.unet(doubled, t, both_embeds).sample.chunk(2)
                 output = diffusion.guide(uncond, cond, sampler.guidance_scale)
             else:
-                output = pipe.unet(scheduler.scale_model_input(latents, t), t, prompt_embeds).sample
-            latents = scheduler.step(output, t, latents).prev_sample
+                x_t = scheduler.scale_model_input(latents, t)
+                output = pipe.unet(x_t, t, prompt_embeds, timestep_cond=timestep_cond).sample
+            latents = scheduler.step(output, t, latents, **noisy_step).prev_sample
     return latents
+
+
+def _embedded_guidance(pipe: StableDiffusionPipeline, sampler: Sampler, count: int) -> Tensor | None:
+    dim = pipe.unet.config.time_cond_proj_dim
+    if (dim is None) != (sampler.embedded_guidance is None):
+        raise ValueError("embedded_guidance is for a UNet with time_cond_proj_dim, and such a UNet needs it")
+    if dim is None:
+        return None
+    scales = torch.full((count,), sampler.embedded_guidance, device=pipe.unet.device)
+    return diffusion.guidance_embedding(scales, dim).to(pipe.unet.dtype)
 
 
 def sample_in_batches(
@@ -72,13 +109,16 @@ def sample_in_batches(
     noise: Tensor,
     prompt_embeds: Tensor,
     empty_embeds: Tensor,
+    seed: int,
     batch_size: int = 50,
     title: str = "sampling",
 ) -> Tensor:
-    """`sample` in batches, with a progress bar."""
-    starts = trange(0, len(noise), batch_size, desc=title, mininterval=2, leave=False)
+    """`sample` in batches, with a progress bar; `seed` is that of the steps' noise, for samplers that draw any."""
+    generators = step_generators(len(noise), seed)
     parts = [
-        sample(pipe, sampler, noise[i : i + batch_size], prompt_embeds[i : i + batch_size], empty_embeds)
-        for i in starts
+        sample(pipe, sampler, noise[rows], prompt_embeds[rows], empty_embeds, generators[rows])
+        for rows in (
+            slice(i, i + batch_size) for i in trange(0, len(noise), batch_size, desc=title, mininterval=2, leave=False)
+        )
     ]
     return torch.cat(parts)

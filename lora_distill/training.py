@@ -94,6 +94,8 @@ def train(
     ema = EMAModel(parameters.values(), decay=schedule.ema_decay, use_ema_warmup=True, power=0.75)
     state = _State(parameters, optimizer, ema, accelerator.scaler, schedule, folder)
     first_step, log = state.restore()
+    if schedule.ema_decay:  # an objective may learn from its own moving average, as consistency distillation does
+        objective.moving_average = dict(zip(parameters, ema.shadow_params, strict=True))
     model, optimizer = accelerator.prepare(objective, optimizer)
 
     progress = tqdm(total=schedule.steps, initial=first_step, desc=title, mininterval=2, file=sys.stdout, ncols=100)
