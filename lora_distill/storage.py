@@ -1,6 +1,7 @@
 """Tensors on disk: safetensors written atomically, with a digest that tells a damaged file from a whole one."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import torch
@@ -21,6 +22,11 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
+
+
+def cache_key(**parts) -> str:
+    """A digest of everything a cached file depends on."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
