@@ -1,0 +1,70 @@
+"""Files of tensors: whole, or refused; written, or the old one untouched."""
+
+import errno
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lora_distill.storage import DamagedFileError, digest, load_tensors, save_tensors
+
+TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor([1, 2]), "c": torch.ones(3, dtype=torch.bfloat16)}
+
+
+@pytest.fixture
+def path(tmp_path):
+    save_tensors(tmp_path / "deep" / "file.safetensors", TENSORS, {"step": "7"})
+    return tmp_path / "deep" / "file.safetensors"
+
+
+def test_what_was_saved_is_loaded(path):
+    tensors, metadata = load_tensors(path)
+    assert tensors.keys() == TENSORS.keys() and metadata == {"step": "7"}
+    assert all(torch.equal(tensors[k], TENSORS[k]) and tensors[k].dtype == TENSORS[k].dtype for k in TENSORS)
+
+
+@pytest.mark.parametrize("place", [-1, 200, 3])
+def test_one_flipped_byte_is_noticed(path, place):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 0xFF
+    path.write_bytes(content)
+    with pytest.raises(DamagedFileError, match=str(path)):
+        load_tensors(path)
+
+
+@pytest.mark.parametrize("length", [0, 5, 100, -1])
+def test_a_file_cut_short_is_noticed(path, length):
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(DamagedFileError, match=str(path)):
+        load_tensors(path)
+
+
+def test_a_file_of_another_program_is_refused(tmp_path):
+    save_file(TENSORS, tmp_path / "foreign.safetensors")
+    with pytest.raises(DamagedFileError, match="digest"):
+        load_tensors(tmp_path / "foreign.safetensors")
+
+
+def test_the_digest_knows_names_shapes_dtypes_and_values_but_no_order():
+    reordered = dict(reversed(TENSORS.items()))
+    assert digest(reordered) == digest(TENSORS)
+    others = [
+        {**TENSORS, "b": torch.tensor([2, 1])},
+        {**TENSORS, "b": torch.tensor([1, 2], dtype=torch.int32)},
+        {**TENSORS, "a": TENSORS["a"].view(3, 2)},
+        {"a": TENSORS["a"], "b": TENSORS["b"], "d": TENSORS["c"]},
+    ]
+    assert len({digest(tensors) for tensors in [TENSORS, *others]}) == 5
+
+
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(path, monkeypatch):
+    def half_written(self, content):
+        with self.open("wb") as file:
+            file.write(content[: len(content) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", half_written)
+    with pytest.raises(OSError, match=f"{path} could not be written: No space left"):
+        save_tensors(path, {"a": torch.zeros(3)})
+    assert load_tensors(path)[1] == {"step": "7"} and list(path.parent.iterdir()) == [path]
