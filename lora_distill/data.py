@@ -1,25 +1,20 @@
-"""Captioned images and the on-disk cache of what is frozen: teacher latents and prompt embeddings."""
+"""Prompts, and the on-disk cache of what is frozen: teacher latents and prompt embeddings."""
 
-import hashlib
-import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
 import torch
-from datasets import Dataset, Features, Image, List, Value
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from lora_distill import scenes
+from lora_distill.captioned import captioned_images
 from lora_distill.pipeline import encode_prompts, fingerprint
 from lora_distill.sampling import Sampler, initial_noise, sample_in_batches
-from lora_distill.storage import DamagedFileError, load_tensors, save_tensors
-
-FEATURES = Features({"image": Image(), "captions": List(Value("string")), "scene": Value("string")})
+from lora_distill.storage import DamagedFileError, cache_key, load_tensors, save_tensors
 
 
 @dataclass(frozen=True)
@@ -40,74 +35,16 @@ def scene_prompts(style: str, split: str, count: int, seed: int) -> Prompts:
     return Prompts(sampled, [scenes.captions(scene, rng)[int(rng.integers(5))] for scene in sampled])
 
 
-def scene_dataset(style: str, size: str, split: str, seed: int, cache_dir: Path | None = None) -> Dataset:
-    """A split of the bundled world as a `datasets.Dataset` with columns image, captions (five) and scene (JSON).
-
-    Raises ValueError for a size or split that does not exist.
-    """
-    if size not in scenes.SPLIT_SIZES or split not in scenes.SPLIT_SIZES[size]:
-        choices = {name: list(splits) for name, splits in scenes.SPLIT_SIZES.items()}
-        raise ValueError(f"no split {split!r} of size {size!r}; there are {choices}")
-
-    def rows() -> Iterator[dict]:
-        rng = np.random.default_rng([seed, 2])
-        for scene in scenes.sample_scenes(style, split, scenes.SPLIT_SIZES[size][split], seed):
-            yield {
-                "image": scenes.draw(scene),
-                "captions": scenes.captions(scene, rng),
-                "scene": json.dumps(scene.as_dict()),
-            }
-
-    key = cache_key(world=[style, size, split, seed], drawing=scenes.drawing_fingerprint())
-    return Dataset.from_generator(rows, features=FEATURES, cache_dir=cache_dir, fingerprint=key)
-
-
-def image_folder(folder: Path) -> Dataset:
-    """Captioned images of one's own: a folder with metadata.jsonl, {"file_name": ..., "captions": [...]} a line.
-
-    Raises FileNotFoundError without that file, and ValueError naming the line or image that cannot be used.
-    """
-    metadata = folder / "metadata.jsonl"
-    if not metadata.is_file():
-        raise FileNotFoundError(f"{metadata} is missing: one line an image, {{'file_name': ..., 'captions': [...]}}")
-    rows = [_checked_row(folder, number, line) for number, line in enumerate(metadata.read_text().splitlines(), 1)]
-    if not rows:
-        raise ValueError(f"{metadata} is empty")
-    return Dataset.from_list(rows, features=Features({name: FEATURES[name] for name in ("image", "captions")}))
-
-
-def _checked_row(folder: Path, number: int, line: str) -> dict:
-    place = f"{folder / 'metadata.jsonl'}, line {number}"
-    try:
-        row = json.loads(line)
-        path, captions = folder / row["file_name"], row["captions"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{place}: expected {{'file_name': ..., 'captions': [...]}}") from None
-    if not isinstance(captions, list) or not captions or not all(isinstance(c, str) and c.strip() for c in captions):
-        raise ValueError(f"{place}: expected a list of captions, none of them empty")
-    try:
-        with PIL.Image.open(path) as image:
-            image.load()
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{path}: not a readable image ({error})") from None
-    return {"image": str(path), "captions": captions}
-
-
 def training_captions(source: str, style: str, count: int, seed: int) -> list[str]:
-    """`count` captions to make teacher images of: of the bundled scenes, or one a picture from an image folder."""
+    """`count` captions to make teacher images of: of the bundled scenes, or one a picture of another source."""
     if source == "scenes":
         return scene_prompts(style, "train", count, seed).captions
     rng = np.random.default_rng([seed, 3])
-    captions = image_folder(Path(source)).select_columns("captions")["captions"]
+    captions = captioned_images(source, "train")["captions"][:]
     return [five[int(rng.integers(len(five)))] for five in (captions[i % len(captions)] for i in range(count))]
 
 
 # ---------------------------------------------------------------------------------------------- the cache
-
-
-def cache_key(**parts) -> str:
-    """A digest of everything a cached file depends on."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def cached(folder: Path, kind: str, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:

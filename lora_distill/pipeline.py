@@ -2,6 +2,7 @@
 
 import io
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import diffusers.utils.logging
@@ -73,19 +74,23 @@ def fingerprint(pipe: StableDiffusionPipeline) -> str:
     return digest({key.replace(".base_layer", ""): value for key, value in weights.items()} | {"settings": text})
 
 
-@torch.no_grad()
 def encode_prompts(pipe: StableDiffusionPipeline, prompts: list[str], batch_size: int = 128) -> Tensor:
     """Prompt embeddings (n, tokens, dim). Warns once with the count of prompts longer than the encoder takes.
 
     Raises ValueError when there are no prompts.
     """
+    return torch.cat(list(encoded_prompts(pipe, prompts, batch_size)))
+
+
+@torch.no_grad()
+def encoded_prompts(pipe: StableDiffusionPipeline, prompts: list[str], batch_size: int = 128) -> Iterator[Tensor]:
+    """The parts of `encode_prompts` one by one, for more prompts than memory holds."""
     if not prompts:
         raise ValueError("no prompts to encode")
     length = pipe.tokenizer.model_max_length
     cut = sum(len(ids) > length for ids in pipe.tokenizer(prompts).input_ids)
     if cut:
-        warnings.warn(f"{cut} of {len(prompts)} prompts are longer than {length} tokens and were cut", stacklevel=2)
-    parts = []
+        warnings.warn(f"{cut} of {len(prompts)} prompts are longer than {length} tokens and were cut", stacklevel=4)
     for start in range(0, len(prompts), batch_size):
         tokens = pipe.tokenizer(
             prompts[start : start + batch_size],
@@ -94,8 +99,7 @@ def encode_prompts(pipe: StableDiffusionPipeline, prompts: list[str], batch_size
             max_length=length,
             return_tensors="pt",
         )
-        parts.append(pipe.text_encoder(tokens.input_ids.to(pipe.text_encoder.device))[0])
-    return torch.cat(parts)
+        yield pipe.text_encoder(tokens.input_ids.to(pipe.text_encoder.device))[0]
 
 
 @torch.no_grad()

@@ -1,8 +1,12 @@
-"""Tensors on disk: safetensors written atomically, with a digest that tells a damaged file from a whole one."""
+"""Tensors on disk, written whole or not at all: safetensors with a digest, and arrays too large for memory."""
 
 import hashlib
+import json
+import os
+from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -21,6 +25,11 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
+
+
+def cache_key(**parts) -> str:
+    """A digest of everything a cached file depends on."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -43,3 +52,35 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     if metadata.pop("digest", None) != digest(tensors):
         raise DamagedFileError(f"{path}: contents do not match their digest")
     return tensors, metadata
+
+
+def save_array(path: Path, shape: tuple[int, ...], parts: Iterable[torch.Tensor]) -> None:
+    """Write parts, one after another along their first axis, as one float16 .npy file; no two are held in memory.
+
+    Raises ValueError for values that are not finite in float16; on any failure there is no new file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            header = {"descr": "<f2", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for part in parts:
+                if not part.half().isfinite().all():
+                    raise ValueError(f"{path.name}: values that float16 cannot hold")
+                file.write(part.half().cpu().numpy().tobytes())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def map_array(path: Path) -> np.ndarray:
+    """The array of a file from `save_array`, read from disk where it is indexed.
+
+    Raises `DamagedFileError` when the file is cut short; bytes altered in place are not noticed, for that would mean
+    to read all of it.
+    """
+    try:
+        return np.load(path, mmap_mode="r")
+    except (ValueError, EOFError) as error:
+        raise DamagedFileError(f"{path}: not a whole array ({error})") from None
