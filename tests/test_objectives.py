@@ -36,8 +36,13 @@ def by_hand(unet, batch, scheduler, w=W):
     return x_t, uncond + w * (cond - uncond), cond
 
 
+def by_hand_teacher(unet, batch, scheduler, w):
+    with role(unet, None):
+        return by_hand(unet, batch, scheduler, w)
+
+
 def test_the_loss_is_the_distance_from_one_pass_to_two(unet, batch, scheduler):
-    x_t, target, cond = by_hand(unet, batch, scheduler)
+    _, target, cond = by_hand(unet, batch, scheduler)
     add_adapter(unet, "student", rank=2, alpha=2)  # B is zero: the student is still the conditional pass
     loss, _ = objective(unet, unet, scheduler)(batch)
     assert loss.item() == pytest.approx((cond - target).square().mean().item(), rel=1e-5)
@@ -92,8 +97,3 @@ def test_the_student_can_learn_the_target(unet, batch, scheduler):
     with torch.no_grad():
         output = unet(x_t, batch["timesteps"], batch["prompt_embeds"]).sample
     assert diffusion.mean_squared_error(output, target) < 0.2 * losses[0]
-
-
-def by_hand_teacher(unet, batch, scheduler, w):
-    with role(unet, None):
-        return by_hand(unet, batch, scheduler, w)
