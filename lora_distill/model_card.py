@@ -80,8 +80,8 @@ def render(training: dict, scores: dict) -> str:
         for w, a in scores["guidance"].items()
     )
     stages = "\n".join(
-        f"| {name.replace('_', ' ')} | {plan['steps']:,} | {plan['batch_size']} | {plan['steps'] * plan['batch_size']:,} "
-        f"| {plan['learning_rate']:g} | {training['minutes'][name]:g} |"
+        f"| {name.replace('_', ' ')} | {plan['steps']:,} | {plan['batch_size']} "
+        f"| {plan['steps'] * plan['batch_size']:,} | {plan['learning_rate']:g} | {training['minutes'][name]:g} |"
         for name, plan in training["schedules"].items()
     )
     return f"""# A small Stable Diffusion of emoji scenes
