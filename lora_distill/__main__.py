@@ -141,11 +141,11 @@ def main() -> None:
     """Run a command; exit with 2 for input that cannot be used, with 1 for a run that failed."""
     try:
         app()
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         if not raised_here(error):
             raise
-        print(error, file=sys.stderr)
-        sys.exit(1 if isinstance(error, RuntimeError) else 2)
+        print(getattr(error, "strerror", None) or error, file=sys.stderr)
+        sys.exit(2 if isinstance(error, ValueError | FileNotFoundError) else 1)
 
 
 if __name__ == "__main__":

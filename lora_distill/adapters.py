@@ -154,13 +154,8 @@ def load_adapter(unet: UNet2DConditionModel, name: str, path: Path) -> dict[str,
     except (SafetensorError, FileNotFoundError) as error:
         raise DamagedFileError(f"{path}: not a readable LoRA file ({error})") from None
     _check_architecture(unet, state, path)
-    packed = json.loads(metadata[LORA_ADAPTER_METADATA_KEY]) if LORA_ADAPTER_METADATA_KEY in metadata else None
-    unet.load_lora_adapter(
-        state,
-        prefix="unet",
-        adapter_name=name,
-        metadata=packed and {k.removeprefix("unet."): v for k, v in packed.items()},
-    )
+    config = json.loads(metadata[LORA_ADAPTER_METADATA_KEY]) if LORA_ADAPTER_METADATA_KEY in metadata else None
+    unet.load_lora_adapter(state, prefix="unet", adapter_name=name, metadata=config)
     return metadata
 
 

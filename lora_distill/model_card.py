@@ -80,8 +80,8 @@ def render(training: dict, scores: dict) -> str:
         for w, a in scores["guidance"].items()
     )
     stages = "\n".join(
-        f"| {name} | {plan['steps']:,} | {plan['batch_size']} | {plan['steps'] * plan['batch_size']:,} "
-        f"| {plan['learning_rate']:g} | {training['minutes'][name]:g} |"
+        f"| {name.replace('_', ' ')} | {plan['steps']:,} | {plan['batch_size']} "
+        f"| {plan['steps'] * plan['batch_size']:,} | {plan['learning_rate']:g} | {training['minutes'][name]:g} |"
         for name, plan in training["schedules"].items()
     )
     return f"""# A small Stable Diffusion of emoji scenes
@@ -94,12 +94,13 @@ else.
 ## Training
 
 Data: {training["images"]:,} scenes of the bundled world (training split, base style Noto; the VAE saw both styles),
-drawn from seed {training["seed"]}, five captions an image. One layout in eight is held out of training. While text
-encoder and UNet trained, {CAPTION_DROPOUT:.0%} of the captions were empty, which guidance needs, and after
-{training["clean_steps"]:,} steps {CAPTION_NOISE:.0%} were another image's, as on the web, which guidance mends.
+drawn from seed {training["seed"]}, five captions an image. One layout in eight is held out of training. The text
+encoder first learnt to say from a caption, of either style, what its scene is, in place of CLIP's contrastive training,
+and then learnt on with the UNet. Meanwhile {CAPTION_DROPOUT:.0%} of the captions were empty, which guidance needs, and
+after {training["clean_steps"]:,} steps {CAPTION_NOISE:.0%} were another image's, as on the web, which guidance mends.
 Notebook 00 with `pretrain: full`, or `python -m lora_distill pretrain --preset full`, makes it again.
 
-| stage | steps | batch | images seen | learning rate | minutes |
+| stage | steps | batch | images or captions seen | learning rate | minutes |
 |---|---|---|---|---|---|
 {stages}
 

@@ -1,4 +1,4 @@
-"""Training the bundled pipeline from nothing: the VAE, then text encoder and UNet together (notebook 00).
+"""Training the bundled pipeline from nothing: VAE, text encoder, then text encoder and UNet together (notebook 00).
 
 The result has the folder layout of Stable Diffusion 1.5 and goes through the same code; only its size differs.
 """
@@ -6,26 +6,31 @@ The result has the folder layout of Stable Diffusion 1.5 and goes through the sa
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from tokenizers.pre_tokenizers import ByteLevel
-from tokenizers.trainers import BpeTrainer
 from torch import Tensor, nn
-from tqdm import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from lora_distill import diffusion, scenes
 from lora_distill.provenance import atomic_write, device_name, git_commit, versions
+from lora_distill.small_pipeline import (
+    PROMPT_LENGTH,
+    build_scheduler,
+    build_text_encoder,
+    build_tokenizer,
+    build_unet,
+    tokenize,
+)
 from lora_distill.training import Schedule, train
+from lora_distill.vae_training import draw_all, encode_all, train_vae
 
-CROP_SIZE = 32
-PROMPT_LENGTH = 24  # tokens; the longest caption has 16, start and end included
 CAPTION_DROPOUT = 0.1  # of the captions are replaced by "", so that the model also learns the unconditional eps
 # of the captions belong to another image, as on the web: a model that learns p(image | caption) well then draws
-# something else as often, and guidance has something to mend. Only after `clean_steps`: with noise from the start, words
-# take several times as long (after 1,750 steps 15 % of objects were right at w = 1, without noise 73 %).
+# something else as often, and guidance has something to mend. Only after `clean_steps`: with noise from the
+# start, words take several times as long (after 1,750 steps 15 % of objects were right, without noise 73 %).
 CAPTION_NOISE = 0.2
 
 
@@ -34,27 +39,31 @@ class Preset:
     """The sizes of a pretraining run; `full` made the bundle, `short` shows in a minute that the code trains."""
 
     images: int
-    vae_crops: Schedule
-    vae_images: Schedule
-    unet: Schedule
+    schedules: dict[str, Schedule]  # by stage, in their order
     clean_steps: int  # of the UNet's steps before caption noise sets in
 
 
 PRESETS = {
     "full": Preset(
         images=29_000,
-        vae_crops=Schedule(
-            4_800, 24, 1e-3, warmup_steps=100, final_learning_rate=0.2, beta2=0.99, mixed_precision="bf16"
-        ),
-        vae_images=Schedule(1_200, 8, 2e-4, warmup_steps=20, beta2=0.99, mixed_precision="bf16"),
-        unet=Schedule(5_000, 64, 1e-3, warmup_steps=200, ema_decay=0.999, beta2=0.99, checkpoint_every=250),
-        clean_steps=3_500,
+        schedules={
+            "vae_crops": Schedule(
+                4_800, 24, 1e-3, warmup_steps=100, final_learning_rate=0.2, beta2=0.99, mixed_precision="bf16"
+            ),
+            "vae_images": Schedule(1_200, 8, 2e-4, warmup_steps=20, beta2=0.99, mixed_precision="bf16"),
+            "text_encoder": Schedule(1_500, 128, 1e-3, warmup_steps=100, beta2=0.99),
+            "unet": Schedule(4_000, 64, 1e-3, warmup_steps=200, ema_decay=0.999, beta2=0.99, checkpoint_every=250),
+        },
+        clean_steps=2_800,
     ),
     "short": Preset(
         images=64,
-        vae_crops=Schedule(20, 8, 1e-3, warmup_steps=5, mixed_precision="bf16", log_every=5),
-        vae_images=Schedule(5, 4, 2e-4, mixed_precision="bf16", log_every=5),
-        unet=Schedule(20, 16, 1e-3, warmup_steps=5, ema_decay=0.9, log_every=5),
+        schedules={
+            "vae_crops": Schedule(20, 8, 1e-3, warmup_steps=5, mixed_precision="bf16", log_every=5),
+            "vae_images": Schedule(5, 4, 2e-4, mixed_precision="bf16", log_every=5),
+            "text_encoder": Schedule(20, 16, 1e-3, warmup_steps=5, log_every=5),
+            "unet": Schedule(20, 16, 1e-3, warmup_steps=5, ema_decay=0.9, log_every=5),
+        },
         clean_steps=10,
     ),
 }
@@ -65,16 +74,16 @@ def pretrain(preset: Preset, folder: Path, work: Path, seed: int = 0, device: st
 
     Checkpoints are kept in `work`; a run that was interrupted goes on from there.
     """
-    vae, vae_logs = train_vae(preset, work, seed, device)
-    pipe, unet_log = train_text_to_image(preset, vae, work, seed, device)
+    vae, logs = train_vae(preset.schedules, preset.images, work, seed, device)
+    tokenizer, text_encoder, logs["text_encoder"] = train_text_encoder(preset, work, seed, device)
+    pipe, logs["unet"] = train_text_to_image(preset, vae, tokenizer, text_encoder, work, seed, device)
     save_pipeline(pipe, folder)
-    logs = {**vae_logs, "unet": unet_log}
     record = {
         "seed": seed,
         "images": preset.images,
         "clean_steps": preset.clean_steps,
-        "schedules": {name: asdict(getattr(preset, name)) for name in logs},
-        "minutes": {name: round(minutes(log, getattr(preset, name)), 1) for name, log in logs.items()},
+        "schedules": {name: asdict(schedule) for name, schedule in preset.schedules.items()},
+        "minutes": {name: round(minutes(logs[name], schedule), 1) for name, schedule in preset.schedules.items()},
         "device": device_name(device),
         "versions": versions(),
         "commit": git_commit(),
@@ -109,154 +118,67 @@ def _thinned(log: list[dict], rows: int = 200) -> list[dict]:
     return log[:: max(1, len(log) // rows)]
 
 
-# ---------------------------------------------------------------------------------------------- the parts
+# ---------------------------------------------------------------------------------------------- text encoder
 
 
-def build_vae() -> AutoencoderKL:
-    """A x8 autoencoder with four latent channels, as Stable Diffusion's, at a thirtieth of the parameters."""
-    return AutoencoderKL(
-        sample_size=scenes.IMAGE_SIZE,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(16, 32, 64, 128),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=8,
-        mid_block_add_attention=False,
-    )
+class CaptionReading(nn.Module):
+    """Say from a caption what its scene is: cross-entropy over background, both objects and their axis.
 
+    It stands in for CLIP's contrastive training. Without it a UNet that learns along with its text encoder knows the
+    words after a thousand steps but still reads "a left of b" as "b left of a" after five thousand.
+    """
 
-def build_unet() -> UNet2DConditionModel:
-    """A small conditional UNet of Stable Diffusion's blocks on 8 x 8 latents."""
-    return UNet2DConditionModel(
-        sample_size=scenes.IMAGE_SIZE // 8,
-        in_channels=4,
-        out_channels=4,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        block_out_channels=(64, 128, 128),
-        layers_per_block=1,
-        cross_attention_dim=128,
-        attention_head_dim=4,  # number of heads: diffusers kept SD 1.5's misnomer
-        norm_num_groups=32,
-    )
+    attributes: ClassVar = {
+        "background": list(scenes.BACKGROUNDS),
+        "first": list(scenes.KINDS),
+        "second": list(scenes.KINDS),
+        "axis": list(scenes.AXES),
+    }
 
-
-def build_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's noise schedule, with v-prediction and a sampler that starts from the last timestep."""
-    return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type="v_prediction",
-        timestep_spacing="trailing",
-    )
-
-
-def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """A two-layer CLIP text tower over the grammar's vocabulary."""
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=512,
-            projection_dim=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=PROMPT_LENGTH,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-
-
-def build_tokenizer(captions: list[str]) -> CLIPTokenizer:
-    """A CLIP tokenizer whose byte pairs are learnt from the captions: every word of the grammar is one token."""
-    backend = CLIPTokenizer().backend_tokenizer
-    trainer = BpeTrainer(
-        vocab_size=2_000,  # more than the grammar needs: training stops when every word is one token
-        end_of_word_suffix="</w>",
-        initial_alphabet=ByteLevel.alphabet(),
-        special_tokens=["<|startoftext|>", "<|endoftext|>"],
-        show_progress=False,
-    )
-    backend.train_from_iterator(captions, trainer)
-    model = json.loads(backend.to_str())["model"]
-    merges = [tuple(merge) for merge in model["merges"]]
-    return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=PROMPT_LENGTH)
-
-
-# ---------------------------------------------------------------------------------------------- the VAE
-
-
-class Reconstruction(nn.Module):
-    """L1 + L2 reconstruction with a KL term that keeps the latents near a unit Gaussian (Rombach et al. 2022, §3.1)."""
-
-    def __init__(self, vae: AutoencoderKL, kl_weight: float = 5e-4):
+    def __init__(self, text_encoder: CLIPTextModel):
         super().__init__()
-        self.vae = vae
-        self.kl_weight = kl_weight
+        self.text_encoder = text_encoder
+        width = text_encoder.config.hidden_size
+        self.heads = nn.ModuleDict({name: nn.Linear(width, len(words)) for name, words in self.attributes.items()})
+
+    @classmethod
+    def classes(cls, scene: scenes.Scene) -> list[int]:
+        """The right answers, in the order of `attributes`."""
+        return [words.index(getattr(scene, name)) for name, words in cls.attributes.items()]
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        images = batch["images"].float() / 127.5 - 1
-        posterior = self.vae.encode(images).latent_dist
-        mean, logvar = posterior.mean.float(), posterior.logvar.float()
-        latents = mean + (0.5 * logvar).exp() * batch["noise"]
-        difference = self.vae.decode(latents).sample.float() - images
-        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        reconstruction = difference.abs().mean() + difference.square().mean()
-        return reconstruction + self.kl_weight * kl, {"reconstruction": reconstruction.detach(), "kl": kl.detach()}
-
-
-def train_vae(
-    preset: Preset, folder: Path, seed: int = 0, device: str = "cpu"
-) -> tuple[AutoencoderKL, dict[str, list[dict]]]:
-    """Train the VAE on scenes of every style, first on crops around the objects, then on whole images; with the logs.
-
-    Two thirds of an image are flat background; crops of a quarter of the area around a sprite teach the same
-    in a quarter of the time. The last steps see whole images, because group norms notice the difference.
-    """
-    torch.manual_seed(seed)
-    objective = Reconstruction(build_vae().to(device))
-    data = [s for style in scenes.STYLES for s in scenes.sample_scenes(style, "train", preset.images // 2, seed)]
-    images = draw_all(data)
-    centres = torch.tensor([s.positions for s in data])  # (n, 2, 2)
-
-    def draw_crops(step: int, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
-        rows = torch.randint(len(images), (batch_size,), generator=generator)
-        which = torch.randint(2, (batch_size,), generator=generator)
-        jitter = torch.randint(-8, 9, (batch_size, 2), generator=generator)
-        corners = (centres[rows, which] + jitter - CROP_SIZE // 2).clamp(0, scenes.IMAGE_SIZE - CROP_SIZE)
-        crops = [
-            images[row, :, y : y + CROP_SIZE, x : x + CROP_SIZE]
-            for row, (x, y) in zip(rows.tolist(), corners.tolist(), strict=True)
+        pooled = self.text_encoder(batch["input_ids"]).pooler_output  # (b, dim), the state at the end token
+        logits = [head(pooled) for head in self.heads.values()]
+        losses = [
+            nn.functional.cross_entropy(scores, answer)
+            for scores, answer in zip(logits, batch["classes"].unbind(1), strict=True)
         ]
-        return {"images": torch.stack(crops), "noise": _latent_noise(batch_size, CROP_SIZE // 8, generator)}
-
-    def draw_images(step: int, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
-        rows = torch.randint(len(images), (batch_size,), generator=generator)
-        return {"images": images[rows], "noise": _latent_noise(batch_size, scenes.IMAGE_SIZE // 8, generator)}
-
-    logs = {}
-    for name, draw_batch in (("vae_crops", draw_crops), ("vae_images", draw_images)):
-        schedule = replace(getattr(preset, name), seed=seed)
-        title = name.replace("_", " on ")
-        logs[name] = train(objective, draw_batch, schedule, folder / name, device=device, title=title)
-    return objective.vae.eval(), logs
+        right = torch.stack([scores.argmax(1) for scores in logits], dim=1) == batch["classes"]  # (b, attributes)
+        return torch.stack(losses).sum(), {"all_right": right.all(1).float().mean()}
 
 
-def draw_all(data: list[scenes.Scene]) -> Tensor:
-    """Scenes as images (n, 3, 64, 64) uint8."""
-    drawn = [scenes.draw(s) for s in tqdm(data, desc="drawing", mininterval=2, leave=False)]
-    return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).contiguous()
+def train_text_encoder(
+    preset: Preset, folder: Path, seed: int = 0, device: str = "cpu"
+) -> tuple[CLIPTokenizer, CLIPTextModel, list[dict]]:
+    """Learn the grammar of every style: the tokenizer from captions alone, the text encoder by reading them."""
+    data = [s for style in scenes.STYLES for s in scenes.sample_scenes(style, "train", preset.images // 2, seed)]
+    rng = np.random.default_rng([seed, 1])
+    captions = [c for s in data for c in scenes.captions(s, rng)]
+    tokenizer = build_tokenizer(grammar_captions(seed))
+    input_ids = tokenize(tokenizer, captions).view(len(data), -1, PROMPT_LENGTH)
+    classes = torch.tensor([CaptionReading.classes(s) for s in data])
 
+    torch.manual_seed(seed)
+    objective = CaptionReading(build_text_encoder(tokenizer)).to(device)
 
-def _latent_noise(batch_size: int, side: int, generator: torch.Generator) -> Tensor:
-    return torch.randn(batch_size, 4, side, side, generator=generator)
+    def draw_batch(step: int, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        rows = torch.randint(len(data), (batch_size,), generator=generator)
+        caption = torch.randint(input_ids.shape[1], (batch_size,), generator=generator)
+        return {"input_ids": input_ids[rows, caption], "classes": classes[rows]}
+
+    schedule = replace(preset.schedules["text_encoder"], seed=seed)
+    log = train(objective, draw_batch, schedule, folder / "text_encoder", device=device, title="text encoder")
+    return tokenizer, objective.text_encoder, log
 
 
 # ---------------------------------------------------------------------------------------------- text to image
@@ -282,13 +204,18 @@ class TextToImage(nn.Module):
 
 
 def train_text_to_image(
-    preset: Preset, vae: AutoencoderKL, folder: Path, seed: int = 0, device: str = "cpu"
+    preset: Preset,
+    vae: AutoencoderKL,
+    tokenizer: CLIPTokenizer,
+    text_encoder: CLIPTextModel,
+    folder: Path,
+    seed: int = 0,
+    device: str = "cpu",
 ) -> tuple[StableDiffusionPipeline, list[dict]]:
     """Train text encoder and UNet on the base style, with caption dropout and EMA; the whole pipeline and the log."""
     data = scenes.sample_scenes("noto", "train", preset.images, seed)
     rng = np.random.default_rng(seed)
     captions = [scenes.captions(s, rng) for s in data]  # (n, 5)
-    tokenizer = build_tokenizer(grammar_captions(seed))
     input_ids = tokenize(tokenizer, [c for five in captions for c in five]).view(len(data), -1, PROMPT_LENGTH)
     empty_ids = tokenize(tokenizer, [""])
     mean, std = encode_all(vae, draw_all(data), device)
@@ -296,7 +223,7 @@ def train_text_to_image(
 
     torch.manual_seed(seed)
     scheduler = build_scheduler()
-    objective = TextToImage(build_text_encoder(tokenizer), build_unet(), scheduler).to(device)
+    objective = TextToImage(text_encoder, build_unet(), scheduler).to(device)
 
     def draw_batch(step: int, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
         rows = torch.randint(len(data), (batch_size,), generator=generator)
@@ -324,7 +251,7 @@ def train_text_to_image(
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    schedule = replace(preset.unet, seed=seed)
+    schedule = replace(preset.schedules["unet"], seed=seed)
     log = train(objective, draw_batch, schedule, folder / "unet", device=device, title="text encoder and UNet")
     return pipeline, log
 
@@ -338,20 +265,3 @@ def grammar_captions(seed: int) -> list[str]:
         for s in scenes.sample_scenes(style, "train", 2_000, seed)
         for c in scenes.captions(s, rng)
     ]
-
-
-def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
-    """Captions as token ids, padded to the encoder's length: (n, tokens)."""
-    tokens = tokenizer(captions, padding="max_length", truncation=True, max_length=PROMPT_LENGTH, return_tensors="pt")
-    return tokens.input_ids
-
-
-@torch.no_grad()
-def encode_all(vae: AutoencoderKL, images: Tensor, device: str, batch_size: int = 100) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the latents of (n, 3, 64, 64) uint8 images, each (n, 4, 8, 8), unscaled."""
-    parts = []
-    for batch in tqdm(images.split(batch_size), desc="encoding", mininterval=2, leave=False):
-        posterior = vae.encode(batch.to(device).float() / 127.5 - 1).latent_dist
-        parts.append((posterior.mean.cpu(), posterior.std.cpu()))
-    mean, std = (torch.cat(part) for part in zip(*parts, strict=True))
-    return mean, std

@@ -15,12 +15,17 @@ PACKAGES = ("lora_distill", "torch", "diffusers", "transformers", "peft", "accel
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:
-    """Write a file by a temporary one beside it and a rename; on any failure the old file stays as it was."""
+    """Write a file by a temporary one beside it and a rename; on any failure the old file stays as it was.
+
+    Raises OSError that names the file, when the disk is full for instance.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, f"{path} could not be written: {error.strerror}") from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -1,7 +1,9 @@
 """The command line: exit codes, and one line instead of a traceback."""
 
+import errno
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -42,3 +44,14 @@ def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(series, "prepare", lambda profile: json.loads("x"))
     with pytest.raises(ValueError, match="Expecting value"):
         cli.main()
+
+
+def test_a_full_disk_is_one_line(command, monkeypatch, tmp_path):
+    def full(self, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    picture = tmp_path / "lion.png"
+    code, _, err = command("sample", "a lion above a bus", "--steps", "1", "--out", str(picture))
+    last_line = err.rpartition("\r")[2].strip()  # after the progress bar
+    assert code == 1 and last_line == f"{picture} could not be written: No space left on device"

@@ -1,0 +1,235 @@
+"""Roles on one W0, and LoRA files that lose nothing on their way."""
+
+import pytest
+import torch
+from conftest import small_unet
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from lora_distill.adapters import (
+    adapter_names,
+    adapter_parameters,
+    add_adapter,
+    load_adapter,
+    merged_copy,
+    plain_copy,
+    role,
+    save_adapter,
+)
+from lora_distill.pipeline import encode_prompts, load_pipeline
+from lora_distill.sampling import Sampler, initial_noise, sample
+from lora_distill.storage import DamagedFileError
+
+
+def moved(unet, name, seed=3, **options):
+    """Add an adapter whose B is no longer zero, so that it changes the output."""
+    parameters = add_adapter(unet, name, **{"rank": 2, "alpha": 2, **options})
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in parameters:
+            p.copy_(0.2 * torch.randn(p.shape, generator=generator))
+    return parameters
+
+
+def output(unet, inputs):
+    with torch.no_grad():
+        return unet(*inputs).sample
+
+
+def state(unet):
+    """All that a role may touch: active adapters, on or off, and what is trained."""
+    layers = [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
+    switches = [(layer.disable_adapters, list(layer.active_adapters)) for layer in layers]
+    return switches, [p.requires_grad for p in unet.parameters()]
+
+
+# ---------------------------------------------------------------------------------------------- one W0
+
+
+def test_a_new_adapter_changes_nothing_yet(unet, inputs):
+    before = output(unet, inputs)
+    add_adapter(unet, "student", rank=2, alpha=2)
+    assert torch.equal(output(unet, inputs), before)
+
+
+def test_the_teacher_is_the_unet_without_adapters(unet, inputs):
+    before = output(unet, inputs)
+    moved(unet, "student")
+    assert not torch.allclose(output(unet, inputs), before, atol=1e-3)
+    with role(unet, None):
+        assert torch.equal(output(unet, inputs), before)
+
+
+def test_there_is_one_w0_however_many_roles(unet):
+    w0 = sum(p.numel() for p in unet.parameters())
+    pointers = {p.data_ptr() for p in unet.parameters()}
+    adapters = [*moved(unet, "student"), *moved(unet, "finetune", rank=3)]
+    assert sum(p.numel() for p in unet.parameters()) == w0 + sum(p.numel() for p in adapters)
+    assert pointers <= {p.data_ptr() for p in unet.parameters()}
+
+
+def test_parameters_are_two_matrices_a_layer_of_the_rank(unet):
+    parameters = add_adapter(unet, "student", rank=3, alpha=3)
+    layers = [m for m in unet.modules() if isinstance(m, BaseTunerLayer)]
+    assert len(parameters) == 2 * len(layers) and all(3 in p.shape for p in parameters)
+    expected = sum(3 * (layer.in_features + layer.out_features) for layer in layers)
+    assert sum(p.numel() for p in parameters) == expected
+
+
+def test_training_an_adapter_leaves_w0_bit_identical(unet, inputs):
+    w0 = {name: p.clone() for name, p in unet.named_parameters()}
+    optimizer = torch.optim.AdamW(add_adapter(unet, "student", rank=2, alpha=2), lr=0.1)
+    for _ in range(3):
+        unet(*inputs).sample.square().mean().backward()
+        optimizer.step()
+    after = {n.replace(".base_layer", ""): p for n, p in unet.named_parameters() if "lora_" not in n}
+    assert after.keys() == w0.keys() and all(torch.equal(after[name], w0[name]) for name in w0)
+
+
+def test_only_the_newest_adapter_is_trained(unet):
+    old, new = add_adapter(unet, "old", rank=2, alpha=2), add_adapter(unet, "new", rank=2, alpha=2)
+    assert all(p.requires_grad for p in new) and not any(p.requires_grad for p in old)
+    assert sum(p.requires_grad for p in unet.parameters()) == len(new)
+
+
+def test_adapters_of_a_16_bit_w0_are_32_bit(unet):
+    parameters = add_adapter(unet.bfloat16(), "student", rank=2, alpha=2)
+    assert {p.dtype for p in parameters} == {torch.float32}
+
+
+def test_the_first_weights_come_from_the_seed_alone(unet):
+    torch.manual_seed(11)
+    one = add_adapter(unet, "one", rank=2, alpha=2, seed=5)
+    after = torch.rand(1)
+    torch.manual_seed(11)
+    assert torch.equal(torch.rand(1), after), "the global generator is left alone"
+    two = add_adapter(unet, "two", rank=2, alpha=2, seed=5)
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------- roles
+
+
+@pytest.mark.parametrize("played", [None, "one", "two"])
+def test_a_role_leaves_everything_as_it_was(unet, played):
+    moved(unet, "one"), moved(unet, "two")
+    found = state(unet)
+    with role(unet, played):
+        assert state(unet)[1] == found[1], "what is trained never changes"
+    assert state(unet) == found
+
+
+def test_a_role_is_left_by_an_exception_too(unet):
+    moved(unet, "student")
+    found = state(unet)
+    with pytest.raises(ZeroDivisionError), role(unet, None):
+        raise ZeroDivisionError
+    assert state(unet) == found
+
+
+def test_roles_nest(unet, inputs):
+    base = output(unet, inputs)
+    moved(unet, "student")
+    student = output(unet, inputs)
+    with role(unet, None):
+        with role(unet, "student"):
+            with role(unet, None):
+                assert torch.equal(output(unet, inputs), base)
+            assert torch.equal(output(unet, inputs), student)
+        assert torch.equal(output(unet, inputs), base)
+    assert torch.equal(output(unet, inputs), student)
+
+
+def test_a_role_that_nobody_can_play(unet):
+    with pytest.raises(ValueError, match="no adapter 'student' on this UNet; it carries none"):
+        role(unet, "student").__enter__()
+    add_adapter(unet, "finetune", rank=2, alpha=2)
+    with pytest.raises(ValueError, match="carries \\['finetune'\\]"):
+        role(unet, "student").__enter__()
+
+
+def test_gradients_are_the_same_with_gradient_checkpointing(unet, inputs):
+    parameters = moved(unet, "student")
+
+    def gradients():
+        with torch.no_grad(), role(unet, None):
+            target = unet(*inputs).sample
+        (unet(*inputs).sample - target).square().mean().backward()
+        found = [p.grad.clone() for p in parameters]
+        unet.zero_grad()
+        return found
+
+    plain = gradients()
+    unet.enable_gradient_checkpointing()
+    unet.train()
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(plain, gradients(), strict=True))
+    assert any(gradient.abs().max() > 0 for gradient in plain)
+
+
+# ---------------------------------------------------------------------------------------------- copies and files
+
+
+def test_a_plain_copy_is_w0_and_shares_no_memory(unet, inputs):
+    before = output(unet, inputs)
+    moved(unet, "student")
+    copy = plain_copy(unet)
+    assert torch.equal(output(copy, inputs), before) and not adapter_names(copy)
+    assert not {p.data_ptr() for p in copy.parameters()} & {p.data_ptr() for p in unet.parameters()}
+
+
+@pytest.mark.parametrize("targets", ["attention", "all"])
+def test_merged_and_unmerged_are_the_same_function(unet, inputs, targets):
+    moved(unet, "student", alpha=3, targets=targets)
+    assert torch.allclose(output(merged_copy(unet, "student"), inputs), output(unet, inputs), atol=1e-5)
+
+
+@pytest.mark.parametrize("targets", ["attention", "all"])
+@pytest.mark.parametrize("alpha", [2, 7])
+def test_a_file_gives_back_the_adapter_exactly(unet, inputs, tmp_path, targets, alpha):
+    moved(unet, "student", alpha=alpha, targets=targets)
+    save_adapter(unet, "student", tmp_path / "lora.safetensors", {"note": "kept"})
+    other = small_unet()
+    metadata = load_adapter(other, "again", tmp_path / "lora.safetensors")
+    assert metadata["note"] == "kept" and torch.equal(output(other, inputs), output(unet, inputs))
+    pairs = zip(adapter_parameters(unet, "student"), adapter_parameters(other, "again"), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("targets", ["attention", "all"])
+def test_stock_diffusers_draws_the_same_from_the_file_and_after_fusing(bundle, tmp_path, targets):
+    moved(bundle.unet, "student", alpha=1, targets=targets)
+    save_adapter(bundle.unet, "student", tmp_path / "lora.safetensors")
+    prompts, noise = ["a lion left of a bus on a blue background"], initial_noise(bundle, 1, seed=1)
+    embeds = encode_prompts(bundle, prompts), encode_prompts(bundle, [""])
+    ours = sample(bundle, Sampler(2, adapter="student"), noise, *embeds)
+    teacher = sample(bundle, Sampler(2), noise, *embeds)
+    stock = load_pipeline("bundled")
+    stock.load_lora_weights(str(tmp_path), weight_name="lora.safetensors")
+    options = {"latents": noise, "guidance_scale": 1.0, "num_inference_steps": 2, "output_type": "latent"}
+    assert (stock(prompts, **options).images - ours).abs().max() <= 1e-5
+    stock.fuse_lora()
+    assert (stock(prompts, **options).images - ours).abs().max() <= 1e-3
+    assert (teacher - ours).abs().max() > 0.1
+
+
+def test_a_file_for_another_architecture_is_refused(unet, tmp_path):
+    moved(unet, "student")
+    save_adapter(unet, "student", tmp_path / "lora.safetensors")
+    wider = small_unet(channels=(16, 32))
+    with pytest.raises(ValueError, match=r"lora\.safetensors: made for another architecture: unet\..*lora"):
+        load_adapter(wider, "student", tmp_path / "lora.safetensors")
+    assert not adapter_names(wider)
+
+
+@pytest.mark.parametrize("length", [0, 50, -1])
+def test_a_truncated_file_is_refused(unet, tmp_path, length):
+    moved(unet, "student")
+    path = tmp_path / "lora.safetensors"
+    save_adapter(unet, "student", path)
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(DamagedFileError, match="not a readable LoRA file"):
+        load_adapter(small_unet(), "student", path)
+
+
+def test_a_missing_file_is_named(unet, tmp_path):
+    with pytest.raises(DamagedFileError, match=str(tmp_path / "none.safetensors")):
+        load_adapter(unet, "student", tmp_path / "none.safetensors")
