@@ -4,8 +4,9 @@ from collections.abc import Callable
 from copy import copy
 from pathlib import Path
 
+import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_distill.adapters import adapter_names, add_adapter, plain_copy, save_adapter
 from lora_distill.data import cache_key, noised_batches
@@ -41,8 +42,8 @@ def distil_lora(
         seed=settings.seed,
     )
     lora = {"rank": settings.lora_rank, "alpha": settings.lora_alpha, "targets": settings.lora_targets}
-    plan = _schedule(settings, settings.learning_rate)
-    log = _distil("lora", pipe, pipe.unet, teacher, settings, plan, folder, each, lora)
+    plan = schedule(settings, settings.learning_rate)
+    log = _distil("lora", pipe, pipe.unet, teacher, settings, plan, folder, each, **lora)
     save_adapter(pipe.unet, STUDENT, folder / LORA_FILE)
     return log
 
@@ -56,27 +57,51 @@ def distil_full_copy(
 ) -> tuple[StableDiffusionPipeline, list[dict]]:
     """The conventional method: a second UNet, a full copy, learns from the first; return its pipeline and the log."""
     student = plain_copy(pipe.unet)
-    plan = _schedule(settings, settings.full_learning_rate)
-    log = _distil("full_copy", pipe, student, teacher, settings, plan, folder, each, {})
+    plan = schedule(settings, settings.full_learning_rate)
+    log = _distil("full copy", pipe, student, teacher, settings, plan, folder, each)
     return with_unet(pipe, student.requires_grad_(False)), log
 
 
-def _distil(name, pipe, student, teacher, settings, plan: Schedule, folder: Path, each, extra: dict) -> list[dict]:
-    """Train `student`, in a folder of its own for all that decides the result, so that only like continues like."""
-    objective = GuidanceDistillation(
-        student, pipe.unet, pipe.scheduler, settings.guidance_scale, teacher["empty_embeds"]
-    )
-    key = cache_key(teacher=digest(teacher), guidance_scale=settings.guidance_scale, plan=repr(plan), **extra)
+def _distil(
+    title: str,
+    pipe: StableDiffusionPipeline,
+    student: UNet2DConditionModel,
+    teacher: dict[str, Tensor],
+    settings: Settings,
+    plan: Schedule,
+    folder: Path,
+    each: Milestones | None,
+    **depends_on,
+) -> list[dict]:
+    w, empty_embeds = settings.guidance_scale, teacher["empty_embeds"]
+    objective = GuidanceDistillation(student, pipe.unet, pipe.scheduler, w, empty_embeds)
     draw_batch = noised_batches(teacher, pipe.scheduler.config.num_train_timesteps)
-    student_pipe = with_unet(pipe, student)
+    depends_on |= {"teacher": digest(teacher), "guidance_scale": w}
+    return fit(title, objective, draw_batch, with_unet(pipe, student), plan, folder, each, **depends_on)
+
+
+def fit(
+    title: str,
+    objective: nn.Module,
+    draw_batch: Callable[[int, int, torch.Generator], dict[str, Tensor]],
+    student_pipe: StableDiffusionPipeline,
+    plan: Schedule,
+    folder: Path,
+    each: Milestones | None = None,
+    **depends_on,
+) -> list[dict]:
+    """Train in a folder of its own for all that decides the result, so that only like continues like; the log.
+
+    `depends_on` is what, beside the plan, makes the result another one.
+    """
+    key = cache_key(plan=repr(plan), **depends_on)
     milestones = each and (each[0], lambda step: each[1](step, student_pipe))
-    title = name.replace("_", " ")
-    return train(
-        objective, draw_batch, plan, folder / f"{name}-{key}", device=pipe.device, each=milestones, title=title
-    )
+    run = folder / f"{title.replace(' ', '_')}-{key}"
+    return train(objective, draw_batch, plan, run, device=student_pipe.device, each=milestones, title=title)
 
 
-def _schedule(settings: Settings, learning_rate: float) -> Schedule:
+def schedule(settings: Settings, learning_rate: float) -> Schedule:
+    """The plan that the settings describe."""
     return Schedule(
         steps=settings.train_steps,
         batch_size=settings.batch_size,

@@ -56,6 +56,7 @@ class EncodedImages:
     first_caption: Tensor  # (n + 1,); captions of image i are first_caption[i] up to first_caption[i + 1]
     may_mirror: Tensor  # (m,) bool
     scaling_factor: float  # the VAE's; the UNet sees latents times this
+    key: str  # of all that these depend on
 
     def __len__(self) -> int:
         return len(self.posteriors)
@@ -97,7 +98,10 @@ def encode_images(
     )
     shape = (len(captions), tokenizer.model_max_length, text_encoder.config.hidden_size)
     prompt_embeds = _mapped(cache_dir / f"captions-{captions_key}.npy", shape, lambda: encoded_prompts(pipe, captions))
-    return EncodedImages(posteriors, prompt_embeds, first_caption, torch.tensor(may_mirror), vae.config.scaling_factor)
+    key = f"{images_key}-{captions_key}"
+    return EncodedImages(
+        posteriors, prompt_embeds, first_caption, torch.tensor(may_mirror), vae.config.scaling_factor, key
+    )
 
 
 def _mapped(path: Path, shape: tuple[int, ...], make: Callable[[], Iterable[Tensor]]) -> np.ndarray:
@@ -163,3 +167,31 @@ def image_batches(
         }
 
     return draw_batch
+
+
+def consistency_batches(
+    draw_batch: Callable[[int, int, torch.Generator], dict[str, Tensor]],
+    train_timesteps: int,
+    skip: int,
+    w_min: float,
+    w_max: float,
+) -> Callable[[int, int, torch.Generator], dict[str, Tensor]]:
+    """Batches for `ConsistencyDistillation`: timesteps moved up to the DDIM grid, and a guidance scale for each row.
+
+    The grid has every `skip`-th timestep, as `LCMScheduler` has it: 19, 39, ..., 999 for 20 of 1000. `inside` (m,)
+    lists the rows that are not on its first point. Raises ValueError for a skip that does not divide the timesteps
+    and for w_min above w_max.
+    """
+    if skip < 1 or train_timesteps % skip:
+        raise ValueError(f"ddim_skip: expected a divisor of the {train_timesteps} timesteps, got {skip}")
+    if not 1 <= w_min <= w_max:
+        raise ValueError(f"w_min, w_max: expected 1 <= w_min <= w_max, got {w_min:g} and {w_max:g}")
+
+    def draw(step: int, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        batch = draw_batch(step, batch_size, generator)
+        timesteps = (batch["timesteps"] // skip + 1) * skip - 1
+        guidance_scale = w_min + (w_max - w_min) * torch.rand(batch_size, generator=generator)
+        inside = torch.nonzero(timesteps >= skip).flatten()  # found here, where it costs no wait for a GPU
+        return {**batch, "timesteps": timesteps, "guidance_scale": guidance_scale, "inside": inside}
+
+    return draw

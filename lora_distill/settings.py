@@ -62,6 +62,30 @@ class Settings(BaseModel):
     lora_alpha: int = Field(4, ge=1, description="scale of the adapters, as alpha / rank")
     lora_targets: Literal["attention", "all"] = Field("attention", description="attention: q, k, v, out; all: more")
 
+    flickr_8k: str = Field(
+        "scenes/fluent/8k",
+        min_length=1,
+        description="images of notebook 03, the smaller set: "
+        "scenes/<style>/<size>, a folder of images with captions, or a hub id",
+    )
+    flickr_30k: str = Field("scenes/fluent/30k", min_length=1, description="images of notebook 03, the larger set")
+    resolution: int = Field(64, ge=8, description="side of the images in pixels")
+    mirror: bool = Field(False, description="mirror images whose caption has no left or right")
+    skip_unusable: bool = Field(False, description="leave out images that cannot be read, with a warning")
+    lcm_steps: int = Field(200, ge=1, description="updates of each training of notebook 03")
+    lcm_learning_rate: float = Field(1.0e-4, gt=0, description="learning rate of the full LCM")
+    lcm_lora_learning_rate: float = Field(1.0e-3, gt=0, description="learning rate of LCM-LoRA and of the mimic")
+    finetune_learning_rate: float = Field(1.0e-3, gt=0, description="learning rate of the plain LoRA fine-tune")
+    lcm_ema_decay: float = Field(0.95, ge=0, lt=1, description="decay of the consistency target; 0: the student itself")
+    lcm_rank: int = Field(16, ge=1, description="rank of LCM-LoRA and of the mimic; alpha is the same")
+    lcm_targets: Literal["attention", "all"] = Field("all", description="layers of LCM-LoRA and of the mimic")
+    w_min: float = Field(2.0, ge=1, description="least guidance scale of the full LCM")
+    w_max: float = Field(5.0, ge=1, description="greatest guidance scale of the full LCM")
+    ddim_skip: int = Field(20, ge=1, description="timesteps the DDIM solver skips; must divide the schedule's")
+    huber_c: float = Field(1.0e-3, gt=0, description="where the pseudo-Huber loss turns from square to absolute")
+    mse_weight: float = Field(1.0, ge=0, description="weight of the MSE when the LoRA mimics the LCM")
+    kl_weight: float = Field(1.0, ge=0, description="weight of the KL when the LoRA mimics the LCM")
+
     eval_prompts: int = Field(100, ge=1, description="prompts a measurement of quality")
     eval_every: int = Field(100, ge=1, description="updates between measurements in training")
     eval_seeds: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1, description="seeds of sampling")

@@ -6,6 +6,7 @@ from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline
 
 from lora_distill import diffusion
 from lora_distill.adapters import add_adapter, plain_copy, role
+from lora_distill.latents import consistency_batches
 from lora_distill.objectives import ConsistencyDistillation, ConsistencyFunction, ConsistencyMimicry, Denoising
 from lora_distill.pipeline import BUNDLED, encode_prompts, load_pipeline
 from lora_distill.sampling import Sampler, initial_noise, sample, step_generators
@@ -77,6 +78,42 @@ def test_pseudo_huber_is_quadratic_below_c_and_linear_above():
     zero = torch.zeros(1)
     assert diffusion.pseudo_huber(torch.tensor([0.01]), zero, c=1.0) == pytest.approx(0.5e-4, rel=1e-2)
     assert diffusion.pseudo_huber(torch.tensor([100.0]), zero, c=1e-3) == pytest.approx(100, rel=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------- batches
+
+
+def drawn(timesteps, w_min=2.0, w_max=5.0, skip=20):
+    """One batch whose timesteps were drawn as given."""
+    draw = consistency_batches(lambda *_: {"timesteps": timesteps}, 1000, skip, w_min, w_max)
+    return draw(0, len(timesteps), torch.Generator().manual_seed(0))
+
+
+def test_every_timestep_moves_up_to_the_grid_of_the_lcm_scheduler():
+    scheduler = LCMScheduler()
+    scheduler.set_timesteps(50)
+    batch = drawn(torch.arange(1000))
+    assert batch["timesteps"].unique().tolist() == sorted(scheduler.timesteps.tolist())
+    assert torch.equal(batch["timesteps"].bincount()[19::20], torch.full((50,), 20)), "each as often"
+    assert torch.equal(batch["inside"], torch.arange(20, 1000))
+
+
+def test_guidance_scales_fill_their_range():
+    w = drawn(torch.zeros(1000, dtype=torch.long))["guidance_scale"]
+    assert w.min() >= 2 and w.max() <= 5 and w.min() < 2.1 and w.max() > 4.9
+    assert (drawn(torch.zeros(9, dtype=torch.long), 3.0, 3.0)["guidance_scale"] == 3).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"skip": 30}, "ddim_skip: expected a divisor of the 1000 timesteps, got 30"),
+        ({"w_min": 6.0}, "expected 1 <= w_min <= w_max, got 6 and 5"),
+    ],
+)
+def test_what_cannot_be_drawn_is_said(options, message):
+    with pytest.raises(ValueError, match=message):
+        drawn(torch.arange(4), **options)
 
 
 # ---------------------------------------------------------------------------------------------- objectives
