@@ -23,6 +23,7 @@ from lora_distill.settings import PACKAGE, Settings, figures_dir, load_settings,
 KERNEL_ENVIRONMENT = {"PYTHONWARNINGS": "ignore:IProgress not found", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 # Kernels announce their transport at the start, and as an error the interrupt that comes before their shutdown.
 KERNEL = {"kernel_name": "python3", "extra_arguments": ["--log-level=CRITICAL"]}
+RESULTS_START, RESULTS_END = "<!-- results -->", "<!-- /results -->"
 PRETRAINING = "00"  # makes the bundled pipeline: not part of a run, which reads the committed one
 
 
@@ -41,7 +42,7 @@ def reproduce(profile: str | Path, *, force: bool = False, names: Sequence[str] 
     notebooks = {path.stem: run(path, settings, folder, force=force) for path in select(all_notebooks(), names)}
     account = manifest(settings, started=started, notebooks=notebooks)
     atomic_write(folder / "manifest.json", json.dumps(account, indent=2) + "\n")
-    print(results_table(folder))
+    print(results_table(figures_dir(settings)))
     print(f"\nnotebooks and manifest.json: {_shown(folder)}\nfigures: {_shown(figures_dir(settings))}")
 
 
@@ -57,11 +58,14 @@ def prepare(profile: str | Path) -> Path:
 
 
 def commit_outputs(profile: str | Path = "cpu") -> None:
-    """Run all notebooks and put their outputs into the committed ones."""
+    """Run all notebooks and put their outputs into the committed ones, and their results into the README."""
     paths = all_notebooks()
     reproduce(profile, names=[path.stem for path in paths])
     for path in paths:
         write_outputs(path, run_dir(load_settings(profile)) / path.name)
+    readme = repository_root() / "README.md"
+    table = results_table(figures_dir(load_settings(profile)))
+    atomic_write(readme, with_results(readme.read_text(), table))
 
 
 def all_notebooks() -> list[Path]:
@@ -200,13 +204,20 @@ def stale_outputs(path: Path) -> bool:
 
 
 def results_table(folder: Path) -> str:
-    """What the notebooks found, from the files {title: {label: value}} in a run's `results` folder."""
+    """What the notebooks found, from the files <notebook>_results.json, {title: {label: value}}, beside the figures."""
     lines = []
-    for path in sorted((folder / "results").glob("*.json")):
+    for path in sorted(folder.glob("*_results.json")):
         for title, rows in json.loads(path.read_text()).items():
             width = max((len(label) for label in rows), default=0)
             lines += ["", title, *(f"  {label:<{width}}  {value}" for label, value in rows.items())]
-    return "\n".join(lines)
+    return "\n".join(lines[1:])
+
+
+def with_results(readme: str, table: str) -> str:
+    """The README with the results of a run as its block of results."""
+    before, _, rest = readme.partition(RESULTS_START)
+    _, _, after = rest.partition(RESULTS_END)
+    return f"{before}{RESULTS_START}\n```\n{table}\n```\n{RESULTS_END}{after}"
 
 
 def _papermill(path: Path, output: Path, settings: Settings, **options) -> NotebookNode:

@@ -1,48 +1,40 @@
-"""A tiny pipeline in the Stable Diffusion folder layout, with random weights: facts here hold for any weights."""
+"""What several tests need: a UNet of Stable Diffusion's kind that is small enough to train in a blink."""
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from helpers import tiny_unet
+from diffusers import UNet2DConditionModel
 
-from lora_distill import scenes
 from lora_distill.pipeline import load_pipeline
-from lora_distill.small_pipeline import build_scheduler, build_text_encoder, build_tokenizer, build_vae
 
 
-@pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory) -> Path:
-    """A pipeline folder, written once; copy it before changing it."""
-    rng = np.random.default_rng(0)
-    captions = [c for s in scenes.sample_scenes("noto", "train", 300, 0) for c in scenes.captions(s, rng)]
-    tokenizer = build_tokenizer(captions)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        pipe = StableDiffusionPipeline(
-            vae=build_vae(),
-            text_encoder=build_text_encoder(tokenizer),
-            tokenizer=tokenizer,
-            unet=tiny_unet(),
-            scheduler=build_scheduler(),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-    folder = tmp_path_factory.mktemp("tiny") / "pipeline"
-    pipe.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def pipe(tiny_folder) -> StableDiffusionPipeline:
-    """The tiny pipeline, freshly loaded."""
-    return load_pipeline(str(tiny_folder))
+def small_unet(seed: int = 0, channels: tuple[int, int] = (8, 16)) -> UNet2DConditionModel:
+    torch.manual_seed(seed)
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=channels,
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=8,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    ).requires_grad_(False)
 
 
 @pytest.fixture
 def unet() -> UNet2DConditionModel:
-    """A tiny UNet that carries no adapter."""
-    return tiny_unet()
+    return small_unet()
+
+
+@pytest.fixture
+def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x_t (2, 4, 8, 8), timesteps (2,) and prompt_embeds (2, 5, 8) for `unet`."""
+    generator = torch.Generator().manual_seed(1)
+    x_t, embeds = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 5, 8, generator=generator)
+    return x_t, torch.tensor([19, 777]), embeds
+
+
+@pytest.fixture
+def bundle():
+    """The bundled pipeline, loaded anew: a test may change it."""
+    return load_pipeline("bundled")

@@ -1,11 +1,14 @@
 """Facts that are written down twice in this repository agree."""
 
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
+
+from lora_distill.series import results_table, with_results
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -45,6 +48,14 @@ def test_citation_has_this_version_and_both_works():
         "LoRA-Enhanced Distillation on Guided Diffusion Models",
         "Enhancing Image Generation with LCM LoRA Distillation",
     ]
+
+
+def test_readme_states_the_results_of_the_committed_figures():
+    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "figures/cpu"], cwd=ROOT).returncode
+    if changed:
+        pytest.skip("figures/cpu were drawn anew; `make notebooks` brings the README along")
+    readme = (ROOT / "README.md").read_text()
+    assert readme == with_results(readme, results_table(ROOT / "figures" / "cpu"))
 
 
 def test_licences_are_shipped():

@@ -34,6 +34,7 @@ def checkout(tmp_path, monkeypatch):
     for profile in ("cpu", "other"):
         (tmp_path / "params" / f"{profile}.yaml").write_text(f"profile: {profile}\n")
     (tmp_path / "lora_distill" / "module.py").write_text("x = 1\n")
+    (tmp_path / "README.md").write_text("# A title\n<!-- results --><!-- /results -->\n")
     for name in ("00_make", "01_first", "02_second"):
         write_notebook(tmp_path / "notebooks" / f"{name}.ipynb", "seed + 1")
     for module in (settings, series):
@@ -133,11 +134,18 @@ def test_no_notebooks(checkout):
 
 
 def test_results_are_printed(executed, checkout, capsys):
-    results = checkout / "runs" / "cpu" / "results"
-    results.mkdir(parents=True)
-    (results / "01_first.json").write_text(json.dumps({"Memory": {"LoRA": "1.2 MB", "full copy": "10 MB"}}))
+    figures = checkout / "figures" / "cpu"
+    figures.mkdir(parents=True)
+    (figures / "01_results.json").write_text(json.dumps({"Memory": {"LoRA": "1.2 MB", "full copy": "10 MB"}}))
     rerun(executed)
-    assert "\nMemory\n  LoRA       1.2 MB\n  full copy  10 MB\n" in capsys.readouterr().out
+    assert "Memory\n  LoRA       1.2 MB\n  full copy  10 MB\n" in capsys.readouterr().out
+
+
+def test_results_take_the_place_of_those_in_the_readme():
+    readme = "before\n<!-- results -->\nold\n<!-- /results -->\nafter\n"
+    once = series.with_results(readme, "Memory\n  LoRA  1 MB")
+    assert once == "before\n<!-- results -->\n```\nMemory\n  LoRA  1 MB\n```\n<!-- /results -->\nafter\n"
+    assert series.with_results(once, "Memory\n  LoRA  1 MB") == once
 
 
 @pytest.mark.parametrize(

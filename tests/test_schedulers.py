@@ -1,0 +1,51 @@
+"""Sampling with the schedulers of diffusers, one by one: the latents of the stock pipeline, and the passes stated."""
+
+import pytest
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+)
+
+from lora_distill.pipeline import encode_prompts
+from lora_distill.sampling import Sampler, initial_noise, sample
+
+PROMPTS = ["a lion left of a bus on a blue background"]
+GUIDED = Sampler(4, 3.0)
+more_timesteps_than_steps = pytest.mark.xfail(
+    strict=True, reason="Sampler takes a step for one timestep: its last timesteps go unguided and uncounted"
+)
+SCHEDULERS = [
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    DPMSolverMultistepScheduler,
+    pytest.param(PNDMScheduler, marks=more_timesteps_than_steps),  # the default of Stable Diffusion 1.5
+    pytest.param(HeunDiscreteScheduler, marks=more_timesteps_than_steps),
+]
+
+
+@pytest.fixture(params=SCHEDULERS)
+def pipe(bundle, request):
+    bundle.scheduler = request.param.from_config(bundle.scheduler.config)
+    return bundle
+
+
+def sampled(pipe):
+    return sample(
+        pipe, GUIDED, initial_noise(pipe, 1, seed=1), encode_prompts(pipe, PROMPTS), encode_prompts(pipe, [""])
+    )
+
+
+def test_the_latents_are_those_of_the_stock_pipeline(pipe):
+    noise = initial_noise(pipe, 1, seed=1)
+    theirs = pipe(PROMPTS, latents=noise, guidance_scale=3.0, num_inference_steps=4, output_type="latent").images
+    assert (sampled(pipe) - theirs).abs().max() <= 1e-4
+
+
+def test_the_unet_passes_are_those_that_are_stated(pipe):
+    rows = []
+    with pipe.unet.register_forward_pre_hook(lambda module, arguments: rows.append(len(arguments[0]))):
+        sampled(pipe)
+    assert sum(rows) == GUIDED.unet_passes
