@@ -24,14 +24,9 @@ class Sampler:
     guided_fraction: float = 1.0
     adapter: str | None = None
 
-    @property
-    def guided_steps(self) -> int:
-        return round(self.steps * self.guided_fraction) if self.guidance_scale != 1 else 0
-
-    @property
-    def unet_passes(self) -> int:
-        """UNet evaluations an image (NFE)."""
-        return self.steps + self.guided_steps
+    def guided_steps(self, count: int) -> int:
+        """How many of `count` timesteps take both passes."""
+        return round(count * self.guided_fraction) if self.guidance_scale != 1 else 0
 
 
 def initial_noise(pipe: StableDiffusionPipeline, count: int, seed: int) -> Tensor:
@@ -40,6 +35,14 @@ def initial_noise(pipe: StableDiffusionPipeline, count: int, seed: int) -> Tenso
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(count, config.in_channels, config.sample_size, config.sample_size, generator=generator)
     return noise.to(pipe.unet.device, pipe.unet.dtype)
+
+
+def unet_passes(pipe: StableDiffusionPipeline, sampler: Sampler) -> int:
+    """UNet evaluations an image (NFE). Some schedulers, PNDM and Heun, evaluate more timesteps than steps."""
+    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    scheduler.set_timesteps(sampler.steps)
+    count = len(scheduler.timesteps)
+    return count + sampler.guided_steps(count)
 
 
 @torch.no_grad()
@@ -52,11 +55,12 @@ def sample(
     """
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     scheduler.set_timesteps(sampler.steps, device=noise.device)
+    guided_steps = sampler.guided_steps(len(scheduler.timesteps))
     latents = noise * scheduler.init_noise_sigma
     both_embeds = torch.cat([empty_embeds.expand_as(prompt_embeds), prompt_embeds])
     with role(pipe.unet, sampler.adapter):
         for index, t in enumerate(scheduler.timesteps):
-            if index < sampler.guided_steps:
+            if index < guided_steps:
                 doubled = scheduler.scale_model_input(torch.cat([latents] * 2), t)
                 uncond, cond = pipe.unet(doubled, t, both_embeds).sample.chunk(2)
                 output = diffusion.guide(uncond, cond, sampler.guidance_scale)
