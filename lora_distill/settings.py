@@ -38,7 +38,7 @@ class Settings(BaseModel):
     pretrain: Literal["short", "full"] = Field("short", description="how long notebook 00 trains the small pipeline")
 
     data: str = Field(
-        "scenes", min_length=1, description="scenes, or a folder of images with captions in metadata.jsonl"
+        "scenes", min_length=1, description="captioned images: scenes, a folder as one finds Flickr8k, or a hub id"
     )
     style: Literal["noto", "fluent"] = Field("noto", description="drawing style of the bundled scenes")
     teacher_images: int = Field(512, ge=1, description="images the teacher makes to distil on")
