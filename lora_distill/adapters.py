@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from lora_distill.provenance import atomic_write
-from lora_distill.storage import DamagedFileError
+from lora_distill.storage import DamagedFileError, digest
 
 TARGETS = {
     "attention": ["to_q", "to_k", "to_v", "to_out.0"],
@@ -135,7 +135,8 @@ def save_adapter(unet: UNet2DConditionModel, name: str, path: Path, metadata: di
     tensors = {f"unet.{key}": value.detach().cpu().contiguous() for key, value in state.items()}
     config = {key: _jsonable(value) for key, value in unet.peft_config[name].to_dict().items()}
     packed = json.dumps({f"unet.{key}": value for key, value in config.items()}, sort_keys=True)
-    atomic_write(path, save(tensors, {"format": "pt", LORA_ADAPTER_METADATA_KEY: packed, **(metadata or {})}))
+    fields = {"format": "pt", LORA_ADAPTER_METADATA_KEY: packed, "digest": digest(tensors)}
+    atomic_write(path, save(tensors, {**fields, **(metadata or {})}))
 
 
 def _jsonable(value):
@@ -145,7 +146,8 @@ def _jsonable(value):
 def load_adapter(unet: UNet2DConditionModel, name: str, path: Path) -> dict[str, str]:
     """Load a LoRA file as an adapter and return the file's metadata.
 
-    Raises `DamagedFileError` for a file that cannot be read, ValueError for one made for another architecture.
+    Raises `DamagedFileError` for a file that cannot be read or, when it carries a digest as ours do, was altered;
+    ValueError for one made for another architecture.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -153,6 +155,8 @@ def load_adapter(unet: UNet2DConditionModel, name: str, path: Path) -> dict[str,
             metadata = file.metadata() or {}
     except (SafetensorError, FileNotFoundError) as error:
         raise DamagedFileError(f"{path}: not a readable LoRA file ({error})") from None
+    if metadata.get("digest") not in {None, digest(state)}:
+        raise DamagedFileError(f"{path}: contents do not match their digest")
     _check_architecture(unet, state, path)
     config = json.loads(metadata[LORA_ADAPTER_METADATA_KEY]) if LORA_ADAPTER_METADATA_KEY in metadata else None
     unet.load_lora_adapter(state, prefix="unet", adapter_name=name, metadata=config)

@@ -30,7 +30,7 @@ def load_pipeline(
 
     Raises FileNotFoundError that names the missing folder or part.
     """
-    folder = BUNDLED if name == "bundled" else Path(name)
+    folder = BUNDLED if name == "bundled" else Path(name).expanduser()
     local = folder.is_dir()
     if not local and (name == "bundled" or name.startswith((".", "/", "~"))):
         raise FileNotFoundError(f"no pipeline folder {folder}")

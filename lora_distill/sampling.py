@@ -29,14 +29,9 @@ class Sampler:
     scheduler: Literal["own", "dpm++", "lcm"] = "own"
     embedded_guidance: float | None = None
 
-    @property
-    def guided_steps(self) -> int:
-        return round(self.steps * self.guided_fraction) if self.guidance_scale != 1 else 0
-
-    @property
-    def unet_passes(self) -> int:
-        """UNet evaluations an image (NFE)."""
-        return self.steps + self.guided_steps
+    def guided_steps(self, count: int) -> int:
+        """How many of `count` timesteps take both passes."""
+        return round(count * self.guided_fraction) if self.guidance_scale != 1 else 0
 
 
 def build_scheduler(pipe: StableDiffusionPipeline, name: str) -> SchedulerMixin:
@@ -58,6 +53,14 @@ def initial_noise(pipe: StableDiffusionPipeline, count: int, seed: int) -> Tenso
     return noise.to(pipe.unet.device, pipe.unet.dtype)
 
 
+def unet_passes(pipe: StableDiffusionPipeline, sampler: Sampler) -> int:
+    """UNet evaluations an image (NFE). Some schedulers, PNDM and Heun, evaluate more timesteps than steps."""
+    scheduler = build_scheduler(pipe, sampler.scheduler)
+    scheduler.set_timesteps(sampler.steps)
+    count = len(scheduler.timesteps)
+    return count + sampler.guided_steps(count)
+
+
 @torch.no_grad()
 def sample(
     pipe: StableDiffusionPipeline,
@@ -77,12 +80,13 @@ def sample(
     scheduler = build_scheduler(pipe, sampler.scheduler)
     scheduler.set_timesteps(sampler.steps, device=noise.device)
     noisy_step = {"generator": generators} if sampler.scheduler == "lcm" else {}
+    guided_steps = sampler.guided_steps(len(scheduler.timesteps))
     latents = noise * scheduler.init_noise_sigma
     both_embeds = torch.cat([empty_embeds.expand_as(prompt_embeds), prompt_embeds])
     timestep_cond = _embedded_guidance(pipe, sampler, len(noise))
     with role(pipe.unet, sampler.adapter):
         for index, t in enumerate(scheduler.timesteps):
-            if index < sampler.guided_steps:
+            if index < guided_steps:
                 doubled = scheduler.scale_model_input(torch.cat([latents] * 2), t)
                 uncond, cond = pipe.unet(doubled, t, both_embeds).sample.chunk(2)
                 output = diffusion.guide(uncond, cond, sampler.guidance_scale)

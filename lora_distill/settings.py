@@ -38,7 +38,7 @@ class Settings(BaseModel):
     pretrain: Literal["short", "full"] = Field("short", description="how long notebook 00 trains the small pipeline")
 
     data: str = Field(
-        "scenes", min_length=1, description="scenes, or a folder of images with captions in metadata.jsonl"
+        "scenes", min_length=1, description="captioned images: scenes, a folder as one finds Flickr8k, or a hub id"
     )
     style: Literal["noto", "fluent"] = Field("noto", description="drawing style of the bundled scenes")
     teacher_images: int = Field(512, ge=1, description="images the teacher makes to distil on")
@@ -46,12 +46,12 @@ class Settings(BaseModel):
     guidance_scale: float = Field(3.0, ge=1, description="w of the teacher; 1 is no guidance")
     sampling_steps: int = Field(25, ge=1, description="steps of the multi-step samplers")
 
-    train_steps: int = Field(300, ge=1, description="optimiser updates")
+    train_steps: int = Field(200, ge=1, description="optimiser updates")
     batch_size: int = Field(32, ge=1, description="images a forward pass")
     gradient_accumulation: int = Field(1, ge=1, description="forward passes an update")
     learning_rate: float = Field(2.0e-3, gt=0, description="learning rate of LoRA training")
     full_learning_rate: float = Field(2.0e-4, gt=0, description="learning rate of the conventional full copy")
-    warmup_steps: int = Field(30, ge=0, description="updates of linear warm-up, at most train_steps")
+    warmup_steps: int = Field(20, ge=0, description="updates of linear warm-up, at most train_steps")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
     weight_decay: float = Field(0.0, ge=0, description="weight decay of AdamW")
     ema_decay: float = Field(0.0, ge=0, lt=1, description="decay of the weights' moving average; 0 is off")
@@ -87,7 +87,7 @@ class Settings(BaseModel):
     kl_weight: float = Field(1.0, ge=0, description="weight of the KL when the LoRA mimics the LCM")
 
     eval_prompts: int = Field(100, ge=1, description="prompts a measurement of quality")
-    eval_every: int = Field(100, ge=1, description="updates between measurements in training")
+    eval_every: int = Field(50, ge=1, description="updates between measurements in training")
     eval_seeds: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1, description="seeds of sampling")
     guidance_scales: list[Annotated[float, Field(ge=1)]] = Field(
         [1.0, 2.0, 3.0, 5.0, 7.5, 10.0], min_length=1, description="w of the curves of quality against guidance"

@@ -35,7 +35,8 @@ def cache_key(**parts) -> str:
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write tensors and text metadata as one safetensors file; on any failure the old file stays as it was."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    atomic_write(path, save(tensors, {**(metadata or {}), "digest": digest(tensors)}))
+    metadata = metadata or {}
+    atomic_write(path, save(tensors, {**metadata, "digest": _seal(tensors, metadata)}))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -49,9 +50,15 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise DamagedFileError(f"{path}: not a whole safetensors file ({error})") from None
-    if metadata.pop("digest", None) != digest(tensors):
+    if metadata.pop("digest", None) != _seal(tensors, metadata):
         raise DamagedFileError(f"{path}: contents do not match their digest")
     return tensors, metadata
+
+
+def _seal(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
+    """The digest of a whole file, its text as well as its tensors."""
+    text = json.dumps(metadata, sort_keys=True)
+    return hashlib.sha256((digest(tensors) + text).encode()).hexdigest()
 
 
 def save_array(path: Path, shape: tuple[int, ...], parts: Iterable[torch.Tensor]) -> None:

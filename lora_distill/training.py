@@ -134,7 +134,7 @@ def train(
             log.append(row)
             progress.set_postfix_str(f"loss {row['loss']:.4f}, {row['images_per_s']:.0f} images/s", refresh=False)
         if each and (done % each[0] == 0 or done == schedule.steps):
-            log.append({"step": done, **each[1](done)})
+            log.append({"step": done, **_measured(each[1], done, ema, parameters)})
             clock, images = time.perf_counter(), 0
         if accelerator.is_main_process and (done % schedule.checkpoint_every == 0 or done == schedule.steps):
             state.save(done, log)
@@ -142,6 +142,18 @@ def train(
     if schedule.ema_decay:
         ema.copy_to(parameters.values())
     return log
+
+
+def _measured(call: Callable[[int], dict], step: int, ema: EMAModel, parameters: dict[str, nn.Parameter]) -> dict:
+    """Measurements of what training would leave behind at this step: the moving average, where one is kept."""
+    if not ema.decay:
+        return call(step)
+    ema.store(parameters.values())
+    ema.copy_to(parameters.values())
+    try:
+        return call(step)
+    finally:
+        ema.restore(parameters.values())
 
 
 def peak_memory_mb(device: torch.device) -> float:

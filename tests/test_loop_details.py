@@ -28,17 +28,23 @@ def draw(step, batch_size, generator):
     return {"target": torch.randn(batch_size, 2, generator=generator)}
 
 
-def test_the_moving_average_is_that_of_its_closed_form(tmp_path):
-    """EMA with the warm-up 1 - (1 + i)^(-3/4), from zero on, up to `ema_decay`."""
+def weights_at_each_step(plan, folder):
+    """The weights that a measurement sees before the first update and after every one, and those left behind."""
     objective, seen = Distance(), []
-    each = (1, lambda step: seen.append(objective.weight.detach().clone()) or {})
-    train(objective, draw, replace(PLAN, ema_decay=0.6), tmp_path, each=each)
-    average = seen[0]
-    for i, weight in enumerate(seen[1:]):
+    train(objective, draw, plan, folder, each=(1, lambda step: seen.append(objective.weight.detach().clone()) or {}))
+    return seen, objective.weight
+
+
+def test_the_moving_average_is_that_of_its_closed_form(tmp_path):
+    """EMA with the warm-up 1 - (1 + i)^(-3/4), from zero on, up to `ema_decay`; measurements see it too."""
+    raw, _ = weights_at_each_step(PLAN, tmp_path / "raw")
+    averaged, left = weights_at_each_step(replace(PLAN, ema_decay=0.6), tmp_path / "averaged")
+    average = raw[0]
+    for i, weight in enumerate(raw[1:]):
         decay = min(1 - (1 + i) ** -0.75, 0.6) if i else 0.0
         average = decay * average + (1 - decay) * weight
-    assert torch.allclose(objective.weight, average, atol=1e-6)
-    assert not torch.allclose(objective.weight, seen[-1], atol=1e-3)
+        assert torch.allclose(averaged[i + 1], average, atol=1e-6)
+    assert torch.equal(left, averaged[-1]) and not torch.allclose(left, raw[-1], atol=1e-3)
 
 
 def test_the_first_update_is_the_learning_rate_against_the_sign_of_the_gradient(tmp_path):

@@ -5,7 +5,7 @@ import torch
 
 from lora_distill.adapters import add_adapter
 from lora_distill.pipeline import encode_prompts, load_pipeline
-from lora_distill.sampling import Sampler, initial_noise, sample, sample_in_batches
+from lora_distill.sampling import Sampler, initial_noise, sample, sample_in_batches, unet_passes
 
 PROMPTS = [
     "a lion left of a bus on a blue background",
@@ -40,7 +40,7 @@ def test_the_unet_passes_are_those_that_are_stated(pipe, embeds, sampler):
     hook = pipe.unet.register_forward_pre_hook(lambda module, arguments: rows.append(len(arguments[0])))
     sample(pipe, sampler, initial_noise(pipe, 3, seed=1), *embeds)
     hook.remove()
-    assert sum(rows) == 3 * sampler.unet_passes
+    assert sum(rows) == 3 * unet_passes(pipe, sampler)
     assert len(rows) == sampler.steps, "both halves of guidance in one forward"
 
 

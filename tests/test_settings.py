@@ -62,7 +62,7 @@ def test_defaults_are_the_cpu_profile():
         ("guidance_scales: 5", "guidance_scales: expected a list, got 5"),
         ("eval_seeds: []", "eval_seeds: expected at least one value"),
         ("eval_seeds: [0, 1, 0]", "eval_seeds: must differ from each other"),
-        ("train_steps: 9", "warmup_steps: must be at most train_steps = 9, got 30"),
+        ("train_steps: 9", "warmup_steps: must be at most train_steps = 9, got 20"),
         ("style: oil", "style: expected 'noto' or 'fluent', got the text 'oil'"),
         ("mixed_precision: no", "got False .YAML reads yes, no"),
         ("device: gpu", "device: expected auto, cpu, cuda or cuda:N, got the text 'gpu'"),
