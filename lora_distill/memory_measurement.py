@@ -38,8 +38,6 @@ class LiveBytes(TorchDispatchMode):
         self._storages: dict[int, tuple[weakref.ref, str, int]] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            return 1.0  # no value is there to read; the optimizer's step count needs one
         result = func(*args, **(kwargs or {}))
         term = "activations"
         if func is torch.ops.aten._to_copy.default and self._term(args[0]) in ("weights", "lora"):
@@ -81,6 +79,15 @@ class LiveBytes(TorchDispatchMode):
         self.live[term] -= size
 
 
+class FakeValues(TorchDispatchMode):
+    """Read a fake tensor's value as 1: it has none, and the optimizer asks for its step count."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return 1.0
+        return func(*args, **(kwargs or {}))
+
+
 @contextmanager
 def cuda_autocast() -> Iterator[None]:
     """Let the CPU's autocast do what CUDA's does: normalise in float32, and so keep float32 tensors for backward."""
@@ -102,7 +109,7 @@ def cuda_autocast() -> Iterator[None]:
 
 def simulate(scheme: Scheme, setup: Setup, unet_config: Mapping[str, Any]) -> Bytes:
     """Bytes by term at the peak of one step on fake tensors; no memory is taken. Raises ValueError as `prepare`."""
-    with cuda_autocast(), FakeTensorMode():
+    with cuda_autocast(), FakeTensorMode(), FakeValues():
         return _tracked(lambda: prepare(scheme, setup, unet_config, "cpu"))
 
 
@@ -119,6 +126,9 @@ def _tracked(make: Callable[[], Step]) -> Bytes:
         tracker.assign(step.lora, "lora")
         if step.optimizer:
             tracker.assign(step.optimizer.tensors(), "optimizer")
+            step.optimizer.adamw.register_step_pre_hook(
+                lambda adamw, *_: tracker.assign((p.grad for g in adamw.param_groups for p in g["params"]), "gradients")
+            )
         _follow_gradients(step.trained, tracker)
         tracker.reset_peak()
         step()
