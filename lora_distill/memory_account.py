@@ -15,8 +15,8 @@ connections that wait are alive beside it. Autocast adds a float32 copy of every
 matrix layer keeps after a norm, and 16-bit copies of the weights.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lora_distill.memory import (
@@ -48,6 +48,16 @@ def account(scheme: Scheme, setup: Setup, unet_config: Mapping[str, Any]) -> Byt
     )
     peak = max(moments, key=lambda moment: sum(moment.values()))
     return {term: round(peak.get(term, 0)) for term in TERMS}
+
+
+def largest_batch(scheme: Scheme, setup: Setup, unet_config: Mapping[str, Any], budget: float, most: int = 512) -> int:
+    """The largest batch whose peak stays within `budget` bytes, at most `most`; 0 when one image is too many."""
+    fitting, too_many = 0, most + 1
+    while too_many - fitting > 1:
+        batch = (fitting + too_many) // 2
+        fits = sum(account(scheme, replace(setup, batch=batch), unet_config).values()) <= budget
+        fitting, too_many = (batch, too_many) if fits else (fitting, batch)
+    return fitting
 
 
 def _sampling(scheme: Inference, setup: Setup, config: Mapping[str, Any]) -> Iterator[Bytes]:
@@ -181,7 +191,7 @@ class Pass:
         return items
 
     def _items(self, checkpointing: bool) -> tuple[list[tuple[int, Item]], dict[int, list[tuple[int, Item]]]]:
-        """All that is kept, with the first layer that keeps it: over the whole forward, and inside checkpointed blocks."""
+        """All that is kept, with the first layer that keeps it: over the whole forward, and in checkpointed blocks."""
         outside: dict[Any, tuple[int, Item]] = {}
         inside: dict[int, dict[Any, tuple[int, Item]]] = {}
         for index, layer in enumerate(self.layers.layers):
@@ -206,20 +216,21 @@ class Pass:
     def with_gradients(self, checkpointing: bool, gradient_width: int) -> Iterator[Bytes]:
         """Live bytes at the end of the forward, and at each layer of the backward, from the last to the first."""
         outside, inside = self._items(checkpointing)
-        yield self.kept_after_forward(checkpointing)
-        done = 0
+        live = _by_term(item for _, item in outside)
+        yield dict(live)
+        release = _by_layer([*outside, *(entry for entries in inside.values() for entry in entries)])
+        unit, done = None, 0
         for index, layer in reversed(list(enumerate(self.layers.layers))):
+            if checkpointing and layer.unit not in (None, unit):  # the block's forward runs again
+                live = _sum(live, _by_term(item for _, item in inside.get(layer.unit, [])))
+            unit = layer.unit
             if layer.output.has_grad:
-                live = [item for first, item in outside if first <= index]
-                if checkpointing and layer.unit is not None:
-                    live += [item for first, item in inside[layer.unit] if first <= index]
-                moment = _by_term(live)
-                moment["activations"] += self._backward_flight(index, layer)
-                moment["gradients"] = done * gradient_width
-                yield moment
+                yield _sum(live, {"activations": self._in_backward(index, layer), "gradients": done * gradient_width})
+            for term, size in release.get(index, []):
+                live[term] -= size
             done += layer.trained
 
-    def _backward_flight(self, index: int, layer: Layer) -> float:
+    def _in_backward(self, index: int, layer: Layer) -> float:
         own = self._total((layer.output, *layer.inputs, *layer.residuals))
         if layer.lora:  # its output's gradient, scaled
             own += self.bytes_of(layer.output)
@@ -252,8 +263,15 @@ class Pass:
         return sum({value.key: self.bytes_of(value) for value in values if value}.values())
 
 
-def _by_term(items) -> Bytes:
+def _by_term(items: Iterable[Item]) -> Bytes:
     total = dict.fromkeys(TERMS, 0)
     for term, size in items:
         total[term] += size
     return total
+
+
+def _by_layer(entries: Iterable[tuple[int, Item]]) -> dict[int, list[Item]]:
+    by_layer: dict[int, list[Item]] = {}
+    for index, item in entries:
+        by_layer.setdefault(index, []).append(item)
+    return by_layer

@@ -18,10 +18,10 @@ from lora_distill import diffusion
 from lora_distill.adapters import adapter_parameters, add_adapter, role
 from lora_distill.masters import MasterWeights
 from lora_distill.memory import Inference, Precision, Scheme, Setup, Training, check, latent_size, precision_of
+from lora_distill.memory_layers import TOKENS
 from lora_distill.objectives import GuidanceDistillation
 from lora_distill.shapes import SD15_SCHEDULER, materialise, meta_unet
 
-TOKENS = 77  # of a prompt, in every Stable Diffusion
 ADAPTER = "student"
 Batch = dict[str, Tensor]
 

@@ -14,11 +14,9 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from lora_distill.provenance import atomic_write
-from lora_distill.shapes import stable_diffusion_15
+from lora_distill.shapes import BUNDLED, SD15_SHAPE, stable_diffusion_15
 from lora_distill.storage import digest
 
-BUNDLED = Path(__file__).parent / "assets" / "pipeline"
-SD15_SHAPE = "sd15-shape"
 for library in (diffusers, transformers):
     library.utils.logging.disable_progress_bar()  # five parts load in a blink; the bars would stay in notebooks
 

@@ -5,6 +5,7 @@ of any such architecture with zero weights, also on fake tensors, where 860 mill
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+BUNDLED = Path(__file__).parent / "assets" / "pipeline"
+SD15_SHAPE = "sd15-shape"  # the name that stands for the pipeline built here
 # What differs from diffusers' defaults in stable-diffusion-v1-5/stable-diffusion-v1-5, part by part.
 SD15_UNET = {"sample_size": 64, "cross_attention_dim": 768}
 SD15_VAE = {
@@ -59,6 +62,14 @@ def stable_diffusion_15(tokenizer: CLIPTokenizer, device: str, dtype: torch.dtyp
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def unet_config(pipeline: str) -> dict[str, Any]:
+    """The UNet's full config of "bundled", a folder, a hub id or "sd15-shape", without its weights."""
+    if pipeline == SD15_SHAPE:
+        return dict(meta_unet(SD15_UNET).config)
+    folder = BUNDLED if pipeline == "bundled" else pipeline
+    return UNet2DConditionModel.load_config(folder, subfolder="unet")
 
 
 def meta_unet(config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
