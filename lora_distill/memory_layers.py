@@ -113,21 +113,27 @@ class _Recorder:
         self.alive: list[Tensor] = []  # no storage may be freed, or another tensor could get its address
         self.qkv: list[Value] = []
         self.halves: Value | None = None  # what GEGLU multiplies
-        not_units = [unet.mid_block.resnets[0]]  # diffusers checkpoints every other one
         for name, module in unet.named_modules():
-            if type(module) in KINDS:
-                module.register_forward_hook(self._leaf(name))
-            if isinstance(module, GEGLU):
-                module.proj.register_forward_hook(self._geglu_input)
-                module.register_forward_hook(self._geglu)
-            if isinstance(module, Attention):
-                for part in (module.to_q, module.to_k, module.to_v):
-                    part.register_forward_hook(lambda _, args, output: self.qkv.append(self.value(output)))
-                module.to_out[0].register_forward_pre_hook(self._attention(module.heads))
+            self._hook_layer(name, module)
             if isinstance(module, RESIDUAL_BLOCKS):
-                is_unit = not isinstance(module, Transformer2DModel) and module not in not_units
+                # diffusers checkpoints every resnet but the middle's first, and every transformer block
+                is_unit = not isinstance(module, Transformer2DModel) and module is not unet.mid_block.resnets[0]
                 module.register_forward_pre_hook(self._enter(is_unit))
                 module.register_forward_hook(self._leave(is_unit))
+        self._hook_skips(unet)
+
+    def _hook_layer(self, name: str, module: nn.Module) -> None:
+        if type(module) in KINDS:
+            module.register_forward_hook(self._leaf(name))
+        if isinstance(module, GEGLU):
+            module.proj.register_forward_hook(self._geglu_input)
+            module.register_forward_hook(self._geglu)
+        if isinstance(module, Attention):
+            for part in (module.to_q, module.to_k, module.to_v):
+                part.register_forward_hook(lambda _, args, output: self.qkv.append(self.value(output)))
+            module.to_out[0].register_forward_pre_hook(self._attention(module.heads))
+
+    def _hook_skips(self, unet: UNet2DConditionModel) -> None:
         unet.conv_in.register_forward_hook(lambda _, args, output: self.made.append(self.value(output)))
         for block in unet.down_blocks:
             block.register_forward_hook(lambda _, args, output: self.made.extend(map(self.value, output[1])))
