@@ -51,7 +51,8 @@ def largest_batch(scheme: Scheme, setup: Setup, unet_config: Mapping[str, Any], 
 def _sampling(scheme: Inference, setup: Setup, config: Mapping[str, Any]) -> Iterator[Bytes]:
     precision = precision_of(scheme, setup)
     layers = layers_of(config, latent_size(setup), rank=scheme.rank, targets=scheme.targets, trained="none")
-    static = add_up(_static(layers, precision, setup, full=False), _inputs(scheme, setup, config, scheme.copies))
+    inputs = _inputs(precision, setup, config, scheme.copies)
+    static = add_up(_static(layers, precision, setup, full=False), inputs)
     for moment in Pass(layers, precision, setup.batch * scheme.copies).without_gradients():
         yield add_up(static, moment)
 
@@ -62,7 +63,7 @@ def _training(scheme: Training, setup: Setup, config: Mapping[str, Any]) -> Iter
     layers = layers_of(config, side, rank=rank, targets=scheme.targets, trained=scheme.trains)
     script = scheme.objective == "consistency" and scheme.teacher == "separate"
     both_at_once = 1 if script or scheme.teacher == "none" else 2  # halves of guidance in one teacher pass
-    static = add_up(_static(layers, precision, setup, full), _inputs(scheme, setup, config, both_at_once))
+    static = _static(layers, precision, setup, full)
     student = Pass(layers, precision, setup.batch)
     plain = layers_of(config, side, rank=0, targets="attention", trained="none")
     if scheme.teacher == "separate":
@@ -70,7 +71,9 @@ def _training(scheme: Training, setup: Setup, config: Mapping[str, Any]) -> Iter
     waiting = student.kept_after_forward(setup.checkpointing) if script else {}  # the script's student goes first
     if scheme.teacher != "none":
         teacher = Pass(plain, precision, setup.batch * both_at_once)
-        yield from (add_up(static, waiting, moment) for moment in teacher.without_gradients())
+        inputs = _inputs(precision, setup, config, both_at_once)
+        yield from (add_up(static, inputs, waiting, moment) for moment in teacher.without_gradients())
+    static = add_up(static, _inputs(precision, setup, config))
     if scheme.objective == "consistency":
         yield from (add_up(static, waiting, moment) for moment in student.without_gradients())
     yield from (
@@ -113,9 +116,8 @@ def _moments(count: int, setup: Setup) -> float:
     return count * (2 + 8 / 256) if setup.optimizer == "adamw-8bit" and count >= 4096 else 8 * count
 
 
-def _inputs(scheme: Scheme, setup: Setup, config: Mapping[str, Any], copies: int) -> Bytes:
+def _inputs(precision: Precision, setup: Setup, config: Mapping[str, Any], copies: int = 1) -> Bytes:
     """Latents, noise and prompt embeddings, and their doubled batch where both halves of guidance run at once."""
-    precision = precision_of(scheme, setup)
     width = 4 if precision.autocast else precision.frozen.itemsize
     latents = config["in_channels"] * latent_size(setup) ** 2
     embeds = TOKENS * config["cross_attention_dim"]
