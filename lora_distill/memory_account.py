@@ -79,13 +79,16 @@ def _training(scheme: Training, setup: Setup, config: Mapping[str, Any]) -> Iter
     yield from (
         add_up(static, moment) for moment in student.with_gradients(setup.checkpointing, precision.trained.itemsize)
     )
-    yield add_up(static, _update(layers))
+    yield add_up(static, _update(layers, setup))
 
 
-def _update(layers: Layers) -> Bytes:
-    """AdamW's step: all gradients in float32, and foreach's square roots of all second moments."""
+def _update(layers: Layers, setup: Setup) -> Bytes:
+    """AdamW's step: all gradients in float32, and foreach's square roots of all second moments.
+
+    The 8-bit one is a single kernel and has no square roots in memory.
+    """
     trained = sum(layer.trained for layer in layers.layers)
-    return {"gradients": 4 * trained, "activations": 4 * trained}
+    return {"gradients": 4 * trained, "activations": 4 * trained if setup.optimizer == "adamw" else 0}
 
 
 # ---------------------------------------------------------------------------------------------- what always lives

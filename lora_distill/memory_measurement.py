@@ -6,6 +6,7 @@ autocast, AdamW in its foreach form. It cannot see what kernels allocate inside 
 workspaces) or what the caching allocator rounds up; `measure_cuda` can.
 """
 
+import gc
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -154,6 +155,7 @@ def measure_cuda(scheme: Scheme, setup: Setup, unet_config: Mapping[str, Any], d
 
     Raises ValueError as `prepare`, `torch.OutOfMemoryError` when the step does not fit.
     """
+    gc.collect()  # what an earlier case left behind in reference cycles
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(device)
     step = prepare(scheme, setup, unet_config, device)

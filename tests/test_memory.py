@@ -76,7 +76,6 @@ def test_account_is_the_simulation_within_5_percent_in_every_precision(precision
 @pytest.mark.parametrize(
     ("name", "setup"),
     [
-        ("conventional_distillation", Setup(16)),
         ("lora_distillation_shared", Setup(1)),
         ("lcm_lora_script", Setup(16, checkpointing=True)),
         ("lcm_lora_shared", Setup(1)),
@@ -114,15 +113,15 @@ def test_sharing_w0_saves_exactly_one_unet(batch):
 
 
 def test_a_quantised_base_and_8_bit_states_take_less_in_their_own_terms_only():
-    plain = account(LCM, Setup(), SD15)
-    nf4 = account(LCM, Setup(quantised_base="nf4"), SD15)
-    small_states = account(LCM, Setup(optimizer="adamw-8bit"), SD15)
+    plain, nf4, small_states = (
+        account(LCM, setup, SD15) for setup in (Setup(), Setup(quantised_base="nf4"), Setup(optimizer="adamw-8bit"))
+    )
     assert {term for term in plain if plain[term] != nf4[term]} == {"weights"}
     assert {term for term in plain if plain[term] != small_states[term]} == {"optimizer"}
 
 
 def test_the_largest_batch_fits_and_one_more_does_not():
-    budget = 50e6
+    budget = 120e6
     batch = largest_batch(LCM, Setup(resolution=64), BUNDLE, budget)
     peaks = [total(account(LCM, Setup(b, 64), BUNDLE)) for b in (batch, batch + 1)]
     assert peaks[0] <= budget < peaks[1]
