@@ -100,6 +100,17 @@ def sample(
 
 
 @app.command()
+def memory(profile: Profile = "sd15-shape") -> None:
+    """Write the peak memory of every scheme: on paper, simulated, and measured when there is a GPU."""
+    from lora_distill import memory_report
+    from lora_distill.pipeline import choose_device
+    from lora_distill.settings import load_settings
+
+    checked = load_settings(profile)
+    print("\n".join(memory_report.write(checked, choose_device(checked.device))))
+
+
+@app.command()
 def pretrain(
     preset: Annotated[str, typer.Option(help="short or full")] = "full",
     out: Annotated[Path, typer.Option(help="folder of the pipeline")] = Path("runs/pretraining/pipeline"),

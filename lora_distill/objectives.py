@@ -38,7 +38,7 @@ class GuidanceDistillation(nn.Module):
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         alpha, sigma = diffusion.alpha_sigma(self.alphas_cumprod, batch["timesteps"])
-        x_t = diffusion.add_noise(batch["latents"], batch["eps"], alpha, sigma)
+        x_t = diffusion.add_noise(batch["latents"], batch["eps"], alpha, sigma).to(batch["latents"].dtype)
         # teacher first: no student graph is alive while its two passes run
         target = guided_output(
             self.teacher, x_t, batch["timesteps"], batch["prompt_embeds"], self.empty_embeds, self.guidance_scale

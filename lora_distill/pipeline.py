@@ -12,11 +12,12 @@ import transformers.utils.logging
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
+from transformers import CLIPTokenizer
 
 from lora_distill.provenance import atomic_write
+from lora_distill.shapes import BUNDLED, SD15_SHAPE, stable_diffusion_15
 from lora_distill.storage import digest
 
-BUNDLED = Path(__file__).parent / "assets" / "pipeline"
 for library in (diffusers, transformers):
     library.utils.logging.disable_progress_bar()  # five parts load in a blink; the bars would stay in notebooks
 
@@ -26,10 +27,16 @@ PARTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
 def load_pipeline(
     name: str = "bundled", device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> StableDiffusionPipeline:
-    """A pipeline in the Stable Diffusion layout: "bundled", a local folder or a hub id.
+    """A pipeline in the Stable Diffusion layout: "bundled", a local folder, a hub id, or "sd15-shape".
+
+    The last is the architecture of Stable Diffusion 1.5 with random weights, built without a download.
 
     Raises FileNotFoundError that names the missing folder or part.
     """
+    if name == SD15_SHAPE:
+        return _prepared(
+            stable_diffusion_15(CLIPTokenizer.from_pretrained(BUNDLED / "tokenizer"), device, dtype), device
+        )
     folder = BUNDLED if name == "bundled" else Path(name).expanduser()
     local = folder.is_dir()
     if not local and (name == "bundled" or name.startswith((".", "/", "~"))):
@@ -47,6 +54,11 @@ def load_pipeline(
         requires_safety_checker=False,
         use_safetensors=True,
     )
+    return _prepared(pipe, device)
+
+
+def _prepared(pipe: StableDiffusionPipeline, device: str) -> StableDiffusionPipeline:
+    """Quiet, frozen and on its device."""
     pipe.set_progress_bar_config(disable=True)
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         part.requires_grad_(False)

@@ -1,0 +1,89 @@
+"""The architecture of Stable Diffusion 1.5, written out: memory and speed depend on shapes, not on what weights hold.
+
+`stable_diffusion_15` builds the whole pipeline with random weights, without a download; `empty_unet` builds a UNet
+of any such architecture with zero weights, also on fake tensors, where 860 million parameters take no memory.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+BUNDLED = Path(__file__).parent / "assets" / "pipeline"
+SD15_SHAPE = "sd15-shape"  # the name that stands for the pipeline built here
+# What differs from diffusers' defaults in stable-diffusion-v1-5/stable-diffusion-v1-5, part by part.
+SD15_UNET = {"sample_size": 64, "cross_attention_dim": 768}
+SD15_VAE = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "sample_size": 512,
+    "scaling_factor": 0.18215,
+}
+SD15_TEXT_ENCODER = {
+    "vocab_size": 49408,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+}
+SD15_SCHEDULER = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+
+
+def stable_diffusion_15(tokenizer: CLIPTokenizer, device: str, dtype: torch.dtype) -> StableDiffusionPipeline:
+    """The pipeline of SD 1.5 with random weights and another pipeline's tokenizer, padded to SD 1.5's 77 tokens."""
+    tokenizer.model_max_length = SD15_TEXT_ENCODER["max_position_embeddings"]
+    with torch.device(device):  # weights are drawn where they will live: on a GPU, in a second
+        parts = {
+            "unet": UNet2DConditionModel(**SD15_UNET),
+            "vae": AutoencoderKL(**SD15_VAE),
+            "text_encoder": CLIPTextModel(CLIPTextConfig(**SD15_TEXT_ENCODER)),
+        }
+    return StableDiffusionPipeline(
+        **{name: part.to(dtype).eval() for name, part in parts.items()},
+        tokenizer=tokenizer,
+        scheduler=DDIMScheduler(**SD15_SCHEDULER),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def unet_config(pipeline: str) -> dict[str, Any]:
+    """The UNet's full config of "bundled", a folder, a hub id or "sd15-shape", without its weights."""
+    if pipeline == SD15_SHAPE:
+        return dict(meta_unet(SD15_UNET).config)
+    folder = BUNDLED if pipeline == "bundled" else pipeline
+    return UNet2DConditionModel.load_config(folder, subfolder="unet")
+
+
+def meta_unet(config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
+    """A UNet on the meta device: parameters have a shape and no values; adapters can be added."""
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config(dict(config)).to(dtype=dtype)
+
+
+def materialise(module: nn.Module, device: str) -> None:
+    """Give every meta parameter and buffer zeros on a device, fake ones under a FakeTensorMode."""
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None or not tensor.is_meta:
+                    continue
+                zeros = torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
+                tensors[name] = nn.Parameter(zeros, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else zeros
