@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
@@ -141,6 +142,15 @@ def save_adapter(unet: UNet2DConditionModel, name: str, path: Path, metadata: di
 
 def _jsonable(value):
     return sorted(value) if isinstance(value, set) else value
+
+
+def export_kohya(unet: UNet2DConditionModel, name: str, path: Path) -> None:
+    """Write one adapter in the format of kohya-ss, which ComfyUI and AUTOMATIC1111 read; diffusers reads it too."""
+    state = get_peft_model_state_dict(unet, adapter_name=name)
+    tensors = convert_state_dict_to_kohya({f"unet.{key}": value.detach().cpu() for key, value in state.items()})
+    alpha = torch.tensor(float(unet.peft_config[name].lora_alpha))  # the conversion takes the rank for alpha
+    tensors = {key: alpha.clone() if key.endswith(".alpha") else value for key, value in tensors.items()}
+    atomic_write(path, save({key: value.contiguous() for key, value in tensors.items()}, {"format": "pt"}))
 
 
 def load_adapter(unet: UNet2DConditionModel, name: str, path: Path) -> dict[str, str]:

@@ -50,7 +50,7 @@ def train_lcm_lora(
     each: Milestones | None = None,
 ) -> list[dict]:
     """LCM-LoRA (Luo et al. 2023b): the adapter alone becomes the consistency function, at one fixed w."""
-    _new_adapter(pipe, name, settings.lcm_rank, settings)
+    _new_adapter(pipe, name, settings.lcm_rank, settings.lcm_targets, settings.seed)
     objective = _consistency(pipe, pipe.unet, settings)
     draw_batch = _batches(pipe, images, settings, settings.guidance_scale, settings.guidance_scale)
     plan = _plan(settings, settings.lcm_lora_learning_rate)
@@ -67,7 +67,7 @@ def mimic_lcm(
     each: Milestones | None = None,
 ) -> list[dict]:
     """Phase 3: the adapter learns the latents that a trained LCM predicts, by MSE + KL."""
-    _new_adapter(pipe, name, settings.lcm_rank, settings)
+    _new_adapter(pipe, name, settings.lcm_rank, settings.lcm_targets, settings.seed)
     weights = {"mse_weight": settings.mse_weight, "kl_weight": settings.kl_weight}
     objective = ConsistencyMimicry(pipe.unet, lcm_pipe.unet, pipe.scheduler, **weights)
     draw_batch = _batches(pipe, images, settings, settings.guidance_scale, settings.guidance_scale)
@@ -82,15 +82,15 @@ def finetune_lora(
     settings: Settings,
     folder: Path,
     rank: int,
+    targets: str,
     name: str = "finetune",
     each: Milestones | None = None,
 ) -> list[dict]:
     """The slides' baseline: an adapter of the denoising loss on the images."""
-    targets = settings.lora_targets if rank == settings.lora_rank else settings.lcm_targets
-    _new_adapter(pipe, name, rank, settings, targets)
+    _new_adapter(pipe, name, rank, targets, settings.seed)
     objective = Denoising(pipe.unet, pipe.scheduler)
     draw_batch = image_batches(images, pipe.scheduler.config.num_train_timesteps)
-    plan = replace(_plan(settings, settings.finetune_learning_rate), ema_decay=0.0)
+    plan = replace(schedule(settings, settings.finetune_learning_rate), steps=settings.finetune_steps, ema_decay=0.0)
     key = {"pipeline": fingerprint(pipe), "images": images.key, "rank": rank, "targets": targets}
     return _fit_adapter(name, objective, draw_batch, pipe, plan, folder, each, **key)
 
@@ -115,10 +115,10 @@ def _fit_adapter(
     return log
 
 
-def _new_adapter(pipe: StableDiffusionPipeline, name: str, rank: int, settings: Settings, targets: str = "") -> None:
+def _new_adapter(pipe: StableDiffusionPipeline, name: str, rank: int, targets: str, seed: int) -> None:
     if name in adapter_names(pipe.unet):
         pipe.unet.delete_adapters(name)
-    add_adapter(pipe.unet, name, rank=rank, alpha=rank, targets=targets or settings.lcm_targets, seed=settings.seed)
+    add_adapter(pipe.unet, name, rank=rank, alpha=rank, targets=targets, seed=seed)
 
 
 def _consistency(pipe: StableDiffusionPipeline, student, settings: Settings) -> ConsistencyDistillation:

@@ -292,7 +292,8 @@ class Reader:
 def agreement(readings: list[Reading], scenes: list[Scene]) -> dict[str, np.ndarray]:
     """Which attributes each image has right: boolean arrays `objects`, `relation`, `background`, `style`, `all`.
 
-    `relation` asks for both objects, in their order, on their axis; it implies `objects`.
+    `relation` asks for both objects, in their order, on their axis; it implies `objects`. `content` is all that a
+    caption says, relation and background; `all` asks for the style too, which no caption names.
     """
     pairs = list(zip(readings, scenes, strict=True))
     right = {
@@ -302,4 +303,5 @@ def agreement(readings: list[Reading], scenes: list[Scene]) -> dict[str, np.ndar
         "style": [r.style == s.style for r, s in pairs],
     }
     right = {name: np.array(values, dtype=bool) for name, values in right.items()}
-    return {**right, "all": right["relation"] & right["background"] & right["style"]}
+    content = right["relation"] & right["background"]
+    return {**right, "content": content, "all": content & right["style"]}

@@ -65,17 +65,18 @@ class Settings(BaseModel):
     flickr_8k: str = Field(
         "scenes/fluent/8k",
         min_length=1,
-        description="images of notebook 03, the smaller set: "
-        "scenes/<style>/<size>, a folder of images with captions, or a hub id",
+        description="images of notebook 03, the smaller set: scenes/<style>/<size>, a folder or a hub id",
     )
     flickr_30k: str = Field("scenes/fluent/30k", min_length=1, description="images of notebook 03, the larger set")
+    max_images: int = Field(12_000, ge=0, description="of each set, the first so many are used; 0: all")
     resolution: int = Field(64, ge=8, description="side of the images in pixels")
     mirror: bool = Field(False, description="mirror images whose caption has no left or right")
     skip_unusable: bool = Field(False, description="leave out images that cannot be read, with a warning")
-    lcm_steps: int = Field(200, ge=1, description="updates of each training of notebook 03")
+    lcm_steps: int = Field(80, ge=1, description="updates of each consistency training")
     lcm_learning_rate: float = Field(1.0e-4, gt=0, description="learning rate of the full LCM")
     lcm_lora_learning_rate: float = Field(1.0e-3, gt=0, description="learning rate of LCM-LoRA and of the mimic")
-    finetune_learning_rate: float = Field(1.0e-3, gt=0, description="learning rate of the plain LoRA fine-tune")
+    finetune_steps: int = Field(200, ge=1, description="updates of the plain LoRA fine-tune")
+    finetune_learning_rate: float = Field(3.0e-3, gt=0, description="learning rate of the plain LoRA fine-tune")
     lcm_ema_decay: float = Field(0.95, ge=0, lt=1, description="decay of the consistency target; 0: the student itself")
     lcm_rank: int = Field(16, ge=1, description="rank of LCM-LoRA and of the mimic; alpha is the same")
     lcm_targets: Literal["attention", "all"] = Field("all", description="layers of LCM-LoRA and of the mimic")

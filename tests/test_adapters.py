@@ -9,6 +9,7 @@ from lora_distill.adapters import (
     adapter_names,
     adapter_parameters,
     add_adapter,
+    export_kohya,
     load_adapter,
     merged_copy,
     plain_copy,
@@ -209,6 +210,16 @@ def test_stock_diffusers_draws_the_same_from_the_file_and_after_fusing(bundle, t
     stock.fuse_lora()
     assert (stock(prompts, **options).images - ours).abs().max() <= 1e-3
     assert (teacher - ours).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("targets", ["attention", "all"])
+def test_the_kohya_export_loads_in_stock_diffusers(bundle, tmp_path, targets):
+    moved(bundle.unet, "student", alpha=1, targets=targets)
+    export_kohya(bundle.unet, "student", tmp_path / "kohya.safetensors")
+    stock = load_pipeline("bundled")
+    stock.load_lora_weights(str(tmp_path), weight_name="kohya.safetensors")
+    inputs = torch.randn(1, 4, 8, 8), torch.tensor([500]), encode_prompts(bundle, ["a lion"])
+    assert torch.allclose(output(stock.unet, inputs), output(bundle.unet, inputs), atol=1e-5)
 
 
 def test_a_file_for_another_architecture_is_refused(unet, tmp_path):

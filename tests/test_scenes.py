@@ -61,11 +61,11 @@ def test_the_reader_is_not_content_with_another_scene(clean):
 @pytest.mark.parametrize(
     ("change", "wrong"),
     [
-        ({"background": "grey"}, {"background"}),
+        ({"background": "grey"}, {"background", "content"}),
         ({"style": "fluent"}, {"style"}),
-        ({"axis": "vertical"}, {"relation"}),
-        ({"first": "bus", "second": "lion"}, {"relation"}),
-        ({"second": "owl"}, {"objects", "relation"}),
+        ({"axis": "vertical"}, {"relation", "content"}),
+        ({"first": "bus", "second": "lion"}, {"relation", "content"}),
+        ({"second": "owl"}, {"objects", "relation", "content"}),
     ],
 )
 def test_each_attribute_is_judged_for_itself(change, wrong):
