@@ -10,7 +10,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from lora_distill.pipeline import decode_latents, encode_prompts
-from lora_distill.sampling import Sampler, initial_noise, sample
+from lora_distill.sampling import Sampler, initial_noise, sample, step_generators
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ def threads(count: int) -> Iterator[None]:
 def time_sampler(pipe: StableDiffusionPipeline, sampler: Sampler, prompts: list[str], repeats: int) -> Timing:
     """Time one batch from prompts to uint8 images, after one warm-up, `repeats` times; the GPU is synchronised."""
     parts = {"text_encoder": [], "unet": [], "vae": []}
-    noise = initial_noise(pipe, len(prompts), seed=0)
+    noise, generators = initial_noise(pipe, len(prompts), seed=0), step_generators(len(prompts), seed=0)
     for repeat in range(repeats + 1):
         embeds, text_seconds = _timed(pipe, lambda: (encode_prompts(pipe, prompts), encode_prompts(pipe, [""])))
-        latents, unet_seconds = _timed(pipe, lambda: sample(pipe, sampler, noise, *embeds))  # noqa: B023
+        latents, unet_seconds = _timed(pipe, lambda: sample(pipe, sampler, noise, *embeds, generators))  # noqa: B023
         _, vae_seconds = _timed(pipe, lambda: decode_latents(pipe, latents))  # noqa: B023
         if repeat:
             for name, seconds in zip(parts, (text_seconds, unet_seconds, vae_seconds), strict=True):

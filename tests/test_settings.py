@@ -38,7 +38,7 @@ def test_defaults_are_the_cpu_profile():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("rnak: 8", r"unknown key 'rnak' in .*/x.yaml; did you mean 'lora_rank'\?"),
+        ("lora_rnak: 8", r"unknown key 'lora_rnak' in .*/x.yaml; did you mean 'lora_rank'\?"),
         ("train_setps: 8", r"did you mean 'train_steps'\?"),
         ("1: 2", "unknown key '1'"),
         (
