@@ -41,28 +41,39 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def time_sampler(pipe: StableDiffusionPipeline, sampler: Sampler, prompts: list[str], repeats: int) -> Timing:
-    """Time one batch from prompts to uint8 images, after one warm-up, `repeats` times; the GPU is synchronised."""
-    parts = {"text_encoder": [], "unet": [], "vae": []}
-    noise, generators = initial_noise(pipe, len(prompts), seed=0), step_generators(len(prompts), seed=0)
+def time_samplers(
+    contestants: dict[str, tuple[StableDiffusionPipeline, Sampler]], prompts: list[str], repeats: int
+) -> dict[str, Timing]:
+    """Time one batch from prompts to uint8 images for each contestant, `repeats` times after one warm-up.
+
+    They take turns, so that a machine that slows down for a while slows all of them; a GPU is synchronised.
+    """
+    parts = {name: Timing([], [], []) for name in contestants}
     for repeat in range(repeats + 1):
-        embeds, text_seconds = _timed(pipe, lambda: (encode_prompts(pipe, prompts), encode_prompts(pipe, [""])))
-        latents, unet_seconds = _timed(pipe, lambda: sample(pipe, sampler, noise, *embeds, generators))  # noqa: B023
-        _, vae_seconds = _timed(pipe, lambda: decode_latents(pipe, latents))  # noqa: B023
-        if repeat:
-            for name, seconds in zip(parts, (text_seconds, unet_seconds, vae_seconds), strict=True):
-                parts[name].append(seconds / len(prompts))
-    return Timing(**parts)
+        for name, (pipe, sampler) in contestants.items():
+            noise, generators = initial_noise(pipe, len(prompts), seed=0), step_generators(len(prompts), seed=0)
+            embeds, text_encoder = _timed(pipe, lambda: (encode_prompts(pipe, prompts), encode_prompts(pipe, [""])))  # noqa: B023
+            latents, unet = _timed(pipe, lambda: sample(pipe, sampler, noise, *embeds, generators))  # noqa: B023
+            _, vae = _timed(pipe, lambda: decode_latents(pipe, latents))  # noqa: B023
+            if repeat:
+                parts[name].text_encoder.append(text_encoder / len(prompts))
+                parts[name].unet.append(unet / len(prompts))
+                parts[name].vae.append(vae / len(prompts))
+    return parts
 
 
 @torch.no_grad()
-def time_unet(pipe: StableDiffusionPipeline, batch_size: int, repeats: int) -> float:
-    """Median seconds of one UNet forward at a batch size, after two that warm up."""
-    noise = initial_noise(pipe, batch_size, seed=0)
-    embeds = encode_prompts(pipe, [""]).expand(batch_size, -1, -1).contiguous()
-    timestep = torch.tensor(500, device=noise.device)
-    seconds = [_timed(pipe, lambda: pipe.unet(noise, timestep, embeds))[1] for _ in range(repeats + 2)]
-    return median(seconds[2:])
+def time_unet(pipe: StableDiffusionPipeline, batch_sizes: list[int], repeats: int) -> dict[int, float]:
+    """Median seconds of one UNet forward at each batch size, in turns, after two rounds that warm up."""
+    seconds = {size: [] for size in batch_sizes}
+    timestep = torch.tensor(500, device=pipe.unet.device)
+    embeds = encode_prompts(pipe, [""])
+    for _ in range(repeats + 2):
+        for size in batch_sizes:
+            noise = initial_noise(pipe, size, seed=0)
+            prompt_embeds = embeds.expand(size, -1, -1).contiguous()
+            seconds[size].append(_timed(pipe, lambda: pipe.unet(noise, timestep, prompt_embeds))[1])  # noqa: B023
+    return {size: median(values[2:]) for size, values in seconds.items()}
 
 
 def _timed(pipe: StableDiffusionPipeline, call: Callable):

@@ -13,7 +13,7 @@ from lora_distill.evaluation import Judge, drawn
 from lora_distill.pipeline import encode_prompts, load_pipeline
 from lora_distill.sampling import Sampler, initial_noise, sample
 from lora_distill.settings import Settings
-from lora_distill.timing import time_sampler
+from lora_distill.timing import threads, time_samplers, time_unet
 
 SETTINGS = Settings(
     train_steps=4, batch_size=2, warmup_steps=1, log_every=1, checkpoint_every=2, eval_every=2, guidance_scale=3.0
@@ -90,9 +90,18 @@ def test_the_judge_gives_the_same_verdict_on_the_same_seed(bundle):
 
 
 def test_the_timer_reports_every_part_of_every_repeat(bundle):
-    timing = time_sampler(bundle, Sampler(2), ["a lion", "an owl"], repeats=3)
-    assert len(timing.text_encoder) == len(timing.unet) == len(timing.vae) == 3
-    assert all(total > unet > 0 for total, unet in zip(timing.total, timing.unet, strict=True))
+    timings = time_samplers({"two": (bundle, Sampler(2)), "one": (bundle, Sampler(1))}, ["a lion", "an owl"], repeats=3)
+    assert timings.keys() == {"two", "one"}
+    for timing in timings.values():
+        assert len(timing.text_encoder) == len(timing.unet) == len(timing.vae) == 3
+        assert all(total > unet > 0 for total, unet in zip(timing.total, timing.unet, strict=True))
+
+
+def test_the_unet_is_timed_at_every_batch_size_and_left_as_it_was(bundle):
+    threads_before = torch.get_num_threads()
+    with threads(1):
+        seconds = time_unet(bundle, [1, 16], repeats=3)
+    assert 0 < seconds[1] < seconds[16] and torch.get_num_threads() == threads_before
 
 
 def test_another_unet_shares_the_rest_of_the_pipeline(bundle):
