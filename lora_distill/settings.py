@@ -104,6 +104,12 @@ class Settings(BaseModel):
         return seeds
 
     @model_validator(mode="after")
+    def _guidance_range(self) -> "Settings":
+        if self.w_min > self.w_max:
+            raise ValueError(f"w_min: must be at most w_max = {self.w_max:g}, got {self.w_min:g}")
+        return self
+
+    @model_validator(mode="after")
     def _warmup_ends(self) -> "Settings":
         if self.warmup_steps > self.train_steps:
             raise ValueError(f"warmup_steps: must be at most train_steps = {self.train_steps}, got {self.warmup_steps}")
