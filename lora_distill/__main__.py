@@ -58,6 +58,8 @@ def settings(profile: Profile = "cpu") -> None:
 @app.command()
 def distill(profile: Profile = "cpu") -> None:
     """Distil guidance into a LoRA on one W0 and write the LoRA file, which stock diffusers loads."""
+    import torch
+
     from lora_distill.data import teacher_set, training_captions
     from lora_distill.distillation import LORA_FILE, distil_lora
     from lora_distill.pipeline import choose_device, load_pipeline
@@ -66,7 +68,7 @@ def distill(profile: Profile = "cpu") -> None:
 
     checked = load_settings(profile)
     folder = run_dir(checked)
-    pipe = load_pipeline(checked.pipeline, choose_device(checked.device))
+    pipe = load_pipeline(checked.pipeline, choose_device(checked.device), getattr(torch, checked.dtype))
     captions = training_captions(checked.data, checked.style, checked.teacher_images, checked.seed)
     sampler = Sampler(checked.sampling_steps, checked.guidance_scale)
     teacher = teacher_set(pipe, captions, sampler, checked.seed, folder / "cache")

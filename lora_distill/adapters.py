@@ -31,11 +31,19 @@ TARGETS = {
 
 
 def add_adapter(
-    unet: UNet2DConditionModel, name: str, *, rank: int, alpha: float, targets: str = "attention", seed: int = 0
+    unet: UNet2DConditionModel,
+    name: str,
+    *,
+    rank: int,
+    alpha: float,
+    targets: str = "attention",
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> list[torch.nn.Parameter]:
     """Add a trainable LoRA adapter, W0 + (alpha / rank) B A with B = 0, freeze W0 and return A and B.
 
-    Adapters that were there before are left switched off and frozen.
+    Adapters that were there before are left switched off and frozen. A and B have `dtype` whatever W0 has: float32
+    under autocast; 16 bits, with float32 masters in the optimizer, where the whole step is computed in 16.
     """
     unet.requires_grad_(False)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS[targets], init_lora_weights="gaussian")
@@ -45,7 +53,7 @@ def add_adapter(
     unet.set_adapter(name)
     parameters = adapter_parameters(unet, name)
     for parameter in parameters:
-        parameter.data = parameter.data.float()  # 16-bit W0 is fine, 16-bit Adam updates are not
+        parameter.data = parameter.data.to(dtype)
     return parameters
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lora_distill.adapters import adapter_names, add_adapter, plain_copy, save_adapter
 from lora_distill.data import cache_key, noised_batches
 from lora_distill.objectives import GuidanceDistillation
+from lora_distill.pipeline import adapter_dtype
 from lora_distill.settings import Settings
 from lora_distill.storage import digest
 from lora_distill.training import Schedule, train
@@ -40,6 +41,7 @@ def distil_lora(
         alpha=settings.lora_alpha,
         targets=settings.lora_targets,
         seed=settings.seed,
+        dtype=adapter_dtype(pipe, settings.mixed_precision),
     )
     lora = {"rank": settings.lora_rank, "alpha": settings.lora_alpha, "targets": settings.lora_targets}
     plan = schedule(settings, settings.learning_rate)

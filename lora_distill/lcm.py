@@ -15,7 +15,7 @@ from lora_distill.adapters import adapter_names, add_adapter, plain_copy, save_a
 from lora_distill.distillation import Milestones, fit, schedule, with_unet
 from lora_distill.latents import EncodedImages, consistency_batches, image_batches
 from lora_distill.objectives import ConsistencyDistillation, ConsistencyMimicry, Denoising
-from lora_distill.pipeline import encode_prompts, fingerprint
+from lora_distill.pipeline import adapter_dtype, encode_prompts, fingerprint
 from lora_distill.settings import Settings
 from lora_distill.storage import digest
 from lora_distill.training import Schedule
@@ -50,7 +50,7 @@ def train_lcm_lora(
     each: Milestones | None = None,
 ) -> list[dict]:
     """LCM-LoRA (Luo et al. 2023b): the adapter alone becomes the consistency function, at one fixed w."""
-    _new_adapter(pipe, name, settings.lcm_rank, settings.lcm_targets, settings.seed)
+    _new_adapter(pipe, name, settings.lcm_rank, settings.lcm_targets, settings)
     objective = _consistency(pipe, pipe.unet, settings)
     draw_batch = _batches(pipe, images, settings, settings.guidance_scale, settings.guidance_scale)
     plan = _plan(settings, settings.lcm_lora_learning_rate)
@@ -67,7 +67,7 @@ def mimic_lcm(
     each: Milestones | None = None,
 ) -> list[dict]:
     """Phase 3: the adapter learns the latents that a trained LCM predicts, by MSE + KL."""
-    _new_adapter(pipe, name, settings.lcm_rank, settings.lcm_targets, settings.seed)
+    _new_adapter(pipe, name, settings.lcm_rank, settings.lcm_targets, settings)
     weights = {"mse_weight": settings.mse_weight, "kl_weight": settings.kl_weight}
     objective = ConsistencyMimicry(pipe.unet, lcm_pipe.unet, pipe.scheduler, **weights)
     draw_batch = _batches(pipe, images, settings, settings.guidance_scale, settings.guidance_scale)
@@ -87,7 +87,7 @@ def finetune_lora(
     each: Milestones | None = None,
 ) -> list[dict]:
     """The slides' baseline: an adapter of the denoising loss on the images."""
-    _new_adapter(pipe, name, rank, targets, settings.seed)
+    _new_adapter(pipe, name, rank, targets, settings)
     objective = Denoising(pipe.unet, pipe.scheduler)
     draw_batch = image_batches(images, pipe.scheduler.config.num_train_timesteps)
     plan = replace(schedule(settings, settings.finetune_learning_rate), steps=settings.finetune_steps, ema_decay=0.0)
@@ -115,10 +115,11 @@ def _fit_adapter(
     return log
 
 
-def _new_adapter(pipe: StableDiffusionPipeline, name: str, rank: int, targets: str, seed: int) -> None:
+def _new_adapter(pipe: StableDiffusionPipeline, name: str, rank: int, targets: str, settings: Settings) -> None:
     if name in adapter_names(pipe.unet):
         pipe.unet.delete_adapters(name)
-    add_adapter(pipe.unet, name, rank=rank, alpha=rank, targets=targets, seed=seed)
+    dtype = adapter_dtype(pipe, settings.mixed_precision)
+    add_adapter(pipe.unet, name, rank=rank, alpha=rank, targets=targets, seed=settings.seed, dtype=dtype)
 
 
 def _consistency(pipe: StableDiffusionPipeline, student, settings: Settings) -> ConsistencyDistillation:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 
-class MasterWeights:
+class MasterAdamW(torch.optim.AdamW):
     """AdamW on float32 copies of 16-bit parameters (Micikevicius et al. 2018, section 3.1).
 
     An update far smaller than a weight is lost when the weight has 16 bits; the copy keeps it. For float32 parameters
@@ -16,22 +16,32 @@ class MasterWeights:
     def __init__(self, parameters: Iterable[nn.Parameter], **adamw):
         self.parameters = list(parameters)
         self.masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self.parameters]
-        self.adamw = torch.optim.AdamW(self.masters, **adamw)
+        super().__init__(self.masters, **adamw)
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, closure=None) -> None:
         """Update the masters with the parameters' gradients, which are given up, and round the result to 16 bits."""
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            if master is not parameter:
-                master.grad, parameter.grad = parameter.grad.float(), None
-        self.adamw.step()
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            if master is not parameter:
-                parameter.copy_(master)
-        self.adamw.zero_grad(set_to_none=True)
+        for parameter, master in self._copied():
+            master.grad, parameter.grad = parameter.grad.float(), None
+        super().step()
+        self.publish()
+        self.zero_grad()
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Write the masters, rounded, into the parameters."""
+        for parameter, master in self._copied():
+            parameter.copy_(master)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def tensors(self) -> list[torch.Tensor]:
         """All that lives between steps: moments, step counts and masters."""
-        states = [t for state in self.adamw.state.values() for t in state.values()]
-        own = {id(p) for p in self.parameters}
-        return states + [master for master in self.masters if id(master) not in own]
+        states = [t for state in self.state.values() for t in state.values()]
+        return states + [master for _, master in self._copied()]
+
+    def _copied(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        return [pair for pair in zip(self.parameters, self.masters, strict=True) if pair[0] is not pair[1]]

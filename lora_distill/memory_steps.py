@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lora_distill import diffusion
-from lora_distill.adapters import adapter_parameters, add_adapter, role
-from lora_distill.masters import MasterWeights
+from lora_distill.adapters import add_adapter, role
+from lora_distill.masters import MasterAdamW
 from lora_distill.memory import Inference, Precision, Scheme, Setup, Training, check, latent_size, precision_of
 from lora_distill.memory_layers import TOKENS
 from lora_distill.objectives import GuidanceDistillation
@@ -34,7 +34,7 @@ class Step:
     weights: list[Tensor]
     lora: list[Tensor]
     trained: list[nn.Parameter]
-    optimizer: MasterWeights | None = None
+    optimizer: MasterAdamW | None = None
 
     def __call__(self) -> None:
         self.run()
@@ -85,7 +85,7 @@ def _prepare_training(scheme: Training, precision: Precision, checkpointing, con
         teacher = _unet(config, precision.frozen, device).requires_grad_(False)
     trained = [p for p in student.parameters() if p.requires_grad]
     # foreach is what AdamW takes on a GPU by itself; elsewhere it has to be asked
-    optimizer = MasterWeights(trained, foreach=True)
+    optimizer = MasterAdamW(trained, foreach=True)
     loss = _loss(scheme, precision, student, teacher, inputs, device)
     run = partial(_train, loss, trained, optimizer)
     _make_states(trained, optimizer)
@@ -98,9 +98,7 @@ def _unet(config, dtype, device, rank=0, targets="attention", lora_dtype=torch.f
     with _disable_current_modes():
         unet = meta_unet(config, dtype)
         if rank:
-            add_adapter(unet, ADAPTER, rank=rank, alpha=rank, targets=targets)
-            for parameter in adapter_parameters(unet, ADAPTER):
-                parameter.data = parameter.data.to(lora_dtype)
+            add_adapter(unet, ADAPTER, rank=rank, alpha=rank, targets=targets, dtype=lora_dtype)
     materialise(unet, device)
     return unet
 
@@ -110,7 +108,7 @@ def _weights_and_lora(unets: list[UNet2DConditionModel]) -> tuple[list[Tensor], 
     return [p for name, p in named if "lora_" not in name], [p for name, p in named if "lora_" in name]
 
 
-def _make_states(trained: list[nn.Parameter], optimizer: MasterWeights) -> None:
+def _make_states(trained: list[nn.Parameter], optimizer: MasterAdamW) -> None:
     """AdamW makes its states in its first step; without this they would be missing when the first step peaks."""
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
@@ -119,7 +117,7 @@ def _make_states(trained: list[nn.Parameter], optimizer: MasterWeights) -> None:
         parameter.grad = None
 
 
-def _train(loss: Callable[[], Tensor], trained: list[nn.Parameter], optimizer: MasterWeights) -> None:
+def _train(loss: Callable[[], Tensor], trained: list[nn.Parameter], optimizer: MasterAdamW) -> None:
     """An update as the training loop makes it: forward, backward, clip, step."""
     loss().backward()
     nn.utils.clip_grad_norm_(trained, 1.0)

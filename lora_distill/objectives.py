@@ -13,6 +13,19 @@ from lora_distill import diffusion
 from lora_distill.adapters import role
 
 
+def unet_output(
+    unet: UNet2DConditionModel,
+    x_t: Tensor,
+    timesteps: Tensor,
+    prompt_embeds: Tensor,
+    timestep_cond: Tensor | None = None,
+) -> Tensor:
+    """What a UNet says of x_t, in float32; what it is given is cast to the dtype of its weights."""
+    inputs = (x_t.to(unet.dtype), timesteps, prompt_embeds.to(unet.dtype))
+    timestep_cond = None if timestep_cond is None else timestep_cond.to(unet.dtype)
+    return unet(*inputs, timestep_cond=timestep_cond).sample.float()
+
+
 class GuidanceDistillation(nn.Module):
     """student(x_t, t, c) <- uncond + w (cond - uncond), MSE (arXiv 2312.06899; stage one of Meng et al. 2022, eq. 6).
 
@@ -43,7 +56,7 @@ class GuidanceDistillation(nn.Module):
         target = guided_output(
             self.teacher, x_t, batch["timesteps"], batch["prompt_embeds"], self.empty_embeds, self.guidance_scale
         )
-        output = self.student(x_t, batch["timesteps"], batch["prompt_embeds"]).sample
+        output = unet_output(self.student, x_t, batch["timesteps"], batch["prompt_embeds"])
         return diffusion.mean_squared_error(output, target), {}
 
 
@@ -59,7 +72,7 @@ def guided_output(
     """The guided output of W0, (b, 4, h, w): both halves in one batched forward, adapters off."""
     both_embeds = torch.cat([empty_embeds.expand_as(prompt_embeds), prompt_embeds])
     with role(teacher, None):
-        outputs = teacher(torch.cat([x_t] * 2), torch.cat([timesteps] * 2), both_embeds).sample
+        outputs = unet_output(teacher, torch.cat([x_t] * 2), torch.cat([timesteps] * 2), both_embeds)
     uncond, cond = outputs.chunk(2)
     return diffusion.guide(uncond, cond, guidance_scale)
 
@@ -80,7 +93,7 @@ class ConsistencyFunction(nn.Module):
         """Clean latents (b, 4, h, w) of x_t at timesteps (b,); guidance_scale (b,) is read by a full LCM alone."""
         dim = self.unet.config.time_cond_proj_dim
         timestep_cond = diffusion.guidance_embedding(guidance_scale, dim) if dim else None
-        output = self.unet(x_t, timesteps, prompt_embeds, timestep_cond=timestep_cond).sample
+        output = unet_output(self.unet, x_t, timesteps, prompt_embeds, timestep_cond)
         alpha, sigma = diffusion.alpha_sigma(self.alphas_cumprod, timesteps)
         x0 = diffusion.to_x0(output, x_t, alpha, sigma, self.prediction_type)
         c_skip, c_out = diffusion.boundary_scalings(timesteps)
@@ -195,6 +208,6 @@ class Denoising(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         alpha, sigma = diffusion.alpha_sigma(self.alphas_cumprod, batch["timesteps"])
         x_t = diffusion.add_noise(batch["latents"], batch["eps"], alpha, sigma)
-        output = self.student(x_t, batch["timesteps"], batch["prompt_embeds"]).sample
+        output = unet_output(self.student, x_t, batch["timesteps"], batch["prompt_embeds"])
         target = diffusion.target_output(batch["latents"], batch["eps"], alpha, sigma, self.prediction_type)
         return diffusion.mean_squared_error(output, target), {}

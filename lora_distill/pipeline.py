@@ -65,6 +65,11 @@ def _prepared(pipe: StableDiffusionPipeline, device: str) -> StableDiffusionPipe
     return pipe.to(device)
 
 
+def adapter_dtype(pipe: StableDiffusionPipeline, mixed_precision: str) -> torch.dtype:
+    """What A and B are stored in: as W0 is, or float32 where autocast casts them."""
+    return pipe.unet.dtype if mixed_precision == "no" else torch.float32
+
+
 def choose_device(device: str) -> str:
     """Resolve "auto" to the GPU when there is one."""
     if device == "auto":

@@ -34,7 +34,10 @@ class Settings(BaseModel):
         "bundled", min_length=1, description="bundled, a folder in the Stable Diffusion layout, or a hub id"
     )
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
-    mixed_precision: Literal["no", "fp16", "bf16"] = Field("no", description="precision of forward passes in training")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="what frozen weights are stored in")
+    mixed_precision: Literal["no", "fp16", "bf16"] = Field(
+        "no", description="autocast in training; no computes it all in dtype, A and B included, on float32 masters"
+    )
     pretrain: Literal["short", "full"] = Field("short", description="how long notebook 00 trains the small pipeline")
 
     data: str = Field(

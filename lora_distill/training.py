@@ -22,6 +22,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lora_distill.masters import MasterAdamW
 from lora_distill.storage import DamagedFileError, load_tensors, save_tensors
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -85,18 +86,20 @@ def train(
         cpu=torch.device(device).type == "cpu",
     )
     parameters = {name: p for name, p in objective.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(
+    adamw = MasterAdamW(
         parameters.values(),
         lr=schedule.learning_rate,
         betas=(0.9, schedule.beta2),
         weight_decay=schedule.weight_decay,
     )
-    ema = EMAModel(parameters.values(), decay=schedule.ema_decay, use_ema_warmup=True, power=0.75)
-    state = _State(parameters, optimizer, ema, accelerator.scaler, schedule, folder)
+    masters = dict(zip(parameters, adamw.masters, strict=True))  # where they have 32 bits, the parameters themselves
+    ema = EMAModel(masters.values(), decay=schedule.ema_decay, use_ema_warmup=True, power=0.75)
+    state = _State(masters, adamw, ema, accelerator.scaler, schedule, folder)
     first_step, log = state.restore()
+    adamw.publish()
     if schedule.ema_decay:  # an objective may learn from its own moving average, as consistency distillation does
         objective.moving_average = dict(zip(parameters, ema.shadow_params, strict=True))
-    model, optimizer = accelerator.prepare(objective, optimizer)
+    model, optimizer = accelerator.prepare(objective, adamw)
 
     progress = tqdm(total=schedule.steps, initial=first_step, desc=title, mininterval=2, file=sys.stdout, ncols=100)
     if each and first_step == 0:
@@ -121,7 +124,7 @@ def train(
                 optimizer.zero_grad(set_to_none=True)
             images += schedule.batch_size * accelerator.num_processes
         if schedule.ema_decay:
-            ema.step(parameters.values())
+            ema.step(masters.values())
         progress.update()
 
         done = step + 1
@@ -134,26 +137,29 @@ def train(
             log.append(row)
             progress.set_postfix_str(f"loss {row['loss']:.4f}, {row['images_per_s']:.0f} images/s", refresh=False)
         if each and (done % each[0] == 0 or done == schedule.steps):
-            log.append({"step": done, **_measured(each[1], done, ema, parameters)})
+            log.append({"step": done, **_measured(each[1], done, ema, adamw)})
             clock, images = time.perf_counter(), 0
         if accelerator.is_main_process and (done % schedule.checkpoint_every == 0 or done == schedule.steps):
             state.save(done, log)
     progress.close()
     if schedule.ema_decay:
-        ema.copy_to(parameters.values())
+        ema.copy_to(adamw.masters)
+        adamw.publish()
     return log
 
 
-def _measured(call: Callable[[int], dict], step: int, ema: EMAModel, parameters: dict[str, nn.Parameter]) -> dict:
+def _measured(call: Callable[[int], dict], step: int, ema: EMAModel, adamw: MasterAdamW) -> dict:
     """Measurements of what training would leave behind at this step: the moving average, where one is kept."""
     if not ema.decay:
         return call(step)
-    ema.store(parameters.values())
-    ema.copy_to(parameters.values())
+    ema.store(adamw.masters)
+    ema.copy_to(adamw.masters)
+    adamw.publish()
     try:
         return call(step)
     finally:
-        ema.restore(parameters.values())
+        ema.restore(adamw.masters)
+        adamw.publish()
 
 
 def peak_memory_mb(device: torch.device) -> float:

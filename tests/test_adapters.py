@@ -97,6 +97,11 @@ def test_adapters_of_a_16_bit_w0_are_32_bit(unet):
     assert {p.dtype for p in parameters} == {torch.float32}
 
 
+def test_adapters_are_16_bit_where_that_is_asked(unet):
+    parameters = add_adapter(unet.bfloat16(), "student", rank=2, alpha=2, dtype=torch.bfloat16)
+    assert {p.dtype for p in parameters} == {torch.bfloat16}
+
+
 def test_the_first_weights_come_from_the_seed_alone(unet):
     torch.manual_seed(11)
     one = add_adapter(unet, "one", rank=2, alpha=2, seed=5)

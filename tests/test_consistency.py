@@ -173,6 +173,19 @@ def test_only_the_student_is_trained(bundle, batch):
     assert {id(p) for p in objective.parameters() if p.grad is not None} == {id(p) for p in parameters}
 
 
+def test_everything_in_16_bits_is_near_what_it_is_in_32(bundle, batch):
+    losses = []
+    for dtype in (torch.float32, torch.bfloat16):
+        bundle.unet.to(dtype)
+        objective = ConsistencyDistillation(bundle.unet, bundle.unet, bundle.scheduler, encode_prompts(bundle, [""]))
+        parameters = add_adapter(bundle.unet, str(dtype)[6:], rank=2, alpha=2, dtype=dtype)
+        loss, _ = objective(batch)
+        loss.backward()
+        assert all(p.grad.dtype == dtype for p in parameters)
+        losses.append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
 def test_a_student_that_is_the_lcm_has_nothing_to_mimic(bundle, batch):
     loss, scalars = ConsistencyMimicry(bundle.unet, bundle.unet, bundle.scheduler)(batch)
     assert loss == 0 and scalars["mse"] == 0 and scalars["kl"] == 0

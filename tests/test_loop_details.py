@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from lora_distill.training import Schedule, train
+from lora_distill.storage import load_tensors
+from lora_distill.training import CHECKPOINT, Schedule, train
 
 PLAN = Schedule(steps=6, batch_size=2, learning_rate=0.1, log_every=1)
 
@@ -62,6 +63,33 @@ def test_a_run_has_its_own_precision_whatever_ran_before(tmp_path, first):
         assert objective.weight.dtype == torch.float32, "only forward passes are in half precision"
         found.append(objective.precisions)
     assert found == ([{torch.float32}, {torch.bfloat16}] if first == "no" else [{torch.bfloat16}, {torch.float32}])
+
+
+class Sixteen(Distance):
+    """The same with a weight of 16 bits."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(self.weight.detach().bfloat16())
+
+
+def test_16_bit_weights_follow_float32_masters(tmp_path):
+    """With a learning rate so small that 16 bits alone would never move."""
+    plan = replace(PLAN, steps=40, learning_rate=1e-3)
+    objective, plain = Sixteen(), Distance()
+    train(objective, draw, plan, tmp_path / "sixteen")
+    train(plain, draw, plan, tmp_path / "plain")
+    assert objective.weight.dtype == torch.bfloat16 and not torch.equal(objective.weight, Sixteen().weight)
+    assert torch.allclose(objective.weight.float(), plain.weight, atol=0.02)
+
+
+def test_masters_are_in_the_checkpoint(tmp_path):
+    plan = replace(PLAN, learning_rate=1e-3)
+    train(Sixteen(), draw, plan, tmp_path)
+    master = load_tensors(tmp_path / CHECKPOINT)[0]["parameter.weight"]
+    again = Sixteen()
+    train(again, draw, plan, tmp_path)
+    assert master.dtype == torch.float32 and torch.equal(again.weight, master.bfloat16())
 
 
 def test_the_logged_learning_rates_are_those_of_the_schedule(tmp_path):

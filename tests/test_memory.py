@@ -8,7 +8,7 @@ import torch
 
 from lora_distill.adapters import add_adapter
 from lora_distill.distillation import parameter_counts
-from lora_distill.masters import MasterWeights
+from lora_distill.masters import MasterAdamW
 from lora_distill.memory import INFERENCE, PRECISIONS, TRAINING, Setup, find_scheme
 from lora_distill.memory_account import account, largest_batch
 from lora_distill.memory_measurement import simulate, track
@@ -136,7 +136,7 @@ def test_a_card_that_is_too_small_takes_no_batch():
 
 def test_float32_masters_keep_updates_that_16_bits_would_lose():
     weight = torch.nn.Parameter(torch.full((4,), 100.0, dtype=torch.bfloat16))
-    optimizer = MasterWeights([weight], lr=1e-2, weight_decay=0.0)
+    optimizer = MasterAdamW([weight], lr=1e-2, weight_decay=0.0)
     for _ in range(100):  # a hundred times 0.01 is 1; one bfloat16 step at 100 is 0.5
         weight.grad = torch.ones_like(weight)
         optimizer.step()
@@ -145,7 +145,7 @@ def test_float32_masters_keep_updates_that_16_bits_would_lose():
 
 def test_masters_of_float32_weights_are_the_weights():
     weight = torch.nn.Parameter(torch.ones(4))
-    assert MasterWeights([weight], lr=1e-2).masters[0] is weight
+    assert MasterAdamW([weight], lr=1e-2).masters[0] is weight
 
 
 # ---------------------------------------------------------------------------------------------- bad input
