@@ -178,7 +178,7 @@ def test_everything_in_16_bits_is_near_what_it_is_in_32(bundle, batch):
     for dtype in (torch.float32, torch.bfloat16):
         bundle.unet.to(dtype)
         objective = ConsistencyDistillation(bundle.unet, bundle.unet, bundle.scheduler, encode_prompts(bundle, [""]))
-        parameters = add_adapter(bundle.unet, str(dtype)[6:], rank=2, alpha=2, dtype=dtype)
+        parameters = add_adapter(bundle.unet, f"lora_{dtype.itemsize}", rank=2, alpha=2, dtype=dtype)
         loss, _ = objective(batch)
         loss.backward()
         assert all(p.grad.dtype == dtype for p in parameters)
