@@ -3,10 +3,12 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
+from datasets import Dataset
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
@@ -19,9 +21,9 @@ from lora_distill.storage import DamagedFileError, cache_key, load_tensors, save
 
 @dataclass(frozen=True)
 class Prompts:
-    """Scenes of a split with one caption each, drawn from their five."""
+    """Captions of a split, one an image, with what the image shows where that is known: the bundled scenes."""
 
-    scenes: list[scenes.Scene]
+    scenes: list[scenes.Scene] | None
     captions: list[str]
 
     def __len__(self) -> int:
@@ -33,6 +35,15 @@ def scene_prompts(style: str, split: str, count: int, seed: int) -> Prompts:
     sampled = scenes.sample_scenes(style, split, count, seed)
     rng = np.random.default_rng([seed, 1])
     return Prompts(sampled, [scenes.captions(scene, rng)[int(rng.integers(5))] for scene in sampled])
+
+
+def captioned_prompts(images: Dataset, count: int, seed: int) -> Prompts:
+    """`count` of the captions of a split, no two the same. Raises ValueError when it has not that many."""
+    captions = list(dict.fromkeys(chain.from_iterable(images["captions"])))
+    if count > len(captions):
+        raise ValueError(f"eval_prompts: expected at most the {len(captions)} captions of the split, got {count}")
+    chosen = np.random.default_rng([seed, 1]).choice(len(captions), count, replace=False)
+    return Prompts(None, [captions[i] for i in chosen])
 
 
 def training_captions(source: str, style: str, count: int, seed: int) -> list[str]:

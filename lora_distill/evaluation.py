@@ -1,15 +1,20 @@
-"""One judge for every sampler: the same prompts, the same noise, the same reader and reference images."""
+"""One judge for every sampler: the same prompts, the same noise, the same measure of alignment and reference images."""
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from diffusers import StableDiffusionPipeline
 
 from lora_distill import scenes
-from lora_distill.data import Prompts
+from lora_distill.captioned import captioned_images
+from lora_distill.data import Prompts, captioned_prompts, scene_prompts
+from lora_distill.latents import Framing, views
 from lora_distill.metrics import FrechetDistance, Proportion, prompt_alignment
-from lora_distill.pipeline import decode_latents, encode_prompts
+from lora_distill.pipeline import decode_latents, encode_prompts, to_uint8
 from lora_distill.sampling import Sampler, initial_noise, sample_in_batches
+from lora_distill.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -26,14 +31,12 @@ class Quality:
 
 
 class Judge:
-    """Judges samplers on a fixed set of prompts against drawn reference images of the same split.
+    """Judges samplers on a fixed set of prompts against reference images of the same split."""
 
-    `reference` images are other scenes than the prompts' own, so that the floor is real against real.
-    """
-
-    def __init__(self, pipe: StableDiffusionPipeline, prompts: Prompts, reference: np.ndarray):
+    def __init__(self, pipe: StableDiffusionPipeline, prompts: Prompts, reference: np.ndarray, batch_size: int = 50):
         self.pipe = pipe
         self.prompts = prompts
+        self.batch_size = batch_size
         self.prompt_embeds = encode_prompts(pipe, prompts.captions)
         self.empty_embeds = encode_prompts(pipe, [""])
         self.reader = scenes.Reader()
@@ -43,8 +46,9 @@ class Judge:
         """Sample the prompts from noise that depends on the seed alone, and judge the images."""
         pipe = pipe or self.pipe
         noise = initial_noise(pipe, len(self.prompts), seed)
-        latents = sample_in_batches(pipe, sampler, noise, self.prompt_embeds, self.empty_embeds, seed)
-        return self.judge_images(decode_latents(pipe, latents))
+        embeds = self.prompt_embeds, self.empty_embeds
+        latents = sample_in_batches(pipe, sampler, noise, *embeds, seed, self.batch_size)
+        return self.judge_images(decode_latents(pipe, latents, self.batch_size))
 
     def judge_images(self, images: np.ndarray) -> Quality:
         """The judgement of images that are at hand, one a prompt."""
@@ -53,5 +57,21 @@ class Judge:
 
 
 def drawn(style: str, split: str, count: int, seed: int) -> np.ndarray:
-    """Reference images of a split, (n, 64, 64, 3) uint8."""
+    """Reference images of a split of the bundled world, (n, 64, 64, 3) uint8."""
     return np.stack([scenes.draw(scene) for scene in scenes.sample_scenes(style, split, count, seed)])
+
+
+def held_out(source: str, split: str, settings: Settings) -> tuple[Prompts, np.ndarray]:
+    """Prompts of a split, `eval_prompts` of them, and reference images (n, h, w, 3) uint8 to compare with.
+
+    Of the bundled scenes, 1,000 drawings of other scenes than the prompts'. Of photographs, as is usual, every image
+    of the split, in the same framing as in training.
+    """
+    if bundled := re.fullmatch(r"scenes/(\w+)/\w+", source):
+        style = bundled[1]
+        prompts = scene_prompts(style, split, settings.eval_prompts, settings.seed)
+        return prompts, drawn(style, split, 1000, settings.seed + 1)
+    images = captioned_images(source, split, skip_unusable=settings.skip_unusable)
+    framing = Framing(settings.resolution)
+    pixels = torch.cat([views(row["image"], framing, i)[0] for i, row in enumerate(images)])
+    return captioned_prompts(images, settings.eval_prompts, settings.seed), to_uint8(pixels)
