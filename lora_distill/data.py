@@ -1,6 +1,5 @@
 """Prompts, and the on-disk cache of what is frozen: teacher latents and prompt embeddings."""
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
@@ -16,7 +15,7 @@ from lora_distill import scenes
 from lora_distill.captioned import captioned_images
 from lora_distill.pipeline import encode_prompts, fingerprint
 from lora_distill.sampling import Sampler, initial_noise, sample_in_batches
-from lora_distill.storage import DamagedFileError, cache_key, load_tensors, save_tensors
+from lora_distill.storage import cache_key, cached
 
 
 @dataclass(frozen=True)
@@ -56,19 +55,6 @@ def training_captions(source: str, style: str, count: int, seed: int) -> list[st
 
 
 # ---------------------------------------------------------------------------------------------- the cache
-
-
-def cached(folder: Path, kind: str, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Tensors from `folder`/`kind`-`key`.safetensors, made on first use; a damaged file is made again."""
-    path = folder / f"{kind}-{key}.safetensors"
-    if path.exists():
-        try:
-            return load_tensors(path)[0]
-        except DamagedFileError as error:
-            warnings.warn(f"{error}; made again", stacklevel=2)
-    tensors = make()
-    save_tensors(path, tensors)
-    return tensors
 
 
 def teacher_set(

@@ -1,7 +1,8 @@
 """One judge for every sampler: the same prompts, the same noise, the same measure of alignment and reference images."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,8 +11,10 @@ from diffusers import StableDiffusionPipeline
 from lora_distill import scenes
 from lora_distill.captioned import captioned_images
 from lora_distill.data import Prompts, captioned_prompts, scene_prompts
+from lora_distill.distances import frechet_distance
+from lora_distill.extractors import Features
 from lora_distill.latents import Framing, views
-from lora_distill.metrics import FrechetDistance, Proportion, prompt_alignment
+from lora_distill.metrics import FrechetDistance, Proportion, Score, clip_score, prompt_alignment
 from lora_distill.pipeline import decode_latents, encode_prompts, to_uint8
 from lora_distill.sampling import Sampler, initial_noise, sample_in_batches
 from lora_distill.settings import Settings
@@ -22,8 +25,9 @@ class Quality:
     """What the judge found in the images of one sampler and one seed."""
 
     images: np.ndarray  # (n, h, w, 3) uint8
-    alignment: dict[str, Proportion]
+    alignment: dict[str, Proportion | Score]  # photographs have "content" alone, by CLIP
     frechet_distance: float  # FD-EfficientNet-Lite0 to the reference images
+    features: Features  # of the images, for `metrics.compare` with the judge's `reference` and for `metrics.fidelity`
 
     @property
     def all_correct(self) -> Proportion:
@@ -31,16 +35,33 @@ class Quality:
 
 
 class Judge:
-    """Judges samplers on a fixed set of prompts against reference images of the same split."""
+    """Judges samplers on a fixed set of prompts against reference images of the same split.
 
-    def __init__(self, pipe: StableDiffusionPipeline, prompts: Prompts, reference: np.ndarray, batch_size: int = 50):
+    With `cache_dir` the features of the reference are kept there. What the bundled scenes show is read exactly; for
+    other images `clip` names the CLIP, a folder or hub id, that scores their content. Raises ValueError where such
+    images have no CLIP.
+    """
+
+    def __init__(
+        self,
+        pipe: StableDiffusionPipeline,
+        prompts: Prompts,
+        reference: np.ndarray,
+        *,
+        cache_dir: Path | None = None,
+        batch_size: int = 50,
+        clip: str = "",
+    ):
+        if prompts.scenes is None and not clip:
+            raise ValueError("clip: photographs need a CLIP model to score their content, a folder or a hub id")
+        self.clip = clip
         self.pipe = pipe
         self.prompts = prompts
         self.batch_size = batch_size
         self.prompt_embeds = encode_prompts(pipe, prompts.captions)
         self.empty_embeds = encode_prompts(pipe, [""])
-        self.reader = scenes.Reader()
-        self.frechet_distance = FrechetDistance(reference)
+        self.reader = scenes.Reader() if prompts.scenes else None
+        self.frechet_distance = FrechetDistance(reference, cache_dir=cache_dir)
 
     def __call__(self, sampler: Sampler, seed: int, pipe: StableDiffusionPipeline | None = None) -> Quality:
         """Sample the prompts from noise that depends on the seed alone, and judge the images."""
@@ -52,8 +73,20 @@ class Judge:
 
     def judge_images(self, images: np.ndarray) -> Quality:
         """The judgement of images that are at hand, one a prompt."""
-        alignment = prompt_alignment(images, self.prompts.scenes, self.reader)
-        return Quality(images, alignment, self.frechet_distance(images))
+        features = self.frechet_distance.features(images)
+        distance = frechet_distance(features.frechet, self.reference.frechet)
+        return Quality(images, self._alignment(images), distance, features)
+
+    def _alignment(self, images: np.ndarray) -> dict[str, Proportion | Score]:
+        if self.reader:
+            return prompt_alignment(images, self.prompts.scenes, self.reader)
+        score = clip_score(images, self.prompts.captions, self.clip, self.pipe.device.type)
+        return {"content": replace(score, value=score.value / 100)}  # a cosine, as the reader's shares below 1
+
+    @property
+    def reference(self) -> Features:
+        """The features of the reference images."""
+        return self.frechet_distance.reference
 
 
 def drawn(style: str, split: str, count: int, seed: int) -> np.ndarray:
