@@ -1,6 +1,7 @@
 """One judge for every sampler: the same prompts, the same noise, the same measure of alignment and reference images."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,7 +38,8 @@ class Quality:
 class Judge:
     """Judges samplers on a fixed set of prompts against reference images of the same split.
 
-    With `cache_dir` the features of the reference are kept there. What the bundled scenes show is read exactly; for
+    With `cache_dir` the features of the reference are kept there; `layers` are those of its extractor that more than
+    the Frechet distance needs. What the bundled scenes show is read exactly; for
     other images `clip` names the CLIP, a folder or hub id, that scores their content. Raises ValueError where such
     images have no CLIP.
     """
@@ -51,6 +53,7 @@ class Judge:
         cache_dir: Path | None = None,
         batch_size: int = 50,
         clip: str = "",
+        layers: Iterable[str] | None = None,
     ):
         if prompts.scenes is None and not clip:
             raise ValueError("clip: photographs need a CLIP model to score their content, a folder or a hub id")
@@ -61,7 +64,7 @@ class Judge:
         self.prompt_embeds = encode_prompts(pipe, prompts.captions)
         self.empty_embeds = encode_prompts(pipe, [""])
         self.reader = scenes.Reader() if prompts.scenes else None
-        self.frechet_distance = FrechetDistance(reference, cache_dir=cache_dir)
+        self.frechet_distance = FrechetDistance(reference, cache_dir=cache_dir, layers=layers)
 
     def __call__(self, sampler: Sampler, seed: int, pipe: StableDiffusionPipeline | None = None) -> Quality:
         """Sample the prompts from noise that depends on the seed alone, and judge the images."""

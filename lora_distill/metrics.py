@@ -12,7 +12,7 @@ from torchmetrics.multimodal import CLIPScore
 from transformers import CLIPProcessor
 
 from lora_distill import distances
-from lora_distill.extractors import Features, cached_features, extract, load_extractor, pretrained_clip
+from lora_distill.extractors import LAYERS, Features, cached_features, extract, load_extractor, pretrained_clip
 from lora_distill.scenes import Reader, Scene, agreement
 
 
@@ -135,7 +135,8 @@ def inception_score(features: Features, splits: int = 10, seed: int = 0) -> Scor
 class FrechetDistance:
     """The Frechet distance, by default FD-EfficientNet-Lite0, to reference images whose features are taken once.
 
-    `reference` is an array (n, h, w, 3) uint8 or a list of such; with `cache_dir` its features are kept there.
+    `reference` is an array (n, h, w, 3) uint8 or a list of such; with `cache_dir` its features are kept there. Further
+    measures on the same features need `layers`, by default the distance's own alone.
     """
 
     def __init__(
@@ -145,19 +146,21 @@ class FrechetDistance:
         extractor: str = "EfficientNet-Lite0",
         source: str | Path | None = None,
         cache_dir: Path | None = None,
+        layers: Iterable[str] | None = None,
     ):
         self.extractor = load_extractor(extractor, source, device)
+        self.layers = tuple(layers or [LAYERS[extractor].frechet])
         self.name = metric_name("FD", extractor)
         keep = partial(cached_features, cache_dir=cache_dir) if cache_dir else extract
-        self.reference = keep(self.extractor, reference)
+        self.reference = keep(self.extractor, reference, layers=self.layers)
 
     def __call__(self, images: np.ndarray | Iterable[np.ndarray]) -> float:
         """The distance of images (n, h, w, 3) uint8 to the reference."""
         return distances.frechet_distance(self.features(images).frechet, self.reference.frechet)
 
     def features(self, images: np.ndarray | Iterable[np.ndarray]) -> Features:
-        """What the other measures need too, in one pass over the images."""
-        return extract(self.extractor, images)
+        """The layers of images (n, h, w, 3) uint8, in one pass over them."""
+        return extract(self.extractor, images, self.layers)
 
 
 def clip_score(
