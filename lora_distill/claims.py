@@ -133,7 +133,9 @@ def load(path: Path = CLAIMS) -> list[Claim]:
         try:
             claims.append(Claim.model_validate(entry))
         except ValidationError as error:
-            raise ClaimsError(f"{place}: {_explain(error.errors()[0])}") from None
+            # a misspelt key is also a missing one: the spelling says more
+            problem = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
+            raise ClaimsError(f"{place}: {_explain(problem)}") from None
     ids = Counter(claim.id for claim in claims)
     if ids and max(ids.values()) > 1:
         raise ClaimsError(f"{path.name}: claim {ids.most_common(1)[0][0]}: id: is there twice")
