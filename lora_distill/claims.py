@@ -25,7 +25,7 @@ WORKS = {
 }
 # A rule is text from a file: it may compare and calculate, and reach nothing else.
 EXPRESSIONS = SandboxedEnvironment(
-    undefined=StrictUndefined, finalize=lambda value: f"{value:.3g}" if isinstance(value, float) else value
+    undefined=StrictUndefined, finalize=lambda value: f"{round(value, 2):g}" if isinstance(value, float) else value
 )
 EXPRESSIONS.globals.clear()
 
