@@ -46,6 +46,14 @@ def notebooks(profile: Profile = "cpu") -> None:
 
 
 @app.command()
+def readme(profile: Profile = "cpu") -> None:
+    """Put the results and verdicts of a profile into the README, without running anything."""
+    from lora_distill import series
+
+    print(series.write_readme(profile))
+
+
+@app.command()
 def settings(profile: Profile = "cpu") -> None:
     """Check a profile and print every key with its value and meaning."""
     from lora_distill.settings import load_settings
@@ -110,6 +118,15 @@ def memory(profile: Profile = "sd15-shape") -> None:
 
     checked = load_settings(profile)
     print("\n".join(memory_report.write(checked, choose_device(checked.device))))
+
+
+@app.command()
+def claims(profile: Profile = "cpu") -> None:
+    """Print what a profile's results say about every claim of the two works."""
+    from lora_distill import claims as ledger
+    from lora_distill.settings import figures_dir, load_settings
+
+    print(ledger.as_text(ledger.ledger(figures_dir(load_settings(profile)))))
 
 
 @app.command()

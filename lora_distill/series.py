@@ -16,6 +16,7 @@ from nbclient.exceptions import DeadKernelError
 from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 
+from lora_distill import claims
 from lora_distill.provenance import atomic_write, manifest, now
 from lora_distill.settings import PACKAGE, Settings, figures_dir, load_settings, repository_root, run_dir
 
@@ -23,7 +24,6 @@ from lora_distill.settings import PACKAGE, Settings, figures_dir, load_settings,
 KERNEL_ENVIRONMENT = {"PYTHONWARNINGS": "ignore:IProgress not found", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 # Kernels announce their transport at the start, and as an error the interrupt that comes before their shutdown.
 KERNEL = {"kernel_name": "python3", "extra_arguments": ["--log-level=CRITICAL"]}
-RESULTS_START, RESULTS_END = "<!-- results -->", "<!-- /results -->"
 PRETRAINING = "00"  # makes the bundled pipeline: not part of a run, which reads the committed one
 
 
@@ -43,6 +43,8 @@ def reproduce(profile: str | Path, *, force: bool = False, names: Sequence[str] 
     account = manifest(settings, started=started, notebooks=notebooks)
     atomic_write(folder / "manifest.json", json.dumps(account, indent=2) + "\n")
     print(results_table(figures_dir(settings)))
+    print(f"\n{claims.summary(claims.ledger(figures_dir(settings)))}")
+    print(f"each with its numbers: python -m lora_distill claims --profile {profile}")
     print(f"\nnotebooks and manifest.json: {_shown(folder)}\nfigures: {_shown(figures_dir(settings))}")
 
 
@@ -63,9 +65,14 @@ def commit_outputs(profile: str | Path = "cpu") -> None:
     reproduce(profile, names=[path.stem for path in paths])
     for path in paths:
         write_outputs(path, run_dir(load_settings(profile)) / path.name)
+    write_readme(profile)
+
+
+def write_readme(profile: str | Path = "cpu") -> Path:
+    """Put the results and verdicts of a profile into the README, from its saved tables; return its path."""
     readme = repository_root() / "README.md"
-    table = results_table(figures_dir(load_settings(profile)))
-    atomic_write(readme, with_results(readme.read_text(), table))
+    atomic_write(readme, with_results(readme.read_text(), figures_dir(load_settings(profile))))
+    return readme
 
 
 def all_notebooks() -> list[Path]:
@@ -213,11 +220,20 @@ def results_table(folder: Path) -> str:
     return "\n".join(lines[1:])
 
 
-def with_results(readme: str, table: str) -> str:
-    """The README with the results of a run as its block of results."""
-    before, _, rest = readme.partition(RESULTS_START)
-    _, _, after = rest.partition(RESULTS_END)
-    return f"{before}{RESULTS_START}\n```\n{table}\n```\n{RESULTS_END}{after}"
+def with_results(readme: str, folder: Path) -> str:
+    """The README with what a folder of results says: the notebooks' numbers, and the ledger of claims."""
+    readme = with_block(readme, "results", f"```\n{results_table(folder)}\n```")
+    return with_block(readme, "ledger", claims.as_table(claims.ledger(folder)))
+
+
+def with_block(text: str, name: str, content: str) -> str:
+    """A text with what stands between `<!-- name -->` and `<!-- /name -->` replaced. Raises ValueError without them."""
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, found, rest = text.partition(start)
+    _, ended, after = rest.partition(end)
+    if not (found and ended):
+        raise ValueError(f"no block from {start} to {end}")
+    return f"{before}{start}\n{content}\n{end}{after}"
 
 
 def _papermill(path: Path, output: Path, settings: Settings, **options) -> NotebookNode:

@@ -34,6 +34,11 @@ def test_settings_are_printed_with_their_meaning(command):
     assert code == 0 and "train_steps: 4 " in out and "# optimiser updates" in out
 
 
+def test_claims_are_printed_with_their_verdicts(command):
+    code, out, _ = command("claims", "--profile", "cpu")
+    assert code == 0 and "conventional-raises-memory: reproduced" in out and out.rstrip().endswith("not testable here")
+
+
 def test_unknown_profile_is_one_line(command):
     code, _, err = command("reproduce", "--profile", "nope")
     assert code == 2 and err.startswith("no profile 'nope'") and err.count("\n") == 1

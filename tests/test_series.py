@@ -10,10 +10,11 @@ from nbclient.exceptions import DeadKernelError
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from lora_distill import __main__ as cli
-from lora_distill import provenance, series, settings
+from lora_distill import claims, provenance, series, settings
 from lora_distill.series import SeriesError
 from lora_distill.settings import Settings, SettingsError
 
+README = "# A title\n<!-- results --><!-- /results -->\n<!-- ledger --><!-- /ledger -->\n"
 PARAMETERS = "profile: str = 'cpu'\nseed: int = 0"
 
 
@@ -34,7 +35,7 @@ def checkout(tmp_path, monkeypatch):
     for profile in ("cpu", "other"):
         (tmp_path / "params" / f"{profile}.yaml").write_text(f"profile: {profile}\n")
     (tmp_path / "lora_distill" / "module.py").write_text("x = 1\n")
-    (tmp_path / "README.md").write_text("# A title\n<!-- results --><!-- /results -->\n")
+    (tmp_path / "README.md").write_text(README)
     for name in ("00_make", "01_first", "02_second"):
         write_notebook(tmp_path / "notebooks" / f"{name}.ipynb", "seed + 1")
     for module in (settings, series):
@@ -141,11 +142,20 @@ def test_results_are_printed(executed, checkout, capsys):
     assert "Memory\n  LoRA       1.2 MB\n  full copy  10 MB\n" in capsys.readouterr().out
 
 
-def test_results_take_the_place_of_those_in_the_readme():
-    readme = "before\n<!-- results -->\nold\n<!-- /results -->\nafter\n"
-    once = series.with_results(readme, "Memory\n  LoRA  1 MB")
-    assert once == "before\n<!-- results -->\n```\nMemory\n  LoRA  1 MB\n```\n<!-- /results -->\nafter\n"
-    assert series.with_results(once, "Memory\n  LoRA  1 MB") == once
+def test_results_and_verdicts_take_the_place_of_those_in_the_readme(checkout):
+    figures = checkout / "figures" / "cpu"
+    provenance.atomic_write(figures / "01_results.json", json.dumps({"Memory": {"LoRA": "1 MB"}}))
+    once = series.write_readme().read_text()
+    assert once.startswith(
+        "# A title\n<!-- results -->\n```\nMemory\n  LoRA  1 MB\n```\n<!-- /results -->\n<!-- ledger -->"
+    )
+    assert once.count("| not testable here |") == len(claims.load())
+    assert series.with_results(once, figures) == once
+
+
+def test_a_block_that_is_not_there():
+    with pytest.raises(ValueError, match="no block from <!-- results --> to <!-- /results -->"):
+        series.with_block("<!-- results -->", "results", "")
 
 
 @pytest.mark.parametrize(
