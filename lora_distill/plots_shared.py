@@ -1,0 +1,76 @@
+"""What several figures have in common: groups of rows, intervals, loss curves, grids of images.
+
+Rows are dicts as they stand in a figure's CSV; shares are fractions there and per cent on an axis.
+"""
+
+import textwrap
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+Rows = list[dict[str, Any]]
+WIDTH = 5.5  # inches of a text column
+REFERENCE = {"color": "0.5", "linestyle": "--", "linewidth": 1}  # of lines that nothing was trained for
+
+
+def grouped(rows: Rows, key: str) -> dict[Any, Rows]:
+    """Rows by their value of a column, in the order in which the values first appear."""
+    return {value: [row for row in rows if row[key] == value] for value in dict.fromkeys(row[key] for row in rows)}
+
+
+def column(rows: Rows, key: str) -> np.ndarray:
+    """The values of a column, (n,)."""
+    return np.array([row[key] for row in rows])
+
+
+def share_with_interval(ax: Axes, rows: Rows, x: str, share: str, **style: Any) -> None:
+    """A curve of shares in per cent, with the interval of the columns `low` and `high` as error bars."""
+    values, low, high = (100 * column(rows, key) for key in (share, "low", "high"))
+    ax.errorbar(column(rows, x), values, np.abs([low - values, high - values]), **style)
+
+
+def loss_by_method(rows: Rows, ylabel: str) -> Figure:
+    """Training losses, a curve a method."""
+    figure, ax = plt.subplots(figsize=(WIDTH, 2.4))
+    for method, points in grouped(rows, "method").items():
+        ax.plot(column(points, "step"), column(points, "loss"), label=method, marker="", linewidth=1.2)
+    ax.set(xlabel="training step", ylabel=ylabel, ylim=(0, None))
+    ax.legend()
+    return figure
+
+
+def image_grid(rows: Rows, images: np.ndarray) -> Figure:
+    """Images (n, h, w, 3) uint8, one a row of the table, under their captions and beside the labels of their lines.
+
+    A caption that the image above has too is not written again. Raises ValueError when a line of the grid is not full.
+    """
+    lines = grouped([{**row, "image": image} for row, image in zip(rows, images, strict=True)], "row")
+    columns = len(rows) // len(lines)
+    if {len(line) for line in lines.values()} != {columns}:
+        raise ValueError(f"{len(rows)} images do not fill {len(lines)} lines of a grid")
+    label = 0.85 if any(lines) else 0.0  # inches
+    cell = min(1.0, (WIDTH - label) / columns)
+    captions = [[_wrapped(row["caption"]) for row in line] for line in lines.values()]
+    captions = [captions[0], *([""] * columns if below == above else below for above, below in _pairs(captions))]
+    text = sum(0.12 * max(caption.count("\n") + bool(caption) for caption in line) for line in captions)
+    size = (label + cell * columns, cell * len(lines) + text)
+    figure, axes = plt.subplots(len(lines), columns, figsize=size, squeeze=False)
+    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
+    for line_axes, (name, line), titles in zip(axes, lines.items(), captions, strict=True):
+        for ax, row, title in zip(line_axes, line, titles, strict=True):
+            ax.imshow(row["image"], interpolation="nearest")
+            ax.set_axis_off()
+            ax.set_title(title, fontsize=6, pad=2, parse_math=False)
+        line_axes[0].text(-0.06, 0.5, name, transform=line_axes[0].transAxes, ha="right", va="center")
+    return figure
+
+
+def _pairs(lines: list) -> zip:
+    return zip(lines, lines[1:], strict=False)
+
+
+def _wrapped(caption: str | None) -> str:
+    return textwrap.fill(str(caption or ""), 18, max_lines=5, placeholder=" …")
