@@ -14,9 +14,9 @@ def consistency_loss(rows: Rows) -> Figure:
 
 
 def content_against_passes(rows: Rows) -> Figure:
-    """Content correct against UNet evaluations: what was trained solid, samplers of the base dotted, the teacher dashed.
+    """Content correct against UNet evaluations: trained models solid, samplers of the base dotted.
 
-    The guided teacher is the method of a single point.
+    A method of a single point is the guided teacher, a dashed line.
     """
     figure, ax = plt.subplots(figsize=(WIDTH, 2.8))
     for method, points in grouped(rows, "method").items():

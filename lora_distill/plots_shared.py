@@ -4,6 +4,7 @@ Rows are dicts as they stand in a figure's CSV; shares are fractions there and p
 """
 
 import textwrap
+from itertools import pairwise
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -54,7 +55,7 @@ def image_grid(rows: Rows, images: np.ndarray) -> Figure:
     label = 0.85 if any(lines) else 0.0  # inches
     cell = min(1.0, (WIDTH - label) / columns)
     captions = [[_wrapped(row["caption"]) for row in line] for line in lines.values()]
-    captions = [captions[0], *([""] * columns if below == above else below for above, below in _pairs(captions))]
+    captions = captions[:1] + [[""] * columns if line == above else line for above, line in pairwise(captions)]
     text = sum(0.12 * max(caption.count("\n") + bool(caption) for caption in line) for line in captions)
     size = (label + cell * columns, cell * len(lines) + text)
     figure, axes = plt.subplots(len(lines), columns, figsize=size, squeeze=False)
@@ -64,12 +65,8 @@ def image_grid(rows: Rows, images: np.ndarray) -> Figure:
             ax.imshow(row["image"], interpolation="nearest")
             ax.set_axis_off()
             ax.set_title(title, fontsize=6, pad=2, parse_math=False)
-        line_axes[0].text(-0.06, 0.5, name, transform=line_axes[0].transAxes, ha="right", va="center")
+        line_axes[0].text(-0.06, 0.5, name or "", transform=line_axes[0].transAxes, ha="right", va="center")
     return figure
-
-
-def _pairs(lines: list) -> zip:
-    return zip(lines, lines[1:], strict=False)
 
 
 def _wrapped(caption: str | None) -> str:
