@@ -7,6 +7,8 @@ from matplotlib.figure import Figure
 
 from lora_distill.plots_shared import REFERENCE, WIDTH, Rows, column, grouped, loss_by_method, share_with_interval
 
+PARTS = (("text_encoder", "text encoder", "C4"), ("unet", "UNet", "C0"), ("vae", "VAE", "C2"))
+
 
 def quality_against_guidance(rows: Rows) -> Figure:
     """Alignment and distance to real images against w; the teacher's w is dotted."""
@@ -14,7 +16,8 @@ def quality_against_guidance(rows: Rows) -> Figure:
     share_with_interval(ax, rows, "guidance_scale", "all_correct")
     ax_fd.plot(column(rows, "guidance_scale"), column(rows, "fd_efficientnet_lite0"), color="C1", marker="s")
     for panel in (ax, ax_fd):
-        panel.axvline(rows[0]["teacher_guidance_scale"], color="0.5", linestyle=":", linewidth=1, label="teacher")
+        panel.axvline(rows[0]["teacher_guidance_scale"], color="0.5", linestyle=":", linewidth=1, label="teacher's w")
+    ax.set_ylim(top=101)
     ax.legend(loc="lower right")
     return figure
 
@@ -43,6 +46,7 @@ def quality_against_steps(rows: Rows) -> Figure:
         else:
             share_with_interval(ax, points, "step", "all_correct", label=method)
             ax_fd.plot(column(points, "step"), column(points, "fd_efficientnet_lite0"))
+    ax.set_ylim(top=101)
     ax.legend(loc="lower right")
     return figure
 
@@ -54,8 +58,8 @@ def batch_cost(rows: Rows) -> Figure:
         seconds = {row["batch"]: row["unet_seconds"] for row in points}
         batches = [batch for batch in seconds if 2 * batch in seconds]
         ax.plot(batches, [seconds[b] / seconds[2 * b] for b in batches], label=_threads(threads))
-    ax.axhline(0.5, label="processor filled", **REFERENCE)
-    ax.set(xscale="log", xticks=batches, xticklabels=batches, ylim=(0.4, 1.05))
+    ax.axhline(0.5, label="0.5: a batch fills the processor", **REFERENCE)
+    ax.set(xscale="log", xticks=batches, xticklabels=batches, ylim=(0.4, None))
     ax.set(xlabel="batch B", ylabel="ρ = t(B) / t(2B)")
     ax.minorticks_off()
     ax.legend()
@@ -63,29 +67,36 @@ def batch_cost(rows: Rows) -> Figure:
 
 
 def seconds_an_image(rows: Rows) -> Figure:
-    """Milliseconds an image by part, a bar a method and a panel a number of threads; savings at the ends."""
+    """Milliseconds an image by part, a bar a method and a panel a number of threads; savings at the ends.
+
+    Whiskers reach from the fastest to the slowest repeat.
+    """
     panels = grouped(rows, "threads")
     figure, axes = plt.subplots(len(panels), 1, figsize=(WIDTH, 0.3 + 1.4 * len(panels)), sharex=True, squeeze=False)
     for ax, (threads, methods) in zip(axes[:, 0], panels.items(), strict=True):
         names, left = [row["method"] for row in methods], np.zeros(len(methods))
-        for part, colour in (("text_encoder", "C4"), ("unet", "C0"), ("vae", "C2")):
+        for part, label, colour in PARTS:
             milliseconds = 1000 * column(methods, f"{part}_seconds")
-            ax.barh(names, milliseconds, left=left, color=colour, label=part.replace("_", " "))
+            ax.barh(names, milliseconds, left=left, color=colour, label=label)
             left += milliseconds
+        median, low, high = (1000 * column(methods, key) for key in ("seconds_an_image", "lowest", "highest"))
+        ax.errorbar(median, names, xerr=(median - low, high - median), fmt="none", ecolor="black", elinewidth=0.8)
         for y, row in list(enumerate(methods))[1:]:
             change = f"{-row['saving_percent']:+.0f} %".replace("-", "−")
-            ax.annotate(change, (left[y], y), xytext=(4, 0), textcoords="offset points", va="center")
+            ax.annotate(change, (high[y], y), xytext=(4, 0), textcoords="offset points", va="center")
         ax.invert_yaxis()
         ax.grid(axis="y", visible=False)
         ax.set_title(_threads(threads), loc="left")
-    axes[-1, 0].set_xlabel(f"milliseconds an image, batch {rows[0]['batch']}, median of {rows[0]['repeats']}")
+    axes[-1, 0].set_xlabel(
+        f"milliseconds an image at batch {rows[0]['batch']}, median and range of {rows[0]['repeats']}"
+    )
     axes[0, 0].legend(ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
     return figure
 
 
 def _quality_panels(xlabel: str) -> tuple[Figure, tuple[Axes, Axes]]:
     figure, (ax, ax_fd) = plt.subplots(1, 2, figsize=(WIDTH, 2.5))
-    ax.set(xlabel=xlabel, ylabel="all correct, %", ylim=(50, 101), title="alignment")
+    ax.set(xlabel=xlabel, ylabel="all correct, %", title="alignment")
     ax_fd.set(xlabel=xlabel, ylabel="FD-EfficientNet-Lite0", title="distance to real images")
     return figure, (ax, ax_fd)
 

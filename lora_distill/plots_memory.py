@@ -57,21 +57,25 @@ def saved_by_sharing(rows: Rows) -> Figure:
         ax.set_title("gradient checkpointing" if checkpointing else "activations kept", loc="left")
     axes[0].set_ylabel("saved by sharing W0, %")
     axes[0].legend(title="precision")
+    axes[1].annotate("the paper's 50 %", (0.97, 50), xycoords=("axes fraction", "data"), ha="right", va="bottom")
     return figure
 
 
 def account_against_measurement(rows: Rows) -> Figure:
     """How far the account is off in per cent, against the simulation and, where there is one, the measurement."""
     figure, ax = plt.subplots(figsize=(WIDTH, 2.6))
+    largest = 0.0
     for (unet, schemes), marker in zip(grouped(rows, "unet").items(), ("o", "^"), strict=False):
-        for kind, fill in (("simulation", "full"), ("measured", "none")):
+        for kind, fill, size in (("simulation", "full", 4), ("measured", "none", 7)):
             known = [row for row in schemes if row[f"{kind}_gb"]]
             off = 100 * (column(known, f"account_to_{kind}") - 1)
             if known:
-                label = f"{unet}, account to {'measurement' if kind == 'measured' else kind}"
-                ax.plot(column(known, f"{kind}_gb"), off, marker, linestyle="", fillstyle=fill, label=label)
-    ax.axhspan(-5, 5, color="0.93", zorder=0)
-    ax.set(xscale="log", xlabel="peak, GB", ylabel="account is off by, %", ylim=(-11, 11))
+                label = f"{unet}, {'measurement' if kind == 'measured' else kind}"
+                ax.plot(column(known, f"{kind}_gb"), off, marker, markersize=size, fillstyle=fill, label=label)
+                largest = max(largest, *abs(off))
+    ax.axhspan(-5, 5, color="0.93", zorder=0, label="± 5 %")
+    ax.set(xscale="log", ylim=np.array((-1, 1)) * max(11, 1.1 * largest))
+    ax.set(xlabel="peak simulated or measured, GB", ylabel="account is off by, %")
     ax.legend(loc="upper center", ncols=2)
     return figure
 

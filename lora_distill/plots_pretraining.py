@@ -1,20 +1,20 @@
 """The curves of notebook 00: how the bundled pipeline trained, and what guidance does to it."""
 
 import matplotlib.pyplot as plt
-import numpy as np
 from matplotlib.figure import Figure
 
 from lora_distill.plots_shared import REFERENCE, WIDTH, Rows, column, grouped, share_with_interval
 
+STAGES = {"vae_crops": "VAE, crops", "vae_images": "VAE, images", "text_encoder": "text encoder", "unet": "UNet"}
+
 
 def stage_losses(rows: Rows) -> Figure:
-    """The loss of each training stage, a panel a stage; the first steps may lie above it."""
+    """The loss of each training stage, a panel a stage."""
     stages = grouped(rows, "stage")
     figure, axes = plt.subplots(1, len(stages), figsize=(6.5, 1.9))
     for ax, (stage, points) in zip(axes, stages.items(), strict=True):
-        losses = column(points, "loss")
-        ax.plot(column(points, "step"), losses, marker="", linewidth=1)
-        ax.set(title=stage.replace("_", " "), xlabel="step", ylim=(0, 4 * np.median(losses)))
+        ax.plot(column(points, "step"), column(points, "loss"), marker="", linewidth=1)
+        ax.set(title=STAGES.get(stage, stage), xlabel="step", yscale="log")
     axes[0].set_ylabel("loss")
     return figure
 
@@ -28,6 +28,6 @@ def alignment_against_guidance(rows: Rows) -> Figure:
     for row in rows:
         if row["guidance_scale"] is None:
             ax.axhline(100 * row["correct"], label=row["attribute"], **REFERENCE)
-    ax.set(xlabel="guidance scale w", ylabel=f"correct, % of {rows[0]['n']}", ylim=(0, 103))
-    ax.legend(ncols=2, loc="lower center")
+    ax.set(xlabel="guidance scale w", ylabel=f"correct, % of {rows[0]['n']:,} pictures", ylim=(None, 102))
+    ax.legend(loc="lower right")
     return figure

@@ -70,4 +70,4 @@ def image_grid(rows: Rows, images: np.ndarray) -> Figure:
 
 
 def _wrapped(caption: str | None) -> str:
-    return textwrap.fill(str(caption or ""), 18, max_lines=5, placeholder=" …")
+    return textwrap.fill(str(caption or ""), 16, max_lines=5, placeholder=" …")
