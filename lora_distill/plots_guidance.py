@@ -87,9 +87,8 @@ def seconds_an_image(rows: Rows) -> Figure:
         ax.invert_yaxis()
         ax.grid(axis="y", visible=False)
         ax.set_title(_threads(threads), loc="left")
-    axes[-1, 0].set_xlabel(
-        f"milliseconds an image at batch {rows[0]['batch']}, median and range of {rows[0]['repeats']}"
-    )
+    batch, repeats = rows[0]["batch"], rows[0]["repeats"]
+    axes[-1, 0].set_xlabel(f"milliseconds an image at batch {batch}, median and range of {repeats}")
     axes[0, 0].legend(ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
     return figure
 

@@ -2,6 +2,7 @@
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from lora_distill.plots_shared import REFERENCE, WIDTH, Rows, column, grouped, share_with_interval
 
@@ -13,8 +14,12 @@ def stage_losses(rows: Rows) -> Figure:
     stages = grouped(rows, "stage")
     figure, axes = plt.subplots(1, len(stages), figsize=(6.5, 1.9))
     for ax, (stage, points) in zip(axes, stages.items(), strict=True):
-        ax.plot(column(points, "step"), column(points, "loss"), marker="", linewidth=1)
+        losses = column(points, "loss")
+        ax.plot(column(points, "step"), losses, marker="", linewidth=1)
         ax.set(title=STAGES.get(stage, stage), xlabel="step", yscale="log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1,) if losses.max() > 100 * losses.min() else (1, 2, 3, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.minorticks_off()
     axes[0].set_ylabel("loss")
     return figure
 
