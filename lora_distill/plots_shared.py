@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 Rows = list[dict[str, Any]]
 WIDTH = 5.5  # inches of a text column
+GAP = 0.03  # inches between the images of a grid
 REFERENCE = {"color": "0.5", "linestyle": "--", "linewidth": 1}  # of lines that nothing was trained for
 
 
@@ -52,20 +53,24 @@ def image_grid(rows: Rows, images: np.ndarray) -> Figure:
     columns = len(rows) // len(lines)
     if {len(line) for line in lines.values()} != {columns}:
         raise ValueError(f"{len(rows)} images do not fill {len(lines)} lines of a grid")
-    label = 0.85 if any(lines) else 0.0  # inches
+    label = 0.85 if any(lines) else 0.0  # inches, as all that follows
     cell = min(1.0, (WIDTH - label) / columns)
     captions = [[_wrapped(row["caption"]) for row in line] for line in lines.values()]
     captions = captions[:1] + [[""] * columns if line == above else line for above, line in pairwise(captions)]
-    text = sum(0.12 * max(caption.count("\n") + bool(caption) for caption in line) for line in captions)
-    size = (label + cell * columns, cell * len(lines) + text)
-    figure, axes = plt.subplots(len(lines), columns, figsize=size, squeeze=False)
-    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
-    for line_axes, (name, line), titles in zip(axes, lines.items(), captions, strict=True):
-        for ax, row, title in zip(line_axes, line, titles, strict=True):
-            ax.imshow(row["image"], interpolation="nearest")
-            ax.set_axis_off()
-            ax.set_title(title, fontsize=6, pad=2, parse_math=False)
-        line_axes[0].text(-0.06, 0.5, name or "", transform=line_axes[0].transAxes, ha="right", va="center")
+    figure, ax = plt.subplots()
+    y = 0.0
+    for (name, line), titles in zip(lines.items(), captions, strict=True):
+        y += max((0.04 + 0.115 * len(title.splitlines()) for title in titles if title), default=0)
+        for x, row, title in zip(np.arange(columns) * cell, line, titles, strict=True):
+            extent = (x, x + cell - GAP, y + cell - GAP, y)
+            ax.imshow(row["image"], interpolation="nearest", extent=extent)
+            ax.text(x + cell / 2, y - 0.03, title, fontsize=6, ha="center", va="bottom", parse_math=False)
+        ax.text(-0.06, y + cell / 2, name or "", ha="right", va="center", parse_math=False)
+        y += cell
+    ax.set(xlim=(-label, columns * cell), ylim=(y, 0))
+    ax.set_axis_off()
+    figure.set_size_inches(label + columns * cell, y)
+    figure.get_layout_engine().set(w_pad=0, h_pad=0)
     return figure
 
 

@@ -88,24 +88,27 @@ def test_nothing_lies_outside_the_axes_of_the_account():
     assert low < -30 and high > 30
 
 
+def texts(figure) -> list[str]:
+    return [text.get_text() for text in figure.axes[0].texts if text.get_text()]
+
+
 class TestImageGrid:
     def test_every_image_is_shown_under_its_caption_and_beside_its_label(self):
         images = np.arange(6, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8)
         figure = image_grid(grid_rows(["drawn", "VAE"], ["one", "two", "three"]), images)
-        assert [int(ax.images[0].get_array()[0, 0, 0]) for ax in figure.axes] == [0, 1, 2, 3, 4, 5]
-        assert [ax.get_title() for ax in figure.axes] == ["one", "two", "three", "", "", ""]
-        assert [ax.texts[0].get_text() for ax in figure.axes if ax.texts] == ["drawn", "VAE"]
+        assert [int(image.get_array()[0, 0, 0]) for image in figure.axes[0].images] == [0, 1, 2, 3, 4, 5]
+        assert texts(figure) == ["one", "two", "three", "drawn", "VAE"]
 
     def test_captions_of_other_images_are_written(self):
-        rows = [{"row": row, "column": 0, "caption": row} for row in ("a", "b")]
-        figure = image_grid(rows, np.zeros((2, 4, 4, 3), np.uint8))
-        assert [ax.get_title() for ax in figure.axes] == ["a", "b"]
+        rows = [{"row": None, "column": 0, "caption": "one"}, {"row": "b", "column": 0, "caption": "two"}]
+        assert texts(image_grid(rows, np.zeros((2, 4, 4, 3), np.uint8))) == ["one", "two", "b"]
 
     def test_long_captions_and_formulas_are_no_trouble(self):
         caption = "a man in a shirt that says $ 5 and $ 6 walks " + "past a dog " * 20
         figure = image_grid([{"row": None, "column": 0, "caption": caption}], np.zeros((1, 4, 4, 3), np.uint8))
         figure.draw_without_rendering()
-        assert figure.axes[0].get_title().count("\n") == 4 and figure.axes[0].get_title().endswith("…")
+        (text,) = texts(figure)
+        assert text.count("\n") == 4 and text.endswith("…")
 
     def test_a_line_that_is_not_full(self):
         with pytest.raises(ValueError, match="3 images do not fill 2 lines"):
