@@ -1,12 +1,13 @@
 """Prompts, and the on-disk cache of what is frozen: teacher latents and prompt embeddings."""
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
+from datasets import Dataset
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
@@ -14,14 +15,14 @@ from lora_distill import scenes
 from lora_distill.captioned import captioned_images
 from lora_distill.pipeline import encode_prompts, fingerprint
 from lora_distill.sampling import Sampler, initial_noise, sample_in_batches
-from lora_distill.storage import DamagedFileError, cache_key, load_tensors, save_tensors
+from lora_distill.storage import cache_key, cached
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Scenes of a split with one caption each, drawn from their five."""
+    """Captions of a split, one an image, with what the image shows where that is known: the bundled scenes."""
 
-    scenes: list[scenes.Scene]
+    scenes: list[scenes.Scene] | None
     captions: list[str]
 
     def __len__(self) -> int:
@@ -35,6 +36,15 @@ def scene_prompts(style: str, split: str, count: int, seed: int) -> Prompts:
     return Prompts(sampled, [scenes.captions(scene, rng)[int(rng.integers(5))] for scene in sampled])
 
 
+def captioned_prompts(images: Dataset, count: int, seed: int) -> Prompts:
+    """`count` of the captions of a split, no two the same. Raises ValueError when it has not that many."""
+    captions = list(dict.fromkeys(chain.from_iterable(images["captions"])))
+    if count > len(captions):
+        raise ValueError(f"eval_prompts: expected at most the {len(captions)} captions of the split, got {count}")
+    chosen = np.random.default_rng([seed, 1]).choice(len(captions), count, replace=False)
+    return Prompts(None, [captions[i] for i in chosen])
+
+
 def training_captions(source: str, style: str, count: int, seed: int) -> list[str]:
     """`count` captions to make teacher images of: of the bundled scenes, or one a picture of another source."""
     if source == "scenes":
@@ -45,19 +55,6 @@ def training_captions(source: str, style: str, count: int, seed: int) -> list[st
 
 
 # ---------------------------------------------------------------------------------------------- the cache
-
-
-def cached(folder: Path, kind: str, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Tensors from `folder`/`kind`-`key`.safetensors, made on first use; a damaged file is made again."""
-    path = folder / f"{kind}-{key}.safetensors"
-    if path.exists():
-        try:
-            return load_tensors(path)[0]
-        except DamagedFileError as error:
-            warnings.warn(f"{error}; made again", stacklevel=2)
-    tensors = make()
-    save_tensors(path, tensors)
-    return tensors
 
 
 def teacher_set(

@@ -58,6 +58,7 @@ def distil_full_copy(
     each: Milestones | None = None,
 ) -> tuple[StableDiffusionPipeline, list[dict]]:
     """The conventional method: a second UNet, a full copy, learns from the first; return its pipeline and the log."""
+    pipe.unet.requires_grad_(False)  # adapters that were trained on it before included
     student = plain_copy(pipe.unet)
     plan = schedule(settings, settings.full_learning_rate)
     log = _distil("full copy", pipe, student, teacher, settings, plan, folder, each)

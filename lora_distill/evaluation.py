@@ -1,15 +1,24 @@
-"""One judge for every sampler: the same prompts, the same noise, the same reader and reference images."""
+"""One judge for every sampler: the same prompts, the same noise, the same measure of alignment and reference images."""
 
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
+import torch
 from diffusers import StableDiffusionPipeline
 
 from lora_distill import scenes
-from lora_distill.data import Prompts
-from lora_distill.metrics import FrechetDistance, Proportion, prompt_alignment
-from lora_distill.pipeline import decode_latents, encode_prompts
+from lora_distill.captioned import captioned_images
+from lora_distill.data import Prompts, captioned_prompts, scene_prompts
+from lora_distill.distances import frechet_distance
+from lora_distill.extractors import Features
+from lora_distill.latents import Framing, views
+from lora_distill.metrics import FrechetDistance, Proportion, Score, clip_score, prompt_alignment
+from lora_distill.pipeline import decode_latents, encode_prompts, to_uint8
 from lora_distill.sampling import Sampler, initial_noise, sample_in_batches
+from lora_distill.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -17,8 +26,9 @@ class Quality:
     """What the judge found in the images of one sampler and one seed."""
 
     images: np.ndarray  # (n, h, w, 3) uint8
-    alignment: dict[str, Proportion]
+    alignment: dict[str, Proportion | Score]  # photographs have "content" alone, by CLIP
     frechet_distance: float  # FD-EfficientNet-Lite0 to the reference images
+    features: Features  # of the images, for `metrics.compare` with the judge's `reference` and for `metrics.fidelity`
 
     @property
     def all_correct(self) -> Proportion:
@@ -26,32 +36,78 @@ class Quality:
 
 
 class Judge:
-    """Judges samplers on a fixed set of prompts against drawn reference images of the same split.
+    """Judges samplers on a fixed set of prompts against reference images of the same split.
 
-    `reference` images are other scenes than the prompts' own, so that the floor is real against real.
+    With `cache_dir` the features of the reference are kept there; `layers` are those of its extractor that more than
+    the Frechet distance needs. What the bundled scenes show is read exactly; for
+    other images `clip` names the CLIP, a folder or hub id, that scores their content. Raises ValueError where such
+    images have no CLIP.
     """
 
-    def __init__(self, pipe: StableDiffusionPipeline, prompts: Prompts, reference: np.ndarray):
+    def __init__(
+        self,
+        pipe: StableDiffusionPipeline,
+        prompts: Prompts,
+        reference: np.ndarray,
+        *,
+        cache_dir: Path | None = None,
+        batch_size: int = 50,
+        clip: str = "",
+        layers: Iterable[str] | None = None,
+    ):
+        if prompts.scenes is None and not clip:
+            raise ValueError("clip: photographs need a CLIP model to score their content, a folder or a hub id")
+        self.clip = clip
         self.pipe = pipe
         self.prompts = prompts
+        self.batch_size = batch_size
         self.prompt_embeds = encode_prompts(pipe, prompts.captions)
         self.empty_embeds = encode_prompts(pipe, [""])
-        self.reader = scenes.Reader()
-        self.frechet_distance = FrechetDistance(reference)
+        self.reader = scenes.Reader() if prompts.scenes else None
+        self.frechet_distance = FrechetDistance(reference, cache_dir=cache_dir, layers=layers)
 
     def __call__(self, sampler: Sampler, seed: int, pipe: StableDiffusionPipeline | None = None) -> Quality:
         """Sample the prompts from noise that depends on the seed alone, and judge the images."""
         pipe = pipe or self.pipe
         noise = initial_noise(pipe, len(self.prompts), seed)
-        latents = sample_in_batches(pipe, sampler, noise, self.prompt_embeds, self.empty_embeds, seed)
-        return self.judge_images(decode_latents(pipe, latents))
+        embeds = self.prompt_embeds, self.empty_embeds
+        latents = sample_in_batches(pipe, sampler, noise, *embeds, seed, self.batch_size)
+        return self.judge_images(decode_latents(pipe, latents, self.batch_size))
 
     def judge_images(self, images: np.ndarray) -> Quality:
         """The judgement of images that are at hand, one a prompt."""
-        alignment = prompt_alignment(images, self.prompts.scenes, self.reader)
-        return Quality(images, alignment, self.frechet_distance(images))
+        features = self.frechet_distance.features(images)
+        distance = frechet_distance(features.frechet, self.reference.frechet)
+        return Quality(images, self._alignment(images), distance, features)
+
+    def _alignment(self, images: np.ndarray) -> dict[str, Proportion | Score]:
+        if self.reader:
+            return prompt_alignment(images, self.prompts.scenes, self.reader)
+        score = clip_score(images, self.prompts.captions, self.clip, self.pipe.device.type)
+        return {"content": replace(score, value=score.value / 100)}  # a cosine, as the reader's shares below 1
+
+    @property
+    def reference(self) -> Features:
+        """The features of the reference images."""
+        return self.frechet_distance.reference
 
 
 def drawn(style: str, split: str, count: int, seed: int) -> np.ndarray:
-    """Reference images of a split, (n, 64, 64, 3) uint8."""
+    """Reference images of a split of the bundled world, (n, 64, 64, 3) uint8."""
     return np.stack([scenes.draw(scene) for scene in scenes.sample_scenes(style, split, count, seed)])
+
+
+def held_out(source: str, split: str, settings: Settings) -> tuple[Prompts, np.ndarray]:
+    """Prompts of a split, `eval_prompts` of them, and reference images (n, h, w, 3) uint8 to compare with.
+
+    Of the bundled scenes, 1,000 drawings of other scenes than the prompts'. Of photographs, as is usual, every image
+    of the split, in the same framing as in training.
+    """
+    if bundled := re.fullmatch(r"scenes/(\w+)/\w+", source):
+        style = bundled[1]
+        prompts = scene_prompts(style, split, settings.eval_prompts, settings.seed)
+        return prompts, drawn(style, split, 1000, settings.seed + 1)
+    images = captioned_images(source, split, skip_unusable=settings.skip_unusable)
+    framing = Framing(settings.resolution)
+    pixels = torch.cat([views(row["image"], framing, i)[0] for i, row in enumerate(images)])
+    return captioned_prompts(images, settings.eval_prompts, settings.seed), to_uint8(pixels)

@@ -31,6 +31,7 @@ def train_lcm(
     each: Milestones | None = None,
 ) -> tuple[StableDiffusionPipeline, list[dict]]:
     """Phase 2: all weights of a copy become a consistency function of w ~ U[w_min, w_max]; its pipeline and the log."""
+    pipe.unet.requires_grad_(False)  # adapters that were trained on it before included
     student = plain_copy(pipe.unet, time_cond_proj_dim=W_EMBEDDING)
     objective = _consistency(pipe, student, settings)
     draw_batch = _batches(pipe, images, settings, settings.w_min, settings.w_max)
@@ -90,7 +91,7 @@ def finetune_lora(
     _new_adapter(pipe, name, rank, targets, settings)
     objective = Denoising(pipe.unet, pipe.scheduler)
     draw_batch = image_batches(images, pipe.scheduler.config.num_train_timesteps)
-    plan = replace(schedule(settings, settings.finetune_learning_rate), steps=settings.finetune_steps, ema_decay=0.0)
+    plan = replace(_plan(settings, settings.finetune_learning_rate), steps=settings.finetune_steps, ema_decay=0.0)
     key = {"pipeline": fingerprint(pipe), "images": images.key, "rank": rank, "targets": targets}
     return _fit_adapter(name, objective, draw_batch, pipe, plan, folder, each, **key)
 
@@ -136,7 +137,8 @@ def _batches(pipe: StableDiffusionPipeline, images: EncodedImages, settings: Set
 
 def _plan(settings: Settings, learning_rate: float) -> Schedule:
     plan = schedule(settings, learning_rate)
-    return replace(plan, steps=settings.lcm_steps, ema_decay=settings.lcm_ema_decay)
+    size = settings.lcm_batch_size
+    return replace(plan, steps=settings.lcm_steps, batch_size=size, ema_decay=settings.lcm_ema_decay)
 
 
 def _key(pipe: StableDiffusionPipeline, images: EncodedImages, settings: Settings) -> dict:

@@ -21,11 +21,16 @@ class MasterAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure=None) -> None:
         """Update the masters with the parameters' gradients, which are given up, and round the result to 16 bits."""
-        for parameter, master in self._copied():
-            master.grad, parameter.grad = parameter.grad.float(), None
+        self.take_gradients()
         super().step()
         self.publish()
         self.zero_grad()
+
+    def take_gradients(self) -> None:
+        """Move the parameters' gradients to the masters, in float32."""
+        for parameter, master in self._copied():
+            if parameter.grad is not None:
+                master.grad, parameter.grad = parameter.grad.float(), None
 
     @torch.no_grad()
     def publish(self) -> None:

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from lora_distill.masters import MasterAdamW
 from lora_distill.memory import TERMS, Bytes, Scheme, Setup
 from lora_distill.memory_steps import Step, prepare
 
@@ -127,13 +128,17 @@ def _tracked(make: Callable[[], Step]) -> Bytes:
         tracker.assign(step.lora, "lora")
         if step.optimizer:
             tracker.assign(step.optimizer.tensors(), "optimizer")
-            step.optimizer.adamw.register_step_pre_hook(
-                lambda adamw, *_: tracker.assign((p.grad for g in adamw.param_groups for p in g["params"]), "gradients")
-            )
+            step.optimizer.register_step_pre_hook(lambda optimizer, *_: _assign_gradients(optimizer, tracker))
         _follow_gradients(step.trained, tracker)
         tracker.reset_peak()
         step()
     return tracker.peak
+
+
+def _assign_gradients(optimizer: MasterAdamW, tracker: LiveBytes) -> None:
+    """In float32, as the optimizer takes them, they are gradients too."""
+    optimizer.take_gradients()
+    tracker.assign((master.grad for master in optimizer.masters), "gradients")
 
 
 def _follow_gradients(trained: list[nn.Parameter], tracker: LiveBytes) -> None:

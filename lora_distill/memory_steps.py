@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lora_distill import diffusion
-from lora_distill.adapters import add_adapter, role
+from lora_distill.adapters import add_adapter
 from lora_distill.masters import MasterAdamW
 from lora_distill.memory import Inference, Precision, Scheme, Setup, Training, check, latent_size, precision_of
 from lora_distill.memory_layers import TOKENS
-from lora_distill.objectives import GuidanceDistillation
+from lora_distill.objectives import ConsistencyDistillation, Denoising, GuidanceDistillation
 from lora_distill.shapes import SD15_SCHEDULER, materialise, meta_unet
 
 ADAPTER = "student"
@@ -63,6 +63,8 @@ def make_inputs(scheme: Scheme, setup: Setup, config: Mapping[str, Any], device:
         "latents": zeros(setup.batch, config["in_channels"], side, side),
         "eps": zeros(setup.batch, config["in_channels"], side, side),
         "timesteps": torch.zeros(setup.batch, dtype=torch.long, device=device),
+        "guidance_scale": zeros(setup.batch),
+        "inside": torch.arange(setup.batch, device=device),
         "prompt_embeds": zeros(setup.batch, TOKENS, config["cross_attention_dim"]),
         "empty_embeds": zeros(1, TOKENS, config["cross_attention_dim"]),
     }
@@ -132,13 +134,15 @@ def _train(loss: Callable[[], Tensor], trained: list[nn.Parameter], optimizer: M
 def _loss(scheme: Training, precision: Precision, student, teacher, inputs: Batch, device: str) -> Callable[[], Tensor]:
     """The forward passes of a scheme up to its loss, under autocast where its precision says so."""
     autocast = partial(torch.autocast, torch.device(device).type, torch.bfloat16) if precision.autocast else nullcontext
-    if scheme.objective == "consistency":
-        loss = consistency_on_one_w0 if scheme.teacher == "shared" else consistency_of_the_script
-        return partial(loss, student, teacher, inputs, autocast)
+    if scheme.objective == "consistency" and scheme.teacher == "separate":
+        return partial(consistency_of_the_script, student, teacher, inputs, autocast)
+    scheduler, empty_embeds = _scheduler(device), inputs["empty_embeds"]
     if scheme.objective == "denoising":
-        return partial(_under, autocast, partial(denoising, student, inputs))
-    empty = inputs.pop("empty_embeds")
-    objective = GuidanceDistillation(student, teacher, _scheduler(device), 7.5, empty)
+        objective = Denoising(student, scheduler)
+    elif scheme.objective == "guidance":
+        objective = GuidanceDistillation(student, teacher, scheduler, 7.5, empty_embeds)
+    else:
+        objective = ConsistencyDistillation(student, teacher, scheduler, empty_embeds)
     return partial(_under, autocast, lambda: objective(inputs)[0])
 
 
@@ -154,14 +158,11 @@ def _scheduler(device: str) -> DDIMScheduler:
     return scheduler
 
 
-def denoising(unet: UNet2DConditionModel, batch: Batch) -> Tensor:
-    """Plain fine-tuning: the noise, guessed."""
-    output = unet(batch["latents"], batch["timesteps"], batch["prompt_embeds"]).sample
-    return diffusion.mean_squared_error(output, batch["eps"])
-
-
 def consistency_of_the_script(student, teacher, batch: Batch, autocast: Callable) -> Tensor:
-    """The forward passes of diffusers' LCM-LoRA script for SD 1.5, in its order: student, teacher twice, target."""
+    """The forward passes of diffusers' LCM-LoRA script for SD 1.5, in its order: student, teacher twice, target.
+
+    The project's own `ConsistencyDistillation` puts the student last, so that no graph is alive while the others run.
+    """
     x_t, timesteps, embeds = batch["latents"], batch["timesteps"], batch["prompt_embeds"]
     with autocast():
         output = student(x_t, timesteps, embeds).sample
@@ -171,20 +172,6 @@ def consistency_of_the_script(student, teacher, batch: Batch, autocast: Callable
         x_prev = diffusion.guide(uncond, cond, 7.5).to(x_t.dtype)  # the DDIM step keeps this shape
     with torch.no_grad(), autocast():
         target = student(x_prev, timesteps, embeds).sample
-    return diffusion.mean_squared_error(output, target)
-
-
-def consistency_on_one_w0(unet, _, batch: Batch, autocast: Callable) -> Tensor:
-    """The same passes on one W0 and teacher first, so that no graph is alive while the others run."""
-    x_t, timesteps, embeds = batch["latents"], batch["timesteps"], batch["prompt_embeds"]
-    both_embeds = torch.cat([batch["empty_embeds"].expand_as(embeds), embeds])
-    with torch.no_grad(), autocast():
-        with role(unet, None):
-            outputs = unet(torch.cat([x_t] * 2), torch.cat([timesteps] * 2), both_embeds).sample
-        x_prev = diffusion.guide(*outputs.chunk(2), 7.5).to(x_t.dtype)
-        target = unet(x_prev, timesteps, embeds).sample
-    with autocast():
-        output = unet(x_t, timesteps, embeds).sample
     return diffusion.mean_squared_error(output, target)
 
 

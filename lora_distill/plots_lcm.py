@@ -5,8 +5,6 @@ from matplotlib.figure import Figure
 
 from lora_distill.plots_shared import REFERENCE, WIDTH, Rows, grouped, loss_by_method, share_with_interval
 
-TICKS = (1, 2, 4, 8, 16)
-
 
 def consistency_loss(rows: Rows) -> Figure:
     """The consistency loss of the trainings, a curve a method."""
@@ -26,8 +24,8 @@ def content_against_passes(rows: Rows) -> Figure:
         else:
             style = "-" if points[0]["trained"] else ":"
             share_with_interval(ax, points, "unet_passes", "content", label=method, linestyle=style)
-    ax.set(xscale="log", xticks=TICKS, xticklabels=TICKS, ylim=(0, 102))
-    ax.set(xlabel="UNet evaluations an image", ylabel="content correct, %")
-    ax.minorticks_off()
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.set(xlabel="UNet evaluations an image", ylabel="content correct, %", ylim=(0, 102))
     ax.legend(fontsize=7)
     return figure

@@ -45,11 +45,17 @@ def step_generators(count: int, seed: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed * 1_000_003 + index + 1) for index in range(count)]
 
 
-def initial_noise(pipe: StableDiffusionPipeline, count: int, seed: int) -> Tensor:
-    """The starting noise of `count` images (n, 4, h, w), the same on every device and for every batch size."""
-    config = pipe.unet.config
+def initial_noise(pipe: StableDiffusionPipeline, count: int, seed: int, resolution: int | None = None) -> Tensor:
+    """The starting noise of `count` images (n, 4, h, w), the same on every device and for every batch size.
+
+    `resolution` is the images' side in pixels, by default what the UNet was trained at. Raises ValueError for one that
+    is no multiple of the VAE's scale.
+    """
+    side, rest = divmod(resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor, pipe.vae_scale_factor)
+    if rest or side < 1:
+        raise ValueError(f"resolution: expected a multiple of {pipe.vae_scale_factor} for this VAE, got {resolution}")
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(count, config.in_channels, config.sample_size, config.sample_size, generator=generator)
+    noise = torch.randn(count, pipe.unet.config.in_channels, side, side, generator=generator)
     return noise.to(pipe.unet.device, pipe.unet.dtype)
 
 
@@ -67,13 +73,13 @@ def sample(
     sampler: Sampler,
     noise: Tensor,
     prompt_embeds: Tensor,
-    empty_embeds: Tensor,
+    empty_embeds: Tensor | None,
     generators: list[torch.Generator] | None = None,
 ) -> Tensor:
     """Latents (n, 4, h, w) from noise (n, 4, h, w), prompt_embeds (n, tokens, dim) and "" embedded (1, tokens, dim).
 
-    Equal to the stock pipeline called with the same `latents` and, for LCM's noisy steps, the same `generator` list;
-    LCM without one is a ValueError.
+    Without guidance "" is not needed. Equal to the stock pipeline called with the same `latents` and, for LCM's noisy
+    steps, the same `generator` list; LCM without one is a ValueError.
     """
     if sampler.scheduler == "lcm" and generators is None:
         raise ValueError("the lcm scheduler draws noise at its steps: give one generator an image")
@@ -82,7 +88,8 @@ def sample(
     noisy_step = {"generator": generators} if sampler.scheduler == "lcm" else {}
     guided_steps = sampler.guided_steps(len(scheduler.timesteps))
     latents = noise * scheduler.init_noise_sigma
-    both_embeds = torch.cat([empty_embeds.expand_as(prompt_embeds), prompt_embeds])
+    if guided_steps:
+        both_embeds = torch.cat([empty_embeds.expand_as(prompt_embeds), prompt_embeds])
     timestep_cond = _embedded_guidance(pipe, sampler, len(noise))
     with role(pipe.unet, sampler.adapter):
         for index, t in enumerate(scheduler.timesteps):

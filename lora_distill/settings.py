@@ -70,12 +70,13 @@ class Settings(BaseModel):
         min_length=1,
         description="images of notebook 03, the smaller set: scenes/<style>/<size>, a folder or a hub id",
     )
-    flickr_30k: str = Field("scenes/fluent/30k", min_length=1, description="images of notebook 03, the larger set")
+    flickr_30k: str = Field("scenes/fluent/30k", description="images of notebook 03, the larger set; empty: none")
     max_images: int = Field(12_000, ge=0, description="of each set, the first so many are used; 0: all")
     resolution: int = Field(64, ge=8, description="side of the images in pixels")
     mirror: bool = Field(False, description="mirror images whose caption has no left or right")
     skip_unusable: bool = Field(False, description="leave out images that cannot be read, with a warning")
-    lcm_steps: int = Field(80, ge=1, description="updates of each consistency training")
+    lcm_steps: int = Field(60, ge=1, description="updates of each consistency training")
+    lcm_batch_size: int = Field(16, ge=1, description="images a forward pass, in all trainings of notebook 03")
     lcm_learning_rate: float = Field(1.0e-4, gt=0, description="learning rate of the full LCM")
     lcm_lora_learning_rate: float = Field(1.0e-3, gt=0, description="learning rate of LCM-LoRA and of the mimic")
     finetune_steps: int = Field(200, ge=1, description="updates of the plain LoRA fine-tune")
@@ -91,6 +92,8 @@ class Settings(BaseModel):
     kl_weight: float = Field(1.0, ge=0, description="weight of the KL when the LoRA mimics the LCM")
 
     eval_prompts: int = Field(100, ge=1, description="prompts a measurement of quality")
+    eval_batch: int = Field(50, ge=1, description="images sampled, encoded or decoded at a time")
+    clip: str = Field("", description="CLIP model that scores photographs, a folder or a hub id; scenes need none")
     eval_every: int = Field(50, ge=1, description="updates between measurements in training")
     eval_seeds: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1, description="seeds of sampling")
     guidance_scales: list[Annotated[float, Field(ge=1)]] = Field(

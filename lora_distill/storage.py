@@ -3,7 +3,8 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,19 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     if metadata.pop("digest", None) != _seal(tensors, metadata):
         raise DamagedFileError(f"{path}: contents do not match their digest")
     return tensors, metadata
+
+
+def cached(folder: Path, kind: str, key: str, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Tensors from `folder`/`kind`-`key`.safetensors, made on first use; a damaged file is made again."""
+    path = folder / f"{kind}-{key}.safetensors"
+    if path.exists():
+        try:
+            return load_tensors(path)[0]
+        except DamagedFileError as error:
+            warnings.warn(f"{error}; made again", stacklevel=2)
+    tensors = make()
+    save_tensors(path, tensors)
+    return tensors
 
 
 def _seal(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:

@@ -4,13 +4,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import cycle, islice
 from statistics import median
 
 import torch
 from diffusers import StableDiffusionPipeline
+from torch import Tensor, nn
 
 from lora_distill.pipeline import decode_latents, encode_prompts
-from lora_distill.sampling import Sampler, initial_noise, sample, step_generators
+from lora_distill.sampling import Sampler, initial_noise, sample, step_generators, unet_passes
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,14 @@ class Timing:
     def median(self) -> float:
         return median(self.total)
 
+    @property
+    def unet_share(self) -> float:
+        """The part of the whole that is the UNet's, by medians."""
+        return median(self.unet) / self.median
+
+
+Contestants = dict[str, tuple[StableDiffusionPipeline, Sampler]]
+
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
@@ -42,38 +52,113 @@ def threads(count: int) -> Iterator[None]:
 
 
 def time_samplers(
-    contestants: dict[str, tuple[StableDiffusionPipeline, Sampler]], prompts: list[str], repeats: int
+    contestants: Contestants, prompts: list[str], repeats: int, resolution: int | None = None, warm_ups: int = 1
 ) -> dict[str, Timing]:
-    """Time one batch from prompts to uint8 images for each contestant, `repeats` times after one warm-up.
+    """Time one batch from prompts to uint8 images for each contestant, `repeats` times after those that warm up.
 
-    They take turns, so that a machine that slows down for a while slows all of them; a GPU is synchronised.
+    They take turns, so that a machine that slows down for a while slows all of them; a GPU is synchronised. A compiled
+    UNet compiles in the warm-up, and with CUDA graphs needs three.
     """
     parts = {name: Timing([], [], []) for name in contestants}
-    for repeat in range(repeats + 1):
+    for repeat in range(warm_ups + repeats):
         for name, (pipe, sampler) in contestants.items():
-            noise, generators = initial_noise(pipe, len(prompts), seed=0), step_generators(len(prompts), seed=0)
-            embeds, text_encoder = _timed(pipe, lambda: (encode_prompts(pipe, prompts), encode_prompts(pipe, [""])))  # noqa: B023
+            noise = initial_noise(pipe, len(prompts), seed=0, resolution=resolution)
+            generators = step_generators(len(prompts), seed=0)
+            embeds, text_encoder = _timed(pipe, lambda: _embeds(pipe, sampler, prompts))  # noqa: B023
             latents, unet = _timed(pipe, lambda: sample(pipe, sampler, noise, *embeds, generators))  # noqa: B023
             _, vae = _timed(pipe, lambda: decode_latents(pipe, latents))  # noqa: B023
-            if repeat:
+            if repeat >= warm_ups:
                 parts[name].text_encoder.append(text_encoder / len(prompts))
                 parts[name].unet.append(unet / len(prompts))
                 parts[name].vae.append(vae / len(prompts))
     return parts
 
 
+def _embeds(pipe: StableDiffusionPipeline, sampler: Sampler, prompts: list[str]) -> tuple[Tensor, Tensor | None]:
+    """Prompts, and "" where guidance asks for it: one pass saves that too."""
+    return encode_prompts(pipe, prompts), encode_prompts(pipe, [""]) if sampler.guidance_scale != 1 else None
+
+
+def time_grid(
+    contestants: Contestants,
+    prompts: list[str],
+    batch_sizes: list[int],
+    resolutions: list[int],
+    repeats: int,
+    warm_ups: int = 1,
+) -> list[dict]:
+    """`time_samplers` at each batch size and resolution, one row a contestant, ready for `figures.save_table`.
+
+    Prompts are taken in turn until a batch is full. Seconds are per image, medians over `repeats`; the spread of the
+    whole is its least and greatest.
+    """
+    rows = []
+    for resolution in resolutions:
+        for batch_size in batch_sizes:
+            batch = list(islice(cycle(prompts), batch_size))
+            for name, timing in time_samplers(contestants, batch, repeats, resolution, warm_ups).items():
+                rows.append({"sampler": name, "resolution": resolution, "batch": batch_size}
+                            | _conditions(*contestants[name]) | _seconds(timing)
+                            | {"repeats": repeats, "warm_ups": warm_ups})  # fmt: skip
+    return rows
+
+
+def _conditions(pipe: StableDiffusionPipeline, sampler: Sampler) -> dict:
+    return {
+        "steps": sampler.steps,
+        "unet_passes": unet_passes(pipe, sampler),
+        "device": pipe.device.type,
+        "dtype": str(pipe.unet.dtype).removeprefix("torch."),
+        "compiled": is_compiled(pipe.unet),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _seconds(timing: Timing) -> dict[str, float]:
+    return {
+        "seconds": timing.median,
+        "least": min(timing.total),
+        "greatest": max(timing.total),
+        "text_encoder": median(timing.text_encoder),
+        "unet": median(timing.unet),
+        "vae": median(timing.vae),
+    }
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module runs through `torch.compile`, as a wrapper or compiled in place."""
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+
+
 @torch.no_grad()
-def time_unet(pipe: StableDiffusionPipeline, batch_sizes: list[int], repeats: int) -> dict[int, float]:
+def time_unet(
+    pipe: StableDiffusionPipeline, batch_sizes: list[int], repeats: int, resolution: int | None = None
+) -> dict[int, float]:
     """Median seconds of one UNet forward at each batch size, in turns, after two rounds that warm up."""
     seconds = {size: [] for size in batch_sizes}
     timestep = torch.tensor(500, device=pipe.unet.device)
     embeds = encode_prompts(pipe, [""])
     for _ in range(repeats + 2):
         for size in batch_sizes:
-            noise = initial_noise(pipe, size, seed=0)
+            noise = initial_noise(pipe, size, seed=0, resolution=resolution)
             prompt_embeds = embeds.expand(size, -1, -1).contiguous()
             seconds[size].append(_timed(pipe, lambda: pipe.unet(noise, timestep, prompt_embeds))[1])  # noqa: B023
     return {size: median(values[2:]) for size, values in seconds.items()}
+
+
+def saving_bound(unet_share: float, rho: float) -> float:
+    """The greatest part of the time per image that one pass can save against two: f (1 - rho).
+
+    f = `unet_share` is the UNet's part of the teacher's time, rho = t(B) / t(2B) the seconds of a UNet forward on B
+    images over those on 2B, which is what guidance runs. Amdahl's law (Amdahl 1967) with a part f that becomes
+    1 / rho times as fast: 1 - ((1 - f) + f rho). Half of f where time grows with the batch, less where a small batch
+    leaves the device idle. Raises ValueError for an f outside [0, 1] or a rho that is not positive.
+    """
+    if not 0 <= unet_share <= 1:
+        raise ValueError(f"unet_share: expected a part of the whole between 0 and 1, got {unet_share:g}")
+    if not rho > 0:
+        raise ValueError(f"rho: expected a ratio of two times, got {rho:g}")
+    return unet_share * (1 - rho)
 
 
 def _timed(pipe: StableDiffusionPipeline, call: Callable):

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from lora_distill import scenes
-from lora_distill.data import cached, noised_batches, scene_prompts, teacher_set, training_captions
+from lora_distill.data import noised_batches, scene_prompts, teacher_set, training_captions
 from lora_distill.pipeline import encode_prompts
 from lora_distill.sampling import Sampler, initial_noise, sample
-from lora_distill.storage import cache_key
+from lora_distill.storage import cache_key, cached
 
 PROMPTS = ["a lion left of a bus on a blue background", "a crown right of a cactus, green"]
 GUIDED = Sampler(2, 3.0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import LCMScheduler, UNet2DConditionModel
 
-from lora_distill.adapters import adapter_names
+from lora_distill.adapters import adapter_names, adapter_parameters
 from lora_distill.captioned import captioned_images
 from lora_distill.latents import Framing, encode_images
 from lora_distill.lcm import finetune_lora, lora_file, mimic_lcm, train_lcm, train_lcm_lora
@@ -15,7 +15,7 @@ from lora_distill.sampling import Sampler, initial_noise, sample, step_generator
 from lora_distill.settings import Settings
 
 SETTINGS = Settings(
-    lcm_steps=2, finetune_steps=2, batch_size=2, warmup_steps=1, log_every=1, checkpoint_every=2, lcm_rank=2
+    lcm_steps=2, finetune_steps=2, lcm_batch_size=2, warmup_steps=1, log_every=1, checkpoint_every=2, lcm_rank=2
 )
 PROMPTS = ["a lion left of a bus on a blue background"]
 
@@ -44,6 +44,13 @@ def test_a_full_lcm_takes_w_as_an_input_and_leaves_its_teacher_alone(bundle, ima
     assert lcm_pipe.unet.time_embedding.cond_proj.weight.abs().max() > 0, "it learns"
     assert all(torch.equal(before[name], value) for name, value in w0(bundle).items())
     assert [row["step"] for row in log] == [1, 2]
+
+
+def test_a_full_lcm_leaves_alone_an_adapter_that_was_trained_before(bundle, images, tmp_path):
+    train_lcm_lora(bundle, images, SETTINGS, tmp_path, name="earlier")
+    before = [p.clone() for p in adapter_parameters(bundle.unet, "earlier")]
+    train_lcm(bundle, images, SETTINGS, tmp_path)
+    assert all(map(torch.equal, before, adapter_parameters(bundle.unet, "earlier")))
 
 
 def test_an_lcm_lora_needs_no_second_unet(bundle, images, tmp_path):

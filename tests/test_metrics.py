@@ -1,12 +1,34 @@
-"""The numbers that judge images, against independent plain computations."""
+"""The numbers that judge images, against independent plain computations on what is on disk."""
+
+import json
+from collections import Counter
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from lora_distill import scenes
+from lora_distill.distances import frechet_distance, kernel_distance
 from lora_distill.evaluation import drawn
-from lora_distill.metrics import EfficientNetLite0, FrechetDistance, Proportion, prompt_alignment, psnr
+from lora_distill.extractors import EfficientNetLite0, Features, extract
+from lora_distill.metrics import (
+    FrechetDistance,
+    Proportion,
+    Score,
+    clip_score,
+    compare,
+    fidelity,
+    inception_score,
+    latent_mse,
+    metric_name,
+    prompt_alignment,
+    psnr,
+    real_floor,
+)
+from lora_distill.pipeline import load_pipeline
 
 
 def test_wilsons_interval_has_the_bounds_that_solve_its_equation():
@@ -34,32 +56,195 @@ def test_alignment_is_1_for_the_scenes_that_were_drawn_and_0_for_others():
     assert prompt_alignment(images, others)["all"].value == 0
 
 
-def frechet(a, b):
+def test_alignment_of_saved_images_is_the_count_of_what_they_were_drawn_to_show(tmp_path):
+    """PNGs that show what was asked, or something else in one known attribute; counted from their labels alone."""
+    asked = scenes.sample_scenes("noto", "val", 12, seed=4)
+    other_colour = {"blue": "pink"}
+    shown = [
+        scene if i % 4 == 0 else
+        replace(scene, style="fluent") if i % 4 == 1 else
+        replace(scene, background=other_colour.get(scene.background, "blue")) if i % 4 == 2 else
+        replace(scene, first=scene.second, second=scene.first)
+        for i, scene in enumerate(asked)
+    ]  # fmt: skip
+    for i, (scene, prompt) in enumerate(zip(shown, asked, strict=True)):
+        Image.fromarray(scenes.draw(scene)).save(tmp_path / f"{i:02}.png")
+        (tmp_path / f"{i:02}.json").write_text(json.dumps({"shown": scene.as_dict(), "asked": prompt.as_dict()}))
+
+    count = Counter()
+    for path in tmp_path.glob("*.json"):
+        shows, asks = json.loads(path.read_text()).values()
+        same = {key: shows[key] == asks[key] for key in shows}
+        count["objects"] += sorted([shows["first"], shows["second"]]) == sorted([asks["first"], asks["second"]])
+        count["relation"] += same["first"] and same["second"] and same["axis"]
+        count["background"] += same["background"]
+        count["style"] += same["style"]
+        count["all"] += all(same[key] for key in ("first", "second", "axis", "background", "style"))
+    assert count == {"objects": 12, "relation": 9, "background": 9, "style": 9, "all": 3}
+
+    images = np.stack([np.asarray(Image.open(path)) for path in sorted(tmp_path.glob("*.png"))])
+    measured = prompt_alignment(images, asked)
+    assert {name: round(measured[name].value * 12) for name in count} == count
+
+
+# ---------------------------------------------------------------------------------------------- distances
+
+
+@pytest.fixture(scope="module")
+def features():
+    """Of three sets of images: noto, other noto and fluent, 120 each."""
+    network = EfficientNetLite0()
+    draws = {"reference": ("noto", 0), "noto": ("noto", 1), "fluent": ("fluent", 0)}
+    return {name: extract(network, drawn(style, "val", 120, seed)) for name, (style, seed) in draws.items()}
+
+
+def plain_frechet(a, b):
     """|mean difference|^2 + tr(A + B - 2 (A B)^1/2), the trace by the eigenvalues of A B."""
     cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     root = np.sqrt(np.maximum(np.linalg.eigvals(cov_a @ cov_b).real, 0)).sum()
     return ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * root
 
 
-def features(images):
+def test_the_distance_is_frechets_on_features_of_saved_images(features, tmp_path):
+    """The network called by hand on PNGs that were read back, and the formula in plain numpy."""
+    network = EfficientNetLite0()
+
+    def rows_from_disk(name, images):
+        for i, image in enumerate(images):
+            Image.fromarray(image).save(tmp_path / f"{name}{i:03}.png")
+        arrays = np.stack([np.asarray(Image.open(path)) for path in sorted(tmp_path.glob(f"{name}*.png"))])
+        with torch.no_grad():
+            rows = network(torch.from_numpy(arrays).permute(0, 3, 1, 2), ["block10"])["block10"]
+        np.save(tmp_path / f"{name}.npy", rows.double().numpy())
+        return np.load(tmp_path / f"{name}.npy")
+
+    images = drawn("fluent", "val", 120, seed=0)
+    expected = plain_frechet(rows_from_disk("a", images), rows_from_disk("b", drawn("noto", "val", 120, seed=0)))
+    assert compare(features["fluent"], features["reference"])["FD-EfficientNet-Lite0"].value == pytest.approx(
+        expected, rel=1e-4
+    )
+
+
+def test_a_distance_to_a_fixed_reference_can_be_asked_again(features):
+    distance = FrechetDistance(drawn("noto", "val", 30, seed=0))
+    images = drawn("fluent", "val", 30, seed=0)
+    expected = frechet_distance(features["fluent"].frechet[:30], features["reference"].frechet[:30])
+    assert distance.name == "FD-EfficientNet-Lite0"
+    assert distance(images) == pytest.approx(expected, rel=1e-3) and distance(images) == distance(images)
+    assert distance(drawn("noto", "val", 30, seed=0)) == pytest.approx(0, abs=1e-3 * expected)
+
+
+def test_the_reference_is_kept_on_disk_where_a_folder_is_given(tmp_path):
+    images = drawn("noto", "val", 4, seed=0)
+    assert FrechetDistance(images, cache_dir=tmp_path)(images) == FrechetDistance(images, cache_dir=tmp_path)(images)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
+
+
+def test_another_style_is_farther_than_the_floor_by_every_measure(features):
+    floor = real_floor(features["noto"], features["reference"], count=100)
+    other = compare(features["fluent"][:100], features["reference"])
+    assert floor.keys() == other.keys() and all(score.count == 100 for score in floor.values())
+    for name, score in other.items():
+        farther = -1 if name.startswith(("precision", "recall")) else 1
+        assert farther * score.value > farther * floor[name].value, name
+    assert other["FD-EfficientNet-Lite0"].value > 2 * floor["FD-EfficientNet-Lite0"].value
+    with pytest.raises(ValueError, match="floor at N = 121 needs as many real images beside the reference, got 120"):
+        real_floor(features["noto"], features["reference"], count=121)
+
+
+def test_every_score_has_its_extractor_in_its_name_and_its_n(features):
+    scores = compare(features["noto"][:50], features["reference"], resamples=20)
+    assert list(scores) == [f"{m}-EfficientNet-Lite0" for m in ("FD", "KID", "precision", "recall")]
+    assert all(s.name == name and (s.count, s.reference_count) == (50, 120) for name, s in scores.items())
+    for name in ("FD-EfficientNet-Lite0", "KID-EfficientNet-Lite0"):
+        assert scores[name].low < scores[name].value < scores[name].high
+    assert inception_score(features["noto"]).name == "IS-EfficientNet-Lite0"
+    assert asdict(Score("FD", 1.0, 5)).keys() == {"name", "value", "count", "reference_count", "low", "high"}
+    assert str(Score("FD-X", 6.54321, 50, 120, 5.0, 8.0)) == "FD-X 6.543 (5 to 8), N = 50"
+
+
+def test_only_inceptions_distance_is_called_fid():
+    assert [metric_name(m, "Inception") for m in ("FD", "KID", "IS", "precision")] == [
+        *("FID", "KID", "IS"),
+        "precision-Inception",
+    ]
+    assert metric_name("FD", "DINOv2") == "FD-DINOv2"
+
+
+def test_the_kernel_distance_takes_the_head_and_manifolds_do_too(features):
+    swapped = Features("EfficientNet-Lite0", features["fluent"].rows | {"block10": features["noto"].frechet})
+    scores = compare(swapped, features["reference"])
+    kernel = kernel_distance(features["fluent"].kernel, features["reference"].kernel)
+    assert scores["KID-EfficientNet-Lite0"].value == pytest.approx(kernel)
+    assert scores["FD-EfficientNet-Lite0"] == compare(features["noto"], features["reference"])["FD-EfficientNet-Lite0"]
+
+
+def test_clips_embeddings_are_compared_by_cmmd():
+    rows = {"image_embeds": torch.randn(9, 8, generator=torch.Generator().manual_seed(0))}
+    other = {"image_embeds": -rows["image_embeds"]}
+    scores = compare(Features("CLIP", rows), Features("CLIP", other), resamples=5)
+    assert list(scores) == ["CMMD", "precision-CLIP", "recall-CLIP"] and scores["CMMD"].low < scores["CMMD"].high
+    with pytest.raises(ValueError, match="features of CLIP cannot be compared with those of DINOv2"):
+        compare(Features("CLIP", rows), Features("DINOv2", {"cls": rows["image_embeds"]}))
+
+
+def test_clip_score_is_the_mean_cosine_of_images_and_captions(tmp_path):
+    """On a CLIP with random weights, and the bundled pipeline's tokenizer, against the model called by hand."""
+    torch.manual_seed(0)
+    tokenizer = load_pipeline("bundled").tokenizer
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = size | {
+        "vocab_size": len(tokenizer),
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+    }
+    vision = size | {"image_size": 64, "patch_size": 16}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).eval()
+    model.visual_projection.weight.data.neg_()  # with these weights the cosines are below 0, where torchmetrics cuts
+    model.save_pretrained(tmp_path)
+    square = {"height": 64, "width": 64}
+    processor = CLIPProcessor(CLIPImageProcessor(size={"shortest_edge": 64}, crop_size=square), tokenizer)
+    processor.save_pretrained(tmp_path)
+    images, captions = (
+        drawn("noto", "val", 3, seed=0),
+        ["a lion left of a bus", "a crown", "on pink, an owl over a car"],
+    )
+
+    score = clip_score([images[:2], images[2:]], captions, tmp_path)
+    inputs = processor(text=captions, images=list(images), return_tensors="pt", padding=True)
     with torch.no_grad():
-        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
-        return torch.cat([EfficientNetLite0()(batch) for batch in pixels.split(50)]).double().numpy()
+        output = model(**inputs)
+    cosines = torch.nn.functional.cosine_similarity(output.image_embeds, output.text_embeds)
+    assert score.value == pytest.approx(100 * float(cosines.mean()), abs=1e-3) and score.count == 3
+    with pytest.raises(ValueError, match="3 images and 4 captions"):
+        clip_score([images], [*captions, "one more"], tmp_path)
 
 
-def test_the_distance_is_frechets_on_the_features():
-    reference, images = drawn("noto", "val", 150, seed=0), drawn("fluent", "val", 150, seed=0)
-    distance = FrechetDistance(reference)
-    expected = frechet(features(reference), features(images))
-    assert distance(images) == pytest.approx(expected, rel=2e-3)
-    assert distance(reference) == pytest.approx(0, abs=1e-2 * expected), "asked again, with the same reference"
-
-
-def test_another_style_is_farther_than_another_draw():
-    distance = FrechetDistance(drawn("noto", "val", 300, seed=0))
-    assert distance(drawn("noto", "val", 150, seed=1)) < 0.5 * distance(drawn("fluent", "val", 150, seed=0))
+# ---------------------------------------------------------------------------------------------- fidelity
 
 
 def test_psnr_is_ten_log_of_the_squared_peak_over_the_error():
     images = np.zeros((2, 4, 4, 3), np.uint8)
     assert psnr(images, images + 5) == pytest.approx(20 * np.log10(255 / 5)) and psnr(images, images) == float("inf")
+    with pytest.raises(ValueError, match="differ in shape"):
+        psnr(images, images[:1])
+
+
+def test_the_error_of_latents_is_the_mean_of_squares():
+    latents = torch.arange(32.0).reshape(2, 4, 2, 2)
+    assert latent_mse(latents, latents + 3) == pytest.approx(9)
+    with pytest.raises(ValueError, match="differ in shape"):
+        latent_mse(latents, latents[:1])
+
+
+def test_fidelity_compares_with_the_teacher_image_by_image_and_as_a_set(features):
+    teacher = drawn("noto", "val", 120, seed=0)
+    images = np.clip(teacher.astype(int) + 4, 0, 255).astype(np.uint8)
+    latents = torch.zeros(120, 4, 8, 8)
+    scores = fidelity(images, teacher, features["noto"], features["reference"], latents, latents + 2)
+    error = np.mean((images.astype(float) - teacher) ** 2)
+    assert scores["PSNR to teacher"].value == pytest.approx(10 * np.log10(255**2 / error))
+    assert scores["latent MSE to teacher"].value == 4
+    expected = compare(features["noto"], features["reference"])["FD-EfficientNet-Lite0"].value
+    assert scores["FD-EfficientNet-Lite0 to teacher"].value == expected
+    assert all(score.count == 120 for score in scores.values())
