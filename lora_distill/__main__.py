@@ -1,5 +1,6 @@
 """The command line: `python -m lora_distill COMMAND`. What is wrong with the input is said in one line."""
 
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -23,7 +24,7 @@ def reproduce(
     force: Annotated[bool, typer.Option("--force", help="run again what is up to date")] = False,
     notebook: Annotated[list[str] | None, typer.Option(help="only this notebook; may be repeated")] = None,
 ) -> None:
-    """Run the notebooks in order and print the results."""
+    """Run the notebooks in order, print the results and write the report."""
     from lora_distill import series
 
     series.reproduce(profile, force=force, names=notebook or ())
@@ -51,6 +52,30 @@ def readme(profile: Profile = "cpu") -> None:
     from lora_distill import series
 
     print(series.write_readme(profile))
+
+
+@app.command()
+def figures(profile: Profile = "cpu") -> None:
+    """Draw the figures of a profile again from their saved numbers and images; no model is loaded."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # a desktop's backend would open a window for each
+
+    from lora_distill import figures as saved
+
+    for path in saved.redraw(profile):
+        print(os.path.relpath(path))
+
+
+@app.command()
+def report(profile: Profile = "cpu") -> None:
+    """Write the notebooks that ran, with their contents and results, as HTML that needs no network."""
+    from lora_distill import report as pages
+    from lora_distill.series import results_table
+    from lora_distill.settings import figures_dir, load_settings, run_dir
+
+    checked = load_settings(profile)
+    print(os.path.relpath(pages.write(run_dir(checked), results_table(figures_dir(checked)))))
 
 
 @app.command()

@@ -42,13 +42,21 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout, ending in -dirty where tracked files differ from it; None outside of git."""
-    command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    """The commit of the checkout, ending in -dirty where tracked files differ from it; None outside of git.
+
+    Figures do not count: a run draws them one after the other, and each is to name the code that made it.
+    """
     try:
-        done = subprocess.run(command, cwd=repository_root(), capture_output=True, text=True, check=False)
+        commit = _git("rev-parse", "HEAD")
+        changes = _git("status", "--porcelain", "--untracked-files=no", "--", ":(top,exclude)figures")
     except FileNotFoundError:  # no git on this machine
         return None
-    return done.stdout.strip() or None
+    return f"{commit}-dirty" if changes else commit or None
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", *arguments]
+    return subprocess.run(command, cwd=repository_root(), capture_output=True, text=True, check=False).stdout.strip()
 
 
 def device_name(device: str) -> str:

@@ -16,7 +16,7 @@ from nbclient.exceptions import DeadKernelError
 from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 
-from lora_distill import claims
+from lora_distill import claims, report
 from lora_distill.provenance import atomic_write, manifest, now
 from lora_distill.settings import PACKAGE, Settings, figures_dir, load_settings, repository_root, run_dir
 
@@ -32,7 +32,7 @@ class SeriesError(RuntimeError):
 
 
 def reproduce(profile: str | Path, *, force: bool = False, names: Sequence[str] = ()) -> None:
-    """Run the series, or the notebooks named, with the settings of a profile; print the results.
+    """Run the series, or the notebooks named, with the settings of a profile; print the results; write the report.
 
     Raises `SettingsError` before anything runs, `SeriesError` at the first notebook that fails.
     """
@@ -42,10 +42,12 @@ def reproduce(profile: str | Path, *, force: bool = False, names: Sequence[str] 
     notebooks = {path.stem: run(path, settings, folder, force=force) for path in select(all_notebooks(), names)}
     account = manifest(settings, started=started, notebooks=notebooks)
     atomic_write(folder / "manifest.json", json.dumps(account, indent=2) + "\n")
-    print(results_table(figures_dir(settings)))
+    results = results_table(figures_dir(settings))
+    print(results)
     print(f"\n{claims.summary(claims.ledger(figures_dir(settings)))}")
     print(f"each with its numbers: python -m lora_distill claims --profile {profile}")
-    print(f"\nnotebooks and manifest.json: {_shown(folder)}\nfigures: {_shown(figures_dir(settings))}")
+    index = report.write(folder, results)
+    print(f"\nreport: {_shown(index)}\nfigures: {_shown(figures_dir(settings))}")
 
 
 def prepare(profile: str | Path) -> Path:

@@ -41,6 +41,7 @@ def checkout(tmp_path, monkeypatch):
     for module in (settings, series):
         monkeypatch.setattr(module, "PACKAGE", tmp_path / "lora_distill")
     monkeypatch.setattr(series, "manifest", lambda settings, **more: more)  # the true one waits for torch
+    monkeypatch.setattr(series.report, "write", lambda folder, results: folder / "report" / "index.html")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -1,0 +1,57 @@
+"""The figures of the series: what draws each one from its rows, what it shows, and the claims it bears on."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from matplotlib.figure import Figure
+
+from lora_distill import plots_guidance, plots_lcm, plots_memory, plots_pretraining
+from lora_distill.plots_shared import image_grid
+
+
+class Plot(NamedTuple):
+    """How a figure is drawn: from the rows of its CSV, a grid of images from its images too."""
+
+    draw: Callable[..., Figure]
+    caption: str
+    claims: tuple[str, ...] = ()
+
+
+KEPT = ("quality-kept", "alignment-kept")
+MEMORY = ("memory-50-training", "memory-50-before-distillation", "conventional-raises-memory")
+INFERENCE = ("memory-50-inference",)
+SPEED = ("time-40",)
+FLICKR = ("finetune-fid-below-base", "lcm-lora-fid-above-base", "thirty-k-better")
+
+FIGURES = {
+    "00_world": Plot(image_grid, "Scenes of the bundled world, two styles"),
+    "00_loss": Plot(plots_pretraining.stage_losses, "Losses of the bundle's four training stages"),
+    "00_vae": Plot(image_grid, "Drawn scenes and their VAE reconstructions"),
+    "00_guidance": Plot(plots_pretraining.alignment_against_guidance, "Alignment of the bundle against guidance"),
+    "00_samples": Plot(image_grid, "Four prompts, one sample each, not selected"),
+    "01_schemes": Plot(plots_memory.training_peaks, "Peak memory of every training scheme, by term", MEMORY),
+    "01_sharing": Plot(
+        plots_memory.saved_by_sharing, "What sharing W0 saves, against the batch", ("memory-50-training",)
+    ),
+    "01_inference": Plot(plots_memory.inference_peaks, "Peak memory of a sampling step", INFERENCE),
+    "01_three_ways": Plot(
+        plots_memory.account_against_measurement,
+        "The account against simulation and measurement",
+        MEMORY + INFERENCE,
+    ),
+    "02_guidance_curve": Plot(plots_guidance.quality_against_guidance, "Quality against guidance"),
+    "02_guidance_grid": Plot(image_grid, "The same noise at several guidance scales"),
+    "02_difference": Plot(plots_guidance.guidance_against_timestep, "What guidance adds, against the timestep"),
+    "02_loss": Plot(plots_guidance.distillation_loss, "Distillation loss, LoRA against a full copy"),
+    "02_quality_against_steps": Plot(plots_guidance.quality_against_steps, "Quality against training steps", KEPT),
+    "02_same_noise": Plot(image_grid, "Teacher and students on the same noise", KEPT),
+    "02_rho": Plot(plots_guidance.batch_cost, "What a batch costs against one twice as large", SPEED),
+    "02_seconds_per_image": Plot(plots_guidance.seconds_an_image, "Seconds an image", SPEED),
+    "03_images": Plot(image_grid, "Six training images, one caption each"),
+    "03_loss": Plot(plots_lcm.consistency_loss, "Consistency loss against training steps", ("larger-data-less-time",)),
+    "03_same_noise": Plot(image_grid, "Six models on the same noise", FLICKR),
+    "03_quality_against_passes": Plot(
+        plots_lcm.content_against_passes, "Content against UNet evaluations", ("faster-2.4",)
+    ),
+    "03_composition": Plot(image_grid, "LCM-LoRA and the fine-tune added up, four steps"),
+}

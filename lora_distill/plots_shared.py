@@ -1,0 +1,78 @@
+"""What several figures have in common: groups of rows, intervals, loss curves, grids of images.
+
+Rows are dicts as they stand in a figure's CSV; shares are fractions there and per cent on an axis.
+"""
+
+import textwrap
+from itertools import pairwise
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+Rows = list[dict[str, Any]]
+WIDTH = 5.5  # inches of a text column
+GAP = 0.03  # inches between the images of a grid
+REFERENCE = {"color": "0.5", "linestyle": "--", "linewidth": 1}  # of lines that nothing was trained for
+
+
+def grouped(rows: Rows, key: str) -> dict[Any, Rows]:
+    """Rows by their value of a column, in the order in which the values first appear."""
+    return {value: [row for row in rows if row[key] == value] for value in dict.fromkeys(row[key] for row in rows)}
+
+
+def column(rows: Rows, key: str) -> np.ndarray:
+    """The values of a column, (n,)."""
+    return np.array([row[key] for row in rows])
+
+
+def share_with_interval(ax: Axes, rows: Rows, x: str, share: str, **style: Any) -> None:
+    """A curve of shares in per cent, with the interval of the columns `low` and `high` as error bars."""
+    values, low, high = (100 * column(rows, key) for key in (share, "low", "high"))
+    ax.errorbar(column(rows, x), values, np.abs([low - values, high - values]), **style)
+
+
+def loss_by_method(rows: Rows, ylabel: str) -> Figure:
+    """Training losses, a curve a method."""
+    figure, ax = plt.subplots(figsize=(WIDTH, 2.4))
+    for method, points in grouped(rows, "method").items():
+        ax.plot(column(points, "step"), column(points, "loss"), label=method, marker="", linewidth=1.2)
+    ax.set(xlabel="training step", ylabel=ylabel, ylim=(0, None))
+    ax.legend()
+    return figure
+
+
+def image_grid(rows: Rows, images: np.ndarray) -> Figure:
+    """Images (n, h, w, 3) uint8, one a row of the table, under their captions and beside the labels of their lines.
+
+    A caption that the image above has too is not written again. Raises ValueError when a line of the grid is not full.
+    """
+    lines = grouped([{**row, "image": image} for row, image in zip(rows, images, strict=True)], "row")
+    columns = len(rows) // len(lines)
+    if {len(line) for line in lines.values()} != {columns}:
+        raise ValueError(f"{len(rows)} images do not fill {len(lines)} lines of a grid")
+    label = 0.85 if any(lines) else 0.0  # inches, as all that follows
+    cell = min(1.0, (WIDTH - label) / columns)
+    captions = [[_wrapped(row["caption"]) for row in line] for line in lines.values()]
+    captions = captions[:1] + [[""] * columns if line == above else line for above, line in pairwise(captions)]
+    figure, ax = plt.subplots()
+    y = 0.0
+    for (name, line), titles in zip(lines.items(), captions, strict=True):
+        y += max((0.04 + 0.115 * len(title.splitlines()) for title in titles if title), default=0)
+        for x, row, title in zip(np.arange(columns) * cell, line, titles, strict=True):
+            extent = (x, x + cell - GAP, y + cell - GAP, y)
+            ax.imshow(row["image"], interpolation="nearest", extent=extent)
+            ax.text(x + cell / 2, y - 0.03, title, fontsize=6, ha="center", va="bottom", parse_math=False)
+        ax.text(-0.06, y + cell / 2, name or "", ha="right", va="center", parse_math=False)
+        y += cell
+    ax.set(xlim=(-label, columns * cell), ylim=(y, 0))
+    ax.set_axis_off()
+    figure.set_size_inches(label + columns * cell, y)
+    figure.get_layout_engine().set(w_pad=0, h_pad=0)
+    return figure
+
+
+def _wrapped(caption: str | None) -> str:
+    return textwrap.fill(str(caption or ""), 16, max_lines=5, placeholder=" …")
