@@ -19,6 +19,7 @@ from lora_distill.metrics import FrechetDistance, Proportion, Score, clip_score,
 from lora_distill.pipeline import decode_latents, encode_prompts, to_uint8
 from lora_distill.sampling import Sampler, initial_noise, sample_in_batches
 from lora_distill.settings import Settings
+from lora_distill.storage import load_tensors, save_tensors
 
 
 @dataclass(frozen=True)
@@ -111,3 +112,28 @@ def held_out(source: str, split: str, settings: Settings) -> tuple[Prompts, np.n
     framing = Framing(settings.resolution)
     pixels = torch.cat([views(row["image"], framing, i)[0] for i, row in enumerate(images)])
     return captioned_prompts(images, settings.eval_prompts, settings.seed), to_uint8(pixels)
+
+
+def save_images(folder: Path, notebook: str, qualities: dict[str, list[Quality]]) -> None:
+    """Keep the images of each method and seed in folder/<notebook>_images.safetensors, for later notebooks."""
+    images = {
+        f"{name}/{i}": torch.from_numpy(q.images) for name, seeds in qualities.items() for i, q in enumerate(seeds)
+    }
+    save_tensors(folder / f"{notebook}_images.safetensors", images)
+
+
+def load_images(folder: Path, notebook: str) -> dict[str, list[np.ndarray]]:
+    """The images (n, h, w, 3) uint8 of each method, seed by seed, as `save_images` left them.
+
+    Raises FileNotFoundError where the notebook was not run.
+    """
+    path = folder / f"{notebook}_images.safetensors"
+    if not path.exists():
+        command = f"python -m lora_distill reproduce --profile {folder.name} --notebook {notebook}"
+        raise FileNotFoundError(f"no {path.name} in {folder}; {command} makes it")
+    tensors, _ = load_tensors(path)
+    methods: dict[str, dict[int, np.ndarray]] = {}
+    for key, images in tensors.items():
+        name, _, seed = key.rpartition("/")
+        methods.setdefault(name, {})[int(seed)] = images.numpy()
+    return {name: [seeds[i] for i in sorted(seeds)] for name, seeds in methods.items()}

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from lora_distill import plots_guidance, plots_lcm, plots_memory, plots_pretraining
+from lora_distill import plots_evaluation, plots_guidance, plots_lcm, plots_memory, plots_pretraining
 from lora_distill.plots_shared import image_grid
 
 
@@ -18,10 +18,10 @@ class Plot(NamedTuple):
 
 
 KEPT = ("quality-kept", "alignment-kept")
-MEMORY = ("memory-50-training", "memory-50-before-distillation", "conventional-raises-memory")
-INFERENCE = ("memory-50-inference",)
-SPEED = ("time-40",)
-FLICKR = ("finetune-fid-below-base", "lcm-lora-fid-above-base", "thirty-k-better")
+MEMORY = ("memory-half-training", "memory-half-before-distillation", "conventional-raises-memory")
+INFERENCE = ("memory-half-inference",)
+SPEED = ("inference-time-40-percent",)
+FLICKR = ("finetune-fid-below-base", "lcm-lora-fid-above-base", "larger-data-better")
 
 FIGURES = {
     "00_world": Plot(image_grid, "Scenes of the bundled world, two styles"),
@@ -31,7 +31,7 @@ FIGURES = {
     "00_samples": Plot(image_grid, "Four prompts, one sample each, not selected"),
     "01_schemes": Plot(plots_memory.training_peaks, "Peak memory of every training scheme, by term", MEMORY),
     "01_sharing": Plot(
-        plots_memory.saved_by_sharing, "What sharing W0 saves, against the batch", ("memory-50-training",)
+        plots_memory.saved_by_sharing, "What sharing W0 saves, against the batch", ("memory-half-sharing",)
     ),
     "01_inference": Plot(plots_memory.inference_peaks, "Peak memory of a sampling step", INFERENCE),
     "01_three_ways": Plot(
@@ -48,10 +48,16 @@ FIGURES = {
     "02_rho": Plot(plots_guidance.batch_cost, "What a batch costs against one twice as large", SPEED),
     "02_seconds_per_image": Plot(plots_guidance.seconds_an_image, "Seconds an image", SPEED),
     "03_images": Plot(image_grid, "Six training images, one caption each"),
-    "03_loss": Plot(plots_lcm.consistency_loss, "Consistency loss against training steps", ("larger-data-less-time",)),
+    "03_loss": Plot(plots_lcm.consistency_loss, "Consistency loss against training steps", ("larger-data-faster",)),
     "03_same_noise": Plot(image_grid, "Six models on the same noise", FLICKR),
     "03_quality_against_passes": Plot(
-        plots_lcm.content_against_passes, "Content against UNet evaluations", ("faster-2.4",)
+        plots_lcm.content_against_passes, "Content against UNet evaluations", ("lcm-lora-2-4-times-faster",)
     ),
     "03_composition": Plot(image_grid, "LCM-LoRA and the fine-tune added up, four steps"),
+    "04_distance": Plot(plots_evaluation.distance_bars, "The slides' Figure 1: Frechet distance by method", FLICKR),
+    "04_speed": Plot(
+        plots_evaluation.speed_bars, "The slides' Figure 2: seconds an image", ("lcm-lora-2-4-times-faster",)
+    ),
+    "04_pareto": Plot(plots_evaluation.pareto_front, "Content against UNet evaluations, every method", KEPT),
+    "04_saving": Plot(plots_evaluation.saving_against_batch, "Saved seconds against the batch", SPEED),
 }

@@ -49,7 +49,7 @@ class Settings(BaseModel):
     guidance_scale: float = Field(3.0, ge=1, description="w of the teacher; 1 is no guidance")
     sampling_steps: int = Field(25, ge=1, description="steps of the multi-step samplers")
 
-    train_steps: int = Field(200, ge=1, description="optimiser updates")
+    train_steps: int = Field(150, ge=1, description="optimiser updates")
     batch_size: int = Field(32, ge=1, description="images a forward pass")
     gradient_accumulation: int = Field(1, ge=1, description="forward passes an update")
     learning_rate: float = Field(2.0e-3, gt=0, description="learning rate of LoRA training")
@@ -91,7 +91,7 @@ class Settings(BaseModel):
     mse_weight: float = Field(1.0, ge=0, description="weight of the MSE when the LoRA mimics the LCM")
     kl_weight: float = Field(1.0, ge=0, description="weight of the KL when the LoRA mimics the LCM")
 
-    eval_prompts: int = Field(100, ge=1, description="prompts a measurement of quality")
+    eval_prompts: int = Field(80, ge=1, description="prompts a measurement of quality")
     eval_batch: int = Field(50, ge=1, description="images sampled, encoded or decoded at a time")
     clip: str = Field("", description="CLIP model that scores photographs, a folder or a hub id; scenes need none")
     eval_every: int = Field(50, ge=1, description="updates between measurements in training")

@@ -146,6 +146,25 @@ def time_unet(
     return {size: median(values[2:]) for size, values in seconds.items()}
 
 
+def compare_times(rows: list[dict], baseline: str, unet_seconds: dict[int, dict[int, float]]) -> list[dict]:
+    """Rows of `time_grid` beside those of the guided sampler `baseline`: what is saved, and how much could be.
+
+    `unet_seconds` are those of `time_unet` for each resolution, at the batch sizes of the grid and at twice these.
+    """
+    guided = {(row["resolution"], row["batch"]): row for row in rows if row["sampler"] == baseline}
+    compared = []
+    for row in rows:
+        reference, seconds = guided[row["resolution"], row["batch"]], unet_seconds[row["resolution"]]
+        unet_share = reference["unet"] / reference["seconds"]
+        rho = seconds[row["batch"]] / seconds[2 * row["batch"]]
+        compared.append(
+            {**row, "unet_share": unet_share, "rho": rho,
+             "bound_percent": 100 * saving_bound(unet_share, rho),
+             "saving_percent": 100 * (1 - row["seconds"] / reference["seconds"])}
+        )  # fmt: skip
+    return compared
+
+
 def saving_bound(unet_share: float, rho: float) -> float:
     """The greatest part of the time per image that one pass can save against two: f (1 - rho).
 

@@ -1,0 +1,86 @@
+"""The figures of notebook 04: the slides' bars with ours beside them, the Pareto front, saving against batch."""
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from lora_distill.plots_shared import REFERENCE, WIDTH, Rows, column, grouped, share_with_interval
+
+
+def distance_bars(rows: Rows) -> Figure:
+    """Frechet distances by method, a panel a source; whiskers are the spread over sampling seeds.
+
+    A method without a value is one whose number is lost. The dashed line is real against real.
+    """
+    panels = grouped(rows, "source")
+    heights = [len(methods) for methods in panels.values()]
+    figure, axes = plt.subplots(
+        len(panels), 1, figsize=(WIDTH, 0.9 + 0.2 * sum(heights)), gridspec_kw={"height_ratios": heights}
+    )
+    for ax, (source, methods) in zip(axes, panels.items(), strict=True):
+        names = [row["method"] for row in methods]
+        ax.barh(names, [row["distance"] or 0 for row in methods], xerr=[row["sd"] or 0 for row in methods], color="C0")
+        for y, row in enumerate(methods):
+            if row["distance"] is None:
+                ax.annotate("lost", (0, y), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7)
+        if floor := methods[0]["floor"]:
+            ax.axvline(floor, label="real against real", **REFERENCE)
+            ax.legend(loc="lower right", fontsize=7)
+        ax.set_title(source, loc="left")
+        ax.set_xlabel(methods[0]["metric"])
+        ax.invert_yaxis()
+        ax.grid(axis="y", visible=False)
+    return figure
+
+
+def speed_bars(rows: Rows) -> Figure:
+    """Seconds an image relative to the slowest method of each source; the seconds stand at the bars."""
+    panels = grouped(rows, "source")
+    figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 1.7), sharey=True)
+    for ax, (source, methods) in zip(axes, panels.items(), strict=True):
+        slowest = max(row["seconds"] for row in methods)
+        for x, row in enumerate(methods):
+            ax.bar(x, row["seconds"] / slowest, color=f"C{x}")
+            ax.annotate(f"{row['seconds']:.3g} s", (x, row["seconds"] / slowest), ha="center", va="bottom", fontsize=7)
+        ax.set_xticks(range(len(methods)), [row["method"] for row in methods])
+        ax.set_title(source)
+        ax.grid(axis="x", visible=False)
+    axes[0].set(ylabel="seconds an image,\nrelative", ylim=(0, 1.2))
+    return figure
+
+
+def pareto_front(rows: Rows) -> Figure:
+    """Content against UNet evaluations of every method: trained ones solid, samplers of the base dotted.
+
+    What is best at its number of evaluations or fewer is the front, the grey steps.
+    """
+    figure, ax = plt.subplots(figsize=(WIDTH, 3.4))
+    for method, points in grouped(rows, "method").items():
+        style = {"linestyle": "-" if points[0]["trained"] else ":", "label": method}
+        share_with_interval(ax, points, "unet_passes", "content", **style)
+    ordered = sorted(rows, key=lambda row: row["unet_passes"])
+    best = [100 * max(r["content"] for r in ordered if r["unet_passes"] <= row["unet_passes"]) for row in ordered]
+    ax.step(column(ordered, "unet_passes"), best, where="post", color="0.8", linewidth=5, zorder=0, marker="")
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.set(xlabel="UNet evaluations an image", ylabel="content correct, %", ylim=(0, 103))
+    ax.legend(fontsize=6.5, loc="lower right", ncols=2)
+    return figure
+
+
+def saving_against_batch(rows: Rows) -> Figure:
+    """What the merged student saves of the teacher's seconds, and the bound f (1 - rho), a panel a resolution."""
+    panels = grouped(rows, "resolution")
+    figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 2.3), sharey=True)
+    for ax, (resolution, points) in zip(axes, panels.items(), strict=True):
+        batches = list(grouped(points, "batch"))
+        for method, line in grouped(points, "method").items():
+            ax.plot(column(line, "batch"), column(line, "saving_percent"), label=method)
+        ax.plot(batches, [grouped(points, "batch")[b][0]["bound_percent"] for b in batches],
+                color="0.5", linestyle="--", marker="", label="bound f (1 − ρ)")  # fmt: skip
+        ax.axhline(50, color="0.8", linewidth=1)
+        ax.set(xscale="log", xlabel="batch", title=f"{resolution} px", ylim=(0, 100))
+        ax.set_xticks(batches, batches)
+        ax.minorticks_off()
+    axes[0].set_ylabel("saved of the\nteacher's seconds, %")
+    axes[0].legend(fontsize=6.5)
+    return figure
