@@ -1,5 +1,6 @@
 """One judge for every sampler: the same prompts, the same noise, the same measure of alignment and reference images."""
 
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -119,7 +120,7 @@ def save_images(folder: Path, notebook: str, qualities: dict[str, list[Quality]]
     images = {
         f"{name}/{i}": torch.from_numpy(q.images) for name, seeds in qualities.items() for i, q in enumerate(seeds)
     }
-    save_tensors(folder / f"{notebook}_images.safetensors", images)
+    save_tensors(folder / f"{notebook}_images.safetensors", images, {"methods": json.dumps(list(qualities))})
 
 
 def load_images(folder: Path, notebook: str) -> dict[str, list[np.ndarray]]:
@@ -131,9 +132,8 @@ def load_images(folder: Path, notebook: str) -> dict[str, list[np.ndarray]]:
     if not path.exists():
         command = f"python -m lora_distill reproduce --profile {folder.name} --notebook {notebook}"
         raise FileNotFoundError(f"no {path.name} in {folder}; {command} makes it")
-    tensors, _ = load_tensors(path)
-    methods: dict[str, dict[int, np.ndarray]] = {}
-    for key, images in tensors.items():
-        name, _, seed = key.rpartition("/")
-        methods.setdefault(name, {})[int(seed)] = images.numpy()
-    return {name: [seeds[i] for i in sorted(seeds)] for name, seeds in methods.items()}
+    tensors, metadata = load_tensors(path)
+    return {
+        name: [tensors[f"{name}/{i}"].numpy() for i in range(sum(key.rpartition("/")[0] == name for key in tensors))]
+        for name in json.loads(metadata["methods"])
+    }
