@@ -59,13 +59,14 @@ def redraw(profile: str | Path) -> list[Path]:
     provenance = read_provenance(folder)
     names = [name for name in FIGURES if name in provenance]
     for name in names:
+        check(folder, provenance[name]["sha256"])
+    for name in names:
         draw(name, folder, provenance[name])
     return [folder / f"{name}.svg" for name in names]
 
 
 def draw(name: str, folder: Path, source: dict[str, Any]) -> Figure:
     """Draw one figure from its saved rows and images and write it in three formats, `source` in their metadata."""
-    check(folder, source["sha256"])
     plot = FIGURES[name]
     rows = read_table(folder / f"{name}.csv")
     sheet = folder / f"{name}_images.png"

@@ -121,7 +121,8 @@ def test_images_are_kept_as_they_are(checkout):
     ],
     ids=["missing", "cut", "empty"],
 )
-def test_damaged_files_are_named(checkout, name, damage, message):
+def test_damaged_files_are_named_before_anything_is_drawn(checkout, monkeypatch, name, damage, message):
+    monkeypatch.setattr(figures, "draw", lambda *_: None)
     figures.save("02_difference", Settings(), ROWS)
     figures.save("02_guidance_grid", Settings(), GRID, IMAGES)
     damage(checkout / "figures" / "cpu" / name)
