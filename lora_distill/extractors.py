@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import NamedTuple
 
 import numpy as np
@@ -130,7 +131,8 @@ class InceptionV3(Extractor):
     """The InceptionV3 that FID is defined on (Heusel et al. 2017), with the resize of its TensorFlow original.
 
     `source` is the file weights-inception-2015-12-05-6726825d.pth; without one it is fetched once into torch's hub
-    folder. Raises ModuleNotFoundError without torch-fidelity and FileNotFoundError without weights.
+    folder. Raises ModuleNotFoundError without torch-fidelity, FileNotFoundError without weights and ValueError for a
+    file of others.
     """
 
     name = "Inception"
@@ -140,13 +142,18 @@ class InceptionV3(Extractor):
         super().__init__()
         try:
             from torch_fidelity import feature_extractor_inceptionv3 as fidelity
-        except ImportError:
-            raise ModuleNotFoundError("FID needs the package torch-fidelity: pip install torch-fidelity") from None
+        except (ImportError, RuntimeError):  # the latter from a torchvision that is built for another torch
+            raise ModuleNotFoundError(
+                "FID needs torch-fidelity, and a torchvision that fits this torch: pip install torch-fidelity"
+            ) from None
         weights = Path(source) if source else _downloaded(fidelity.URL_INCEPTION_V3)
         if not weights.is_file():
             raise FileNotFoundError(f"{weights}: no such file; FID's weights are at {fidelity.URL_INCEPTION_V3}")
         # torch-fidelity would load a download of its own with pickle; a file goes through torch.load's safe default
-        self.network = fidelity.FeatureExtractorInceptionV3("inception-v3-compat", [*self.layers], str(weights))
+        try:
+            self.network = fidelity.FeatureExtractorInceptionV3("inception-v3-compat", [*self.layers], str(weights))
+        except (RuntimeError, EOFError, UnpicklingError):
+            raise ValueError(f"{weights}: not the file of {fidelity.URL_INCEPTION_V3}") from None
         self.freeze()
 
     def forward(self, images: Tensor, layers: Iterable[str]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 import gc
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -121,6 +122,67 @@ def test_clip_is_read_from_a_folder_and_gives_its_projected_embedding(clip_folde
         model = CLIPModel.from_pretrained(clip_folder)
         expected = model.visual_projection(model.vision_model(normalised(IMAGES, mean, std)).pooler_output)
     assert torch.allclose(features.kernel, expected, atol=1e-5)
+
+
+@pytest.fixture
+def fidelity(monkeypatch, tmp_path):
+    """A stand-in for torch-fidelity: its Inception gives sums of colours, times the number that its weights hold."""
+
+    class Inception(torch.nn.Module):
+        passes = 0
+
+        def __init__(self, name, features_list, weights_path):
+            super().__init__()
+            assert features_list == ["2048", "logits_unbiased"]
+            self.weight = torch.nn.Parameter(torch.load(weights_path))
+
+        def forward(self, images):
+            assert images.dtype == torch.uint8
+            Inception.passes += 1
+            colours = images.float().sum((2, 3)) * self.weight
+            return colours, -colours
+
+    module = SimpleNamespace(
+        URL_INCEPTION_V3="https://host/weights-6726825d.pth", FeatureExtractorInceptionV3=Inception
+    )
+    monkeypatch.setitem(sys.modules, "torch_fidelity", SimpleNamespace(feature_extractor_inceptionv3=module))
+    torch.save(torch.tensor(2.0), tmp_path / "weights.pth")
+    return Inception
+
+
+def test_inception_comes_from_torch_fidelity_with_a_file_of_weights_in_one_pass(fidelity, tmp_path):
+    features = extract(load_extractor("Inception", tmp_path / "weights.pth"), IMAGES)
+    assert fidelity.passes == 1
+    assert torch.equal(features.frechet, torch.from_numpy(2.0 * IMAGES.sum((1, 2), dtype=np.float32)))
+    assert features.kernel is features.frechet and torch.equal(features.logits, -features.frechet)
+
+
+def test_inceptions_weights_are_fetched_once_and_what_is_wrong_with_them_is_said(fidelity, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+
+    def no_network(*arguments, **options):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    with pytest.raises(
+        FileNotFoundError, match=r"could not be fetched \(no route to host\): put https://host.* at .*hub"
+    ):
+        load_extractor("Inception")
+    fetched = []
+
+    def fetch(url, path, hash_prefix, progress):
+        fetched.append((url, hash_prefix))
+        torch.save(torch.tensor(1.0), path)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
+    for _ in range(2):
+        load_extractor("Inception")
+    assert fetched == [("https://host/weights-6726825d.pth", "6726825d")]
+    with pytest.raises(FileNotFoundError, match=r"none.pth: no such file; FID's weights are at https://host"):
+        load_extractor("Inception", tmp_path / "none.pth")
+    (tmp_path / "other.pth").write_bytes(b"no weights")
+    with pytest.raises(ValueError, match=r"other.pth: not the file of https://host"):
+        load_extractor("Inception", tmp_path / "other.pth")
 
 
 def test_an_extractor_that_cannot_be_had_says_what_is_missing(tmp_path, clip_folder, monkeypatch):
