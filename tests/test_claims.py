@@ -286,3 +286,8 @@ class TestLedgerAsText:
     def test_lines(self, verdicts):
         text = claims.as_text(verdicts)
         assert "memory-half-training: reproduced\n" in text and "rule holds: batch_1 >= 50 and batch_16 >= 50" in text
+
+
+def test_every_claim_that_a_figure_bears_on_is_in_the_ledger():
+    known = {claim.id for claim in claims.load()}
+    assert {claim for plot in FIGURES.values() for claim in plot.claims} <= known

@@ -1,15 +1,18 @@
 """The experiment of notebook 02 in small: one W0 in the LoRA run, a second UNet only in the conventional one."""
 
 import gc
+from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from lora_distill.adapters import adapter_names, merged_copy, role
 from lora_distill.data import scene_prompts, teacher_set
-from lora_distill.distillation import LORA_FILE, distil_full_copy, distil_lora, parameter_counts, with_unet
-from lora_distill.evaluation import Judge, drawn
+from lora_distill.distillation import LORA_FILE, deployed, distil_full_copy, distil_lora, parameter_counts, with_unet
+from lora_distill.evaluation import Judge, drawn, load_images, save_images
 from lora_distill.pipeline import encode_prompts, load_pipeline
 from lora_distill.sampling import Sampler, initial_noise, sample
 from lora_distill.settings import Settings
@@ -81,6 +84,31 @@ def test_merged_and_unmerged_agree_within_float_tolerance(bundle, teacher, tmp_p
     embeds = encode_prompts(bundle, ["a lion", "an owl"])
     with torch.no_grad(), role(bundle.unet, "student"):
         assert (merged(x, t, embeds).sample - bundle.unet(x, t, embeds).sample).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("adapter", [None, "student"])
+def test_what_is_deployed_draws_the_same_images(bundle, teacher, tmp_path, adapter):
+    distil_lora(bundle, teacher, SETTINGS, tmp_path)
+    embeds = encode_prompts(bundle, ["a lion", "an owl"]), encode_prompts(bundle, [""])
+    noise, sampler = initial_noise(bundle, 2, seed=0), Sampler(3, 3.0)
+    ours = sample(bundle, replace(sampler, adapter=adapter), noise, *embeds)
+    assert (sample(deployed(bundle, adapter), sampler, noise, *embeds) - ours).abs().max() <= 1e-4
+
+
+def test_saved_images_come_back_by_method_and_seed_in_their_order(tmp_path):
+    qualities = {name: [SimpleNamespace(images=np.full((2, 4, 4, 3), i, np.uint8)) for i in seeds]
+                 for name, seeds in {"teacher": (1, 2), "base, 4/8": (3, 4)}.items()}  # fmt: skip
+    save_images(tmp_path, "02_x", qualities)
+    loaded = load_images(tmp_path, "02_x")
+    assert [(name, [images[0, 0, 0, 0] for images in seeds]) for name, seeds in loaded.items()] == [
+        ("teacher", [1, 2]),
+        ("base, 4/8", [3, 4]),
+    ]
+
+
+def test_images_that_no_notebook_made_are_one_line(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"--notebook 03_lcm_lora_flickr makes it$"):
+        load_images(tmp_path, "03_lcm_lora_flickr")
 
 
 def test_the_judge_gives_the_same_verdict_on_the_same_seed(bundle):
