@@ -8,6 +8,7 @@ import pytest
 from lora_distill import claims
 from lora_distill.claims import ClaimsError
 from lora_distill.figures import save_table
+from lora_distill.plots import FIGURES
 
 LEDGER = {claim.id: claim for claim in claims.load()}
 
