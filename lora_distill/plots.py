@@ -49,7 +49,7 @@ FIGURES = {
     "02_seconds_per_image": Plot(plots_guidance.seconds_an_image, "Seconds an image", SPEED),
     "03_images": Plot(image_grid, "Six training images, one caption each"),
     "03_loss": Plot(plots_lcm.consistency_loss, "Consistency loss against training steps", ("larger-data-faster",)),
-    "03_same_noise": Plot(image_grid, "Six models on the same noise", FLICKR),
+    "03_same_noise": Plot(image_grid, "Teacher, fine-tune, LCM and LCM-LoRA on the same noise", FLICKR),
     "03_quality_against_passes": Plot(
         plots_lcm.content_against_passes, "Content against UNet evaluations", ("lcm-lora-2-4-times-faster",)
     ),
