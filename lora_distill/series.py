@@ -4,11 +4,13 @@ import hashlib
 import json
 import logging
 import os
+import re
 import resource
 import shutil
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 import nbformat
 import papermill
@@ -18,7 +20,15 @@ from papermill.exceptions import PapermillExecutionError
 
 from lora_distill import claims, report
 from lora_distill.provenance import atomic_write, manifest, now
-from lora_distill.settings import PACKAGE, Settings, figures_dir, load_settings, repository_root, run_dir
+from lora_distill.settings import (
+    PACKAGE,
+    READ_KEYS_FILE,
+    Settings,
+    figures_dir,
+    load_settings,
+    repository_root,
+    run_dir,
+)
 
 # Progress is plain text in a committed notebook: widgets leave megabytes that code hosts do not show.
 KERNEL_ENVIRONMENT = {"PYTHONWARNINGS": "ignore:IProgress not found", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
@@ -99,27 +109,33 @@ def run(path: Path, settings: Settings, folder: Path, *, force: bool = False) ->
     Raises `SeriesError` when a cell fails, the kernel dies or the notebook stops before its end.
     """
     stamp_path = folder / f"{path.stem}.stamp.json"
-    key = run_key(path, settings, folder)
     stamp = read_stamp(stamp_path)
+    key = run_key(path, settings, folder, stamp.get("settings_read"))
     if not force and stamp.get("key") == key and (folder / path.name).exists():
         print(f"{path.stem}: up to date")
         return stamp
     stamp_path.unlink(missing_ok=True)  # what a failed run leaves behind is nobody's result
     print(f"{path.stem}: running", flush=True)
     clock = time.perf_counter()
-    execute(path, folder / path.name, settings)
+    settings_read = execute(path, folder / path.name, settings)
     seconds = round(time.perf_counter() - clock, 1)
     print(f"{path.stem}: done in {seconds:.0f} s")
-    stamp = {"key": key, "finished": now(), "seconds": seconds, "peak_memory_mb": _peak_memory_mb()}
+    stamp = {"key": run_key(path, settings, folder, settings_read), "settings_read": settings_read}
+    stamp |= {"finished": now(), "seconds": seconds, "peak_memory_mb": _peak_memory_mb()}
     atomic_write(stamp_path, json.dumps(stamp, indent=2) + "\n")
     return stamp
 
 
-def execute(path: Path, output: Path, settings: Settings) -> None:
-    """Run a notebook in a fresh kernel, in its own folder. Raises `SeriesError` as `run` does."""
+def execute(path: Path, output: Path, settings: Settings) -> list[str] | None:
+    """Run a notebook in a fresh kernel, in its own folder; the settings that it read, or None where that is not known.
+
+    Raises `SeriesError` as `run` does.
+    """
     output.parent.mkdir(parents=True, exist_ok=True)
+    read_keys = output.with_suffix(".settings_read.json")
     try:
-        notebook = _papermill(path, output, settings)
+        with patch.dict(os.environ, {READ_KEYS_FILE: str(read_keys.resolve())}):
+            notebook = _papermill(path, output, settings)
     except PapermillExecutionError as error:
         reason = f"failed in cell {error.exec_count}: {error.ename}: {' '.join(error.evalue.split())}"
     except DeadKernelError:
@@ -127,23 +143,32 @@ def execute(path: Path, output: Path, settings: Settings) -> None:
     else:
         # SystemExit(0) in a cell ends a notebook early and yet is success to papermill
         if all(cell.execution_count for cell in code_cells(notebook) if cell.source.strip()):
-            return
+            return _taken(read_keys)
         reason = "failed: it stopped before its last cell"
     raise SeriesError(f"{path.stem}: {reason}; see {_shown(output)}")
 
 
-def run_key(path: Path, settings: Settings, folder: Path) -> str:
-    """SHA-256 over all that a notebook's results depend on: its code, the settings, the package, earlier notebooks."""
-    sha = hashlib.sha256(code_digest(nbformat.read(path, 4)).encode())
-    sha.update(settings.model_dump_json().encode())
+def run_key(path: Path, settings: Settings, folder: Path, settings_read: Sequence[str] | None) -> str:
+    """SHA-256 over all that a notebook's results depend on: its code, settings, the package, the notebooks it reads.
+
+    Of the settings those count that it read the last time, all of them where that is not known.
+    """
+    notebook = nbformat.read(path, 4)
+    sha = hashlib.sha256(code_digest(notebook).encode())
+    sha.update(settings.model_dump_json(include=None if settings_read is None else set(settings_read)).encode())
     for file in sorted(PACKAGE.rglob("*")):  # the sources, and the pipeline and sprites among the assets
         if file.is_file() and "__pycache__" not in file.parts:
             sha.update(str(file.relative_to(PACKAGE)).encode() + file.read_bytes())
-    # Stamps carry the time of the run, so that a notebook is run again whenever an earlier one was.
-    for stamp in sorted(folder.glob("*.stamp.json")):
-        if stamp.name < path.stem and not stamp.name.startswith(PRETRAINING):
+    # Stamps carry the time of the run, so that a notebook is run again whenever one that it reads was.
+    for number in sorted(numbers_named(notebook) - {path.name[:2], PRETRAINING}):
+        for stamp in sorted(folder.glob(f"{number}_*.stamp.json")):
             sha.update(stamp.read_bytes())
     return sha.hexdigest()
+
+
+def numbers_named(notebook: NotebookNode) -> set[str]:
+    """The numbers of the notebooks whose files this one names in its code, as in "02_quality.csv"."""
+    return {number for cell in code_cells(notebook) for number in re.findall(r"[\"'/](\d\d)_", cell.source)}
 
 
 def read_stamp(path: Path) -> dict:
@@ -245,6 +270,16 @@ def _papermill(path: Path, output: Path, settings: Settings, **options) -> Noteb
     logging.getLogger("papermill").setLevel(logging.ERROR)
     parameters = settings.model_dump()
     return papermill.execute_notebook(path, output, parameters, cwd=path.parent, **(KERNEL | options))
+
+
+def _taken(path: Path) -> list[str] | None:
+    """The list in a JSON file, which is removed; None where there is no such file."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def _peak_memory_mb() -> float:

@@ -3,6 +3,9 @@
 A key that does not exist, a value of the wrong type or out of range is refused in one line before anything runs.
 """
 
+import atexit
+import json
+import os
 from collections.abc import Iterable
 from difflib import SequenceMatcher
 from inspect import isroutine
@@ -14,6 +17,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 PACKAGE = Path(__file__).resolve().parent
+READ_KEYS_FILE = "LORA_DISTILL_READ_KEYS_FILE"  # environment: where a notebook's kernel leaves the keys that it read
+read_keys: set[str] = set()  # of all settings in this process
 
 
 class SettingsError(ValueError):
@@ -102,6 +107,11 @@ class Settings(BaseModel):
     timing_batch: int = Field(8, ge=1, description="images a timed call")
     timing_repeats: int = Field(5, ge=1, description="timed calls, after those that warm up")
 
+    def __getattribute__(self, name: str) -> Any:
+        if name in type(self).__pydantic_fields__:
+            read_keys.add(name)
+        return super().__getattribute__(name)
+
     @field_validator("eval_seeds")
     @classmethod
     def _distinct(cls, seeds: list[int]) -> list[int]:
@@ -160,7 +170,11 @@ def from_notebook(namespace: dict[str, Any]) -> Settings:
         for name, value in namespace.items()
         if (name in known and not _is_code(value)) or (name not in known and first and _is_parameter(name, value))
     }
-    return _validate(parameters, "the parameters cell")
+    settings = _validate(parameters, "the parameters cell")
+    if first and (file := os.environ.get(READ_KEYS_FILE)):
+        read_keys.clear()  # the validators read some
+        atexit.register(lambda: Path(file).write_text(json.dumps(sorted(read_keys))))
+    return settings
 
 
 def repository_root() -> Path:

@@ -81,6 +81,15 @@ class TestReuse:
         (checkout / "params" / "cpu.yaml").write_text("profile: cpu\nseed: 1\n")
         assert rerun(executed) == ["01_first", "02_second"]
 
+    def test_a_setting_that_it_did_not_read(self, executed, checkout, monkeypatch):
+        execute = series.execute
+        monkeypatch.setattr(series, "execute", lambda *arguments: execute(*arguments) or ["profile", "seed"])
+        rerun(executed)
+        (checkout / "params" / "cpu.yaml").write_text("profile: cpu\nbatch_size: 7\n")
+        assert rerun(executed) == []
+        (checkout / "params" / "cpu.yaml").write_text("profile: cpu\nseed: 1\n")
+        assert rerun(executed) == ["01_first", "02_second"]
+
     def test_changed_package(self, executed, checkout):
         rerun(executed)
         (checkout / "lora_distill" / "module.py").write_text("x = 2\n")
@@ -97,7 +106,9 @@ class TestReuse:
         path.write_text(path.read_text().replace("# Title", "# Another title"))
         assert rerun(executed) == []
 
-    def test_an_earlier_notebook_that_ran_again(self, executed, monkeypatch):
+    def test_an_earlier_notebook_that_ran_again_counts_where_its_files_are_named(self, executed, checkout, monkeypatch):
+        write_notebook(checkout / "notebooks" / "02_second.ipynb", "path = folder / '01_table.csv'")
+        write_notebook(checkout / "notebooks" / "03_third.ipynb", "path = folder / '03_table.csv'")
         rerun(executed)
         monkeypatch.setattr(series, "now", lambda: "later")
         assert rerun(executed, force=True, names=["01_first"]) == ["01_first"]
@@ -189,6 +200,14 @@ def test_failure_is_one_line_of_the_command(checkout, monkeypatch, capsys):
     assert capsys.readouterr().err.splitlines() == [
         "01_first: failed: its kernel died, most often for want of memory; see runs/cpu/01_first.ipynb"
     ]
+
+
+def test_the_stamp_says_which_settings_a_notebook_read(checkout):
+    code = "from lora_distill.settings import from_notebook\nsettings = from_notebook(globals())\nsettings.batch_size"
+    write_notebook(checkout / "notebooks" / "01_first.ipynb", code)
+    series.reproduce("cpu", names=["01_first"])
+    stamp = json.loads((checkout / "runs" / "cpu" / "01_first.stamp.json").read_text())
+    assert stamp["settings_read"] == ["batch_size"]
 
 
 def test_commit_outputs(checkout):
