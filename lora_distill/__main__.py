@@ -94,7 +94,7 @@ def distill(profile: Profile = "cpu") -> None:
     import torch
 
     from lora_distill.data import teacher_set, training_captions
-    from lora_distill.distillation import LORA_FILE, distil_lora
+    from lora_distill.distillation import distil_lora, lora_file
     from lora_distill.pipeline import choose_device, load_pipeline
     from lora_distill.sampling import Sampler
     from lora_distill.settings import load_settings, run_dir
@@ -106,7 +106,7 @@ def distill(profile: Profile = "cpu") -> None:
     sampler = Sampler(checked.sampling_steps, checked.guidance_scale)
     teacher = teacher_set(pipe, captions, sampler, checked.seed, folder / "cache")
     distil_lora(pipe, teacher, checked, folder)
-    print(folder / LORA_FILE)
+    print(lora_file(folder, "student"))
 
 
 @app.command()

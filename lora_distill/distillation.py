@@ -16,8 +16,6 @@ from lora_distill.settings import Settings
 from lora_distill.storage import digest
 from lora_distill.training import Schedule, train
 
-STUDENT = "student"
-LORA_FILE = "student_lora.safetensors"
 Milestones = tuple[int, Callable[[int, StableDiffusionPipeline], dict]]
 
 
@@ -26,17 +24,18 @@ def distil_lora(
     teacher: dict[str, Tensor],
     settings: Settings,
     folder: Path,
+    name: str = "student",
     each: Milestones | None = None,
 ) -> list[dict]:
-    """The paper's method: W0 alone is the teacher, W0 with the adapter "student" the student; return the log.
+    """The paper's method: W0 alone is the teacher, W0 with the adapter `name` the student; return the log.
 
     `each = (n, measure)` puts `measure(step, pipe)` into the log every n steps.
     """
-    if STUDENT in adapter_names(pipe.unet):
-        pipe.unet.delete_adapters(STUDENT)
+    if name in adapter_names(pipe.unet):
+        pipe.unet.delete_adapters(name)
     add_adapter(
         pipe.unet,
-        STUDENT,
+        name,
         rank=settings.lora_rank,
         alpha=settings.lora_alpha,
         targets=settings.lora_targets,
@@ -46,7 +45,7 @@ def distil_lora(
     lora = {"rank": settings.lora_rank, "alpha": settings.lora_alpha, "targets": settings.lora_targets}
     plan = schedule(settings, settings.learning_rate)
     log = _distil("lora", pipe, pipe.unet, teacher, settings, plan, folder, each, **lora)
-    save_adapter(pipe.unet, STUDENT, folder / LORA_FILE)
+    save_adapter(pipe.unet, name, lora_file(folder, name))
     return log
 
 
@@ -63,6 +62,11 @@ def distil_full_copy(
     plan = schedule(settings, settings.full_learning_rate)
     log = _distil("full copy", pipe, student, teacher, settings, plan, folder, each)
     return with_unet(pipe, student.requires_grad_(False)), log
+
+
+def lora_file(folder: Path, name: str) -> Path:
+    """Where a trained adapter is kept, for stock diffusers to load."""
+    return folder / f"{name}.safetensors"
 
 
 def _distil(

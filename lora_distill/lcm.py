@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPipeline
 from torch import nn
 
 from lora_distill.adapters import adapter_names, add_adapter, plain_copy, save_adapter
-from lora_distill.distillation import Milestones, fit, schedule, with_unet
+from lora_distill.distillation import Milestones, fit, lora_file, schedule, with_unet
 from lora_distill.latents import EncodedImages, consistency_batches, image_batches
 from lora_distill.objectives import ConsistencyDistillation, ConsistencyMimicry, Denoising
 from lora_distill.pipeline import adapter_dtype, encode_prompts, fingerprint
@@ -94,11 +94,6 @@ def finetune_lora(
     plan = replace(_plan(settings, settings.finetune_learning_rate), steps=settings.finetune_steps, ema_decay=0.0)
     key = {"pipeline": fingerprint(pipe), "images": images.key, "rank": rank, "targets": targets}
     return _fit_adapter(name, objective, draw_batch, pipe, plan, folder, each, **key)
-
-
-def lora_file(folder: Path, name: str) -> Path:
-    """Where an adapter of these experiments is kept, for stock diffusers to load."""
-    return folder / f"{name}.safetensors"
 
 
 def _fit_adapter(

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 PACKAGE = Path(__file__).resolve().parent
 READ_KEYS_FILE = "LORA_DISTILL_READ_KEYS_FILE"  # environment: where a notebook's kernel leaves the keys that it read
@@ -34,6 +34,10 @@ class Settings(BaseModel):
         "cpu", pattern=r"^\w[\w.-]*$", description="name of the run, and of its folders in runs/ and figures/"
     )
     seed: int = Field(0, ge=0, description="seed of training, data and the adapters' first weights")
+
+    more_train_seeds: list[Annotated[int, Field(ge=0)]] = Field(
+        [], description="seeds of further trainings of the students, for the spread that training has"
+    )
 
     pipeline: str = Field(
         "bundled", min_length=1, description="bundled, a folder in the Stable Diffusion layout, or a hub id"
@@ -112,12 +116,18 @@ class Settings(BaseModel):
             read_keys.add(name)
         return super().__getattribute__(name)
 
-    @field_validator("eval_seeds")
+    @field_validator("eval_seeds", "more_train_seeds")
     @classmethod
-    def _distinct(cls, seeds: list[int]) -> list[int]:
+    def _distinct(cls, seeds: list[int], info: ValidationInfo) -> list[int]:
         if len(set(seeds)) < len(seeds):
-            raise ValueError(f"eval_seeds: must differ from each other, got {seeds}")
+            raise ValueError(f"{info.field_name}: must differ from each other, got {seeds}")
         return seeds
+
+    @model_validator(mode="after")
+    def _other_trainings(self) -> "Settings":
+        if self.seed in self.more_train_seeds:
+            raise ValueError(f"more_train_seeds: must not hold seed = {self.seed}, of the first training")
+        return self
 
     @model_validator(mode="after")
     def _guidance_range(self) -> "Settings":

@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from lora_distill.adapters import adapter_names, merged_copy, role
 from lora_distill.data import scene_prompts, teacher_set
-from lora_distill.distillation import LORA_FILE, deployed, distil_full_copy, distil_lora, parameter_counts, with_unet
+from lora_distill.distillation import deployed, distil_full_copy, distil_lora, parameter_counts, with_unet
 from lora_distill.evaluation import Judge, drawn, load_images, save_images
 from lora_distill.pipeline import encode_prompts, load_pipeline
 from lora_distill.sampling import Sampler, initial_noise, sample
@@ -71,7 +71,7 @@ def test_stock_diffusers_draws_the_student_from_its_file(bundle, teacher, tmp_pa
         bundle, Sampler(3, adapter="student"), noise, encode_prompts(bundle, prompts), encode_prompts(bundle, [""])
     )
     stock = load_pipeline("bundled")
-    stock.load_lora_weights(str(tmp_path), weight_name=LORA_FILE)
+    stock.load_lora_weights(str(tmp_path), weight_name="student.safetensors")
     theirs = stock(prompts, latents=noise, guidance_scale=1.0, num_inference_steps=3, output_type="latent").images
     assert (ours - theirs).abs().max() <= 1e-5
 

@@ -8,8 +8,9 @@ from diffusers import LCMScheduler, UNet2DConditionModel
 
 from lora_distill.adapters import adapter_names, adapter_parameters
 from lora_distill.captioned import captioned_images
+from lora_distill.distillation import lora_file
 from lora_distill.latents import Framing, encode_images
-from lora_distill.lcm import finetune_lora, lora_file, mimic_lcm, train_lcm, train_lcm_lora
+from lora_distill.lcm import finetune_lora, mimic_lcm, train_lcm, train_lcm_lora
 from lora_distill.pipeline import encode_prompts, load_pipeline
 from lora_distill.sampling import Sampler, initial_noise, sample, step_generators
 from lora_distill.settings import Settings
