@@ -62,6 +62,8 @@ def test_defaults_are_the_cpu_profile():
         ("guidance_scales: 5", "guidance_scales: expected a list, got 5"),
         ("eval_seeds: []", "eval_seeds: expected at least one value"),
         ("eval_seeds: [0, 1, 0]", "eval_seeds: must differ from each other"),
+        ("more_train_seeds: [1, 1]", "more_train_seeds: must differ from each other"),
+        ("more_train_seeds: [1, 0]", "more_train_seeds: must not hold seed = 0, of the first training"),
         ("w_min: 6.0", "w_min: must be at most w_max = 5, got 6"),
         ("sampling_steps: 0", "sampling_steps: expected at least 1, got 0"),
         ("train_steps: 9", "warmup_steps: must be at most train_steps = 9, got 20"),
