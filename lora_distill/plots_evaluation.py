@@ -18,13 +18,14 @@ def distance_bars(rows: Rows) -> Figure:
     )
     for ax, (source, methods) in zip(axes, panels.items(), strict=True):
         names = [row["method"] for row in methods]
-        ax.barh(names, [row["distance"] or 0 for row in methods], xerr=[row["sd"] or 0 for row in methods], color="C0")
+        spread = {"xerr": [row["sd"] for row in methods]} if methods[0]["sd"] is not None else {}
+        ax.barh(names, [row["distance"] or 0 for row in methods], **spread)
         for y, row in enumerate(methods):
             if row["distance"] is None:
-                ax.annotate("lost", (0, y), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7)
+                ax.annotate("value lost", (0, y), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7)
         if floor := methods[0]["floor"]:
             ax.axvline(floor, label="real against real", **REFERENCE)
-            ax.legend(loc="lower right", fontsize=7)
+            ax.legend(loc="lower right", bbox_to_anchor=(1, 1), fontsize=7)
         ax.set_title(source, loc="left")
         ax.set_xlabel(methods[0]["metric"])
         ax.invert_yaxis()
@@ -56,6 +57,7 @@ def pareto_front(rows: Rows) -> Figure:
     figure, ax = plt.subplots(figsize=(WIDTH, 3.4))
     for method, points in grouped(rows, "method").items():
         style = {"linestyle": "-" if points[0]["trained"] else ":", "label": method}
+        style |= {"marker": "*", "markersize": 8} if len(points) == 1 else {}
         share_with_interval(ax, points, "unet_passes", "content", **style)
     ordered = sorted(rows, key=lambda row: row["unet_passes"])
     best = [100 * max(r["content"] for r in ordered if r["unet_passes"] <= row["unet_passes"]) for row in ordered]
@@ -70,7 +72,7 @@ def pareto_front(rows: Rows) -> Figure:
 def saving_against_batch(rows: Rows) -> Figure:
     """What the merged student saves of the teacher's seconds, and the bound f (1 - rho), a panel a resolution."""
     panels = grouped(rows, "resolution")
-    figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 2.3), sharey=True)
+    figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 2.5), sharey=True)
     for ax, (resolution, points) in zip(axes, panels.items(), strict=True):
         batches = list(grouped(points, "batch"))
         for method, line in grouped(points, "method").items():
@@ -78,9 +80,10 @@ def saving_against_batch(rows: Rows) -> Figure:
         ax.plot(batches, [grouped(points, "batch")[b][0]["bound_percent"] for b in batches],
                 color="0.5", linestyle="--", marker="", label="bound f (1 − ρ)")  # fmt: skip
         ax.axhline(50, color="0.8", linewidth=1)
-        ax.set(xscale="log", xlabel="batch", title=f"{resolution} px", ylim=(0, 100))
+        ax.set(xscale="log", xlabel="batch", title=f"{resolution} px")
+        ax.set_ylim(top=100)
         ax.set_xticks(batches, batches)
         ax.minorticks_off()
     axes[0].set_ylabel("saved of the\nteacher's seconds, %")
-    axes[0].legend(fontsize=6.5)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
     return figure
