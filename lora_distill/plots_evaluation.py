@@ -43,7 +43,7 @@ def speed_bars(rows: Rows) -> Figure:
             ax.bar(x, row["seconds"] / slowest, color=f"C{x}")
             ax.annotate(f"{row['seconds']:.3g} s", (x, row["seconds"] / slowest), ha="center", va="bottom", fontsize=7)
         ax.set_xticks(range(len(methods)), [row["method"] for row in methods])
-        ax.set_title(source)
+        ax.set_xlabel(source)
         ax.grid(axis="x", visible=False)
     axes[0].set(ylabel="seconds an image,\nrelative", ylim=(0, 1.2))
     return figure

@@ -45,8 +45,22 @@ ROWS = {
         {"method": m, "unet_passes": n, "content": 0.5, "trained": m == "b", **SHARE}
         for m, n in (("a", 1), ("a", 2), ("b", 1), ("b", 2), ("teacher", 50))
     ],
+    "04_distance": [
+        {"source": s, "method": m, "distance": d, "sd": sd, "floor": f, "metric": "FD"}
+        for s, m, d, sd, f in (("slides", "a", None, None, None), ("slides", "b", 20.0, None, None),
+                               ("here", "a", 90.0, 2.0, 30.0), ("here", "b", 80.0, 1.0, 30.0))
+    ],
+    "04_speed": [{"source": s, "method": m, "seconds": t} for s in ("slides", "here") for m, t in (("a", 2), ("b", 1))],
+    "04_pareto": [
+        {"method": m, "unet_passes": n, "content": 0.5, "trained": m == "b", **SHARE}
+        for m, n in (("a", 1), ("b", 2), ("b", 4))
+    ],
+    "04_saving": [
+        {"resolution": r, "batch": b, "method": m, "saving_percent": 30.0, "bound_percent": 35.0}
+        for r in (64, 96) for b in (1, 4) for m in "ab"
+    ],
 }  # fmt: skip
-WITHOUT_LEGEND = {"00_loss", "02_difference"}  # a single curve a panel
+WITHOUT_LEGEND = {"00_loss", "02_difference", "04_speed"}  # a single curve a panel, or bars with their names
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +82,7 @@ def test_axes_are_labelled(name):
     assert all(ax.get_xlabel() for ax in bottom)
     bars = {label.get_text() for ax in figure.axes for label in ax.get_yticklabels()}
     assert any(ax.get_ylabel() for ax in figure.axes) or {"a", "b"} <= bars
-    assert any(ax.get_legend() for ax in figure.axes) == (name not in WITHOUT_LEGEND)
+    assert any([*figure.legends, *(ax.get_legend() for ax in figure.axes)]) == (name not in WITHOUT_LEGEND)
     assert all(ax.has_data() for ax in figure.axes)
 
 
@@ -76,6 +90,14 @@ def test_names_and_captions():
     assert list(FIGURES) == sorted(FIGURES, key=lambda name: name[:2])
     assert all(plot.caption[0].isupper() and not plot.caption.endswith(".") for plot in FIGURES.values())
     assert all(isinstance(plot.claims, tuple) for plot in FIGURES.values())
+
+
+def test_the_front_is_the_best_that_so_many_evaluations_buy():
+    rows = [{"method": m, "unet_passes": n, "content": c, "trained": False, **SHARE}
+            for m, n, c in (("a", 1, 0.3), ("b", 2, 0.5), ("a", 4, 0.4), ("b", 8, 0.9))]  # fmt: skip
+    ax = FIGURES["04_pareto"].draw(rows).axes[0]
+    (front,) = [line for line in ax.lines if line.get_drawstyle() == "steps-post"]
+    assert front.get_xydata().tolist() == [[1, 30], [2, 50], [4, 50], [8, 90]]
 
 
 def test_the_terms_of_memory_have_colours():

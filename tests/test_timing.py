@@ -10,7 +10,7 @@ from lora_distill.distillation import with_unet
 from lora_distill.figures import save_table
 from lora_distill.pipeline import load_pipeline
 from lora_distill.sampling import Sampler, initial_noise, sample
-from lora_distill.timing import is_compiled, saving_bound, time_grid, time_samplers
+from lora_distill.timing import compare_times, is_compiled, saving_bound, time_grid, time_samplers
 
 PROMPTS = ["a lion", "an owl", "a bus"]
 
@@ -144,3 +144,14 @@ def test_the_bound_is_what_is_left_out_of_a_simulated_teacher(f, rho):
 def test_shares_and_ratios_that_cannot_be_are_refused(f, rho, says):
     with pytest.raises(ValueError, match=says):
         saving_bound(f, rho)
+
+
+def test_savings_stand_beside_the_bound_of_the_measured_times():
+    rows = [
+        {"sampler": name, "resolution": 64, "batch": 8, "seconds": seconds, "unet": unet}
+        for name, seconds, unet in (("guided", 2.0, 1.6), ("one pass", 1.5, 1.1))
+    ]
+    guided, one_pass = compare_times(rows, "guided", {64: {8: 0.6, 16: 1.0}})
+    assert guided["saving_percent"] == 0 and one_pass["saving_percent"] == 25
+    assert one_pass["unet_share"] == 0.8 and one_pass["rho"] == 0.6
+    assert one_pass["bound_percent"] == pytest.approx(80 * 0.4)
