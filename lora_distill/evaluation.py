@@ -40,10 +40,9 @@ class Quality:
 class Judge:
     """Judges samplers on a fixed set of prompts against reference images of the same split.
 
-    With `cache_dir` the features of the reference are kept there; `layers` are those of its extractor that more than
-    the Frechet distance needs. What the bundled scenes show is read exactly; for
-    other images `clip` names the CLIP, a folder or hub id, that scores their content. Raises ValueError where such
-    images have no CLIP.
+    With `cache_dir` the features of the reference are kept there; `layers` names more of them than the Frechet distance
+    needs. What the bundled scenes show is read exactly; of other images a CLIP, `clip` is its folder or hub id, scores
+    the content. Raises ValueError where such images have no CLIP.
     """
 
     def __init__(

@@ -166,8 +166,7 @@ class ConsistencyDistillation(nn.Module):
 class ConsistencyMimicry(nn.Module):
     """The LoRA student's clean latents <- those of a trained LCM on the same x_t, by MSE + KL (the slides' phase 3).
 
-    The slides do not say which KL. Ours is between Gaussians fitted to each latent channel over batch and space, so
-    it holds the student to the LCM's brightness and contrast where the MSE alone would settle for the mean.
+    The slides do not say which KL. Ours is between Gaussians fitted to each latent channel over batch and space.
     """
 
     def __init__(

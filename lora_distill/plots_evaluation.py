@@ -70,7 +70,7 @@ def pareto_front(rows: Rows) -> Figure:
 
 
 def saving_against_batch(rows: Rows) -> Figure:
-    """What the merged student saves of the teacher's seconds, and the bound f (1 - rho), a panel a resolution."""
+    """What each method saves of the teacher's seconds, and f (1 - rho) for one pass; a panel a resolution."""
     panels = grouped(rows, "resolution")
     figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 2.5), sharey=True)
     for ax, (resolution, points) in zip(axes, panels.items(), strict=True):
@@ -78,7 +78,7 @@ def saving_against_batch(rows: Rows) -> Figure:
         for method, line in grouped(points, "method").items():
             ax.plot(column(line, "batch"), column(line, "saving_percent"), label=method)
         ax.plot(batches, [grouped(points, "batch")[b][0]["bound_percent"] for b in batches],
-                color="0.5", linestyle="--", marker="", label="bound f (1 − ρ)")  # fmt: skip
+                color="0.5", linestyle="--", marker="", label="one pass: f (1 − ρ)")  # fmt: skip
         ax.axhline(50, color="0.8", linewidth=1)
         ax.set(xscale="log", xlabel="batch", title=f"{resolution} px")
         ax.set_ylim(top=100)

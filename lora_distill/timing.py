@@ -150,6 +150,7 @@ def compare_times(rows: list[dict], baseline: str, unet_seconds: dict[int, dict[
     """Rows of `time_grid` beside those of the guided sampler `baseline`: what is saved, and how much could be.
 
     `unet_seconds` are those of `time_unet` for each resolution, at the batch sizes of the grid and at twice these.
+    The bound is for one pass instead of two and not for fewer steps.
     """
     guided = {(row["resolution"], row["batch"]): row for row in rows if row["sampler"] == baseline}
     compared = []
@@ -159,19 +160,21 @@ def compare_times(rows: list[dict], baseline: str, unet_seconds: dict[int, dict[
         rho = seconds[row["batch"]] / seconds[2 * row["batch"]]
         compared.append(
             {**row, "unet_share": unet_share, "rho": rho,
-             "bound_percent": 100 * saving_bound(unet_share, rho),
+             "bound_percent": 100 * saving_bound(unet_share, rho) if row["steps"] == reference["steps"] else None,
              "saving_percent": 100 * (1 - row["seconds"] / reference["seconds"])}
         )  # fmt: skip
     return compared
 
 
 def saving_bound(unet_share: float, rho: float) -> float:
-    """The greatest part of the time per image that one pass can save against two: f (1 - rho).
+    """The part of the time per image that one pass saves against two in the UNet, the most there is: f (1 - rho).
 
     f = `unet_share` is the UNet's part of the teacher's time, rho = t(B) / t(2B) the seconds of a UNet forward on B
     images over those on 2B, which is what guidance runs. Amdahl's law (Amdahl 1967) with a part f that becomes
     1 / rho times as fast: 1 - ((1 - f) + f rho). Half of f where time grows with the batch, less where a small batch
-    leaves the device idle. Raises ValueError for an f outside [0, 1] or a rho that is not positive.
+    leaves the device idle. A measured saving can lie above it by what guidance costs beside the UNet.
+
+    Raises ValueError for an f outside [0, 1] or a rho that is not positive.
     """
     if not 0 <= unet_share <= 1:
         raise ValueError(f"unet_share: expected a part of the whole between 0 and 1, got {unet_share:g}")

@@ -80,10 +80,6 @@ CASES = {
         {"least": 40, "middle": 42, "most": 45},
         {"partly": {"least": 5, "middle": 20}, "not reproduced": {"least": 5, "middle": 19}},
     ),
-    "time-against-standard-distillation": (
-        {"student": 38, "copied": 40},
-        {"partly": {"student": 34}, "not reproduced": {"student": 29}},
-    ),
     "lcm-lora-time-over-batch-and-resolution": (
         {"least_saved": 60, "most_saved": 90},
         {"partly": {"least_saved": 30}, "not reproduced": {"least_saved": 30, "most_saved": 60}},

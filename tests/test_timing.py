@@ -148,10 +148,11 @@ def test_shares_and_ratios_that_cannot_be_are_refused(f, rho, says):
 
 def test_savings_stand_beside_the_bound_of_the_measured_times():
     rows = [
-        {"sampler": name, "resolution": 64, "batch": 8, "seconds": seconds, "unet": unet}
-        for name, seconds, unet in (("guided", 2.0, 1.6), ("one pass", 1.5, 1.1))
+        {"sampler": name, "resolution": 64, "batch": 8, "steps": steps, "seconds": seconds, "unet": unet}
+        for name, steps, seconds, unet in (("guided", 25, 2.0, 1.6), ("one pass", 25, 1.5, 1.1), ("few", 4, 0.5, 0.1))
     ]
-    guided, one_pass = compare_times(rows, "guided", {64: {8: 0.6, 16: 1.0}})
+    guided, one_pass, few = compare_times(rows, "guided", {64: {8: 0.6, 16: 1.0}})
     assert guided["saving_percent"] == 0 and one_pass["saving_percent"] == 25
     assert one_pass["unet_share"] == 0.8 and one_pass["rho"] == 0.6
     assert one_pass["bound_percent"] == pytest.approx(80 * 0.4)
+    assert few["saving_percent"] == 75 and few["bound_percent"] is None
