@@ -84,7 +84,7 @@ class Settings(BaseModel):
     resolution: int = Field(64, ge=8, description="side of the images in pixels")
     mirror: bool = Field(False, description="mirror images whose caption has no left or right")
     skip_unusable: bool = Field(False, description="leave out images that cannot be read, with a warning")
-    lcm_steps: int = Field(50, ge=1, description="updates of each consistency training")
+    lcm_steps: int = Field(40, ge=1, description="updates of each consistency training")
     lcm_batch_size: int = Field(16, ge=1, description="images a forward pass, in all trainings of notebook 03")
     lcm_learning_rate: float = Field(1.0e-4, gt=0, description="learning rate of the full LCM")
     lcm_lora_learning_rate: float = Field(1.0e-3, gt=0, description="learning rate of LCM-LoRA and of the mimic")
