@@ -81,9 +81,8 @@ def saving_against_batch(rows: Rows) -> Figure:
                 color="0.5", linestyle="--", marker="", label="one pass: f (1 − ρ)")  # fmt: skip
         ax.axhline(50, color="0.8", linewidth=1)
         ax.set(xscale="log", xlabel="batch", title=f"{resolution} px")
-        ax.set_ylim(top=100)
         ax.set_xticks(batches, batches)
         ax.minorticks_off()
-    axes[0].set_ylabel("saved of the\nteacher's seconds, %")
+    axes[0].set(ylabel="saved of the\nteacher's seconds, %", ylim=(min(0, axes[0].get_ylim()[0]), 100))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
     return figure
