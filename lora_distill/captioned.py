@@ -27,9 +27,9 @@ SCENE_FEATURES = Features({"image": Image(), **DESCRIPTION, "scene": Value("stri
 
 
 def captioned_images(
-    source: str | Path, split: str, *, skip_unusable: bool = False, cache_dir: Path | None = None
+    source: str | Path, split: str, *, limit: int = 0, skip_unusable: bool = False, cache_dir: Path | None = None
 ) -> Dataset:
-    """One split (train, val or test) of a source: columns id, image, captions, split.
+    """One split (train, val or test) of a source, or its first `limit` images: columns id, image, captions, split.
 
     A source is "scenes/<style>/<size>" (size 8k or 30k), a folder in one of the layouts of `caption_files` or with
     parquet files, or a hub id, maybe with a revision: "nlphuji/flickr30k@refs/convert/parquet". Where the source
@@ -42,14 +42,15 @@ def captioned_images(
     if split not in SPLITS:
         raise ValueError(f"no split {split!r}; there are {', '.join(SPLITS)}")
     if bundled := re.fullmatch(r"scenes/(\w+)/(\w+)", str(source)):
-        return scene_dataset(*bundled.groups(), split, seed=0, cache_dir=cache_dir)
+        return scene_dataset(*bundled.groups(), split, seed=0, limit=limit, cache_dir=cache_dir)
     folder = Path(source).expanduser()
     if folder.is_dir() and not any(folder.rglob("*.parquet")):
         rows, paths = read_caption_file(folder)
         images = Dataset.from_dict({"image": [str(path) for path in paths]}, features=Features({"image": Image()}))
     else:
         rows, images = _read_hub_set(str(folder if folder.is_dir() else source), cache_dir)
-    return _usable(_one_split(rows, images, split, source), source, skip_unusable)
+    dataset = _one_split(rows, images, split, source)
+    return _usable(dataset.select(range(min(limit or len(dataset), len(dataset)))), source, skip_unusable)
 
 
 def split_by_id(image: str) -> str:
@@ -64,8 +65,10 @@ def split_by_id(image: str) -> str:
 # ---------------------------------------------------------------------------------------------- the bundled world
 
 
-def scene_dataset(style: str, size: str, split: str, seed: int, cache_dir: Path | None = None) -> Dataset:
-    """A split of the bundled world, with one column more: `scene`, what the image shows, as JSON.
+def scene_dataset(
+    style: str, size: str, split: str, seed: int, limit: int = 0, cache_dir: Path | None = None
+) -> Dataset:
+    """A split of the bundled world, or its first `limit` scenes, with one column more: `scene`, what it shows, as JSON.
 
     Raises ValueError for a style, size or split that does not exist.
     """
@@ -75,7 +78,7 @@ def scene_dataset(style: str, size: str, split: str, seed: int, cache_dir: Path 
 
     def rows() -> Iterator[dict]:
         rng = np.random.default_rng([seed, 2])
-        for number, scene in enumerate(split_scenes(style, size, split, seed)):
+        for number, scene in enumerate(split_scenes(style, size, split, seed)[: limit or None]):
             yield {
                 "image": scenes.draw(scene),
                 "id": f"{style}-{split}-{number:05}",
@@ -84,7 +87,9 @@ def scene_dataset(style: str, size: str, split: str, seed: int, cache_dir: Path 
                 "scene": json.dumps(scene.as_dict()),
             }
 
-    key = cache_key(columns=list(SCENE_FEATURES), world=[style, size, split, seed], art=scenes.drawing_fingerprint())
+    key = cache_key(
+        columns=list(SCENE_FEATURES), world=[style, size, split, seed, limit], art=scenes.drawing_fingerprint()
+    )
     return Dataset.from_generator(rows, features=SCENE_FEATURES, cache_dir=cache_dir, fingerprint=key)
 
 

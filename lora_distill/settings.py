@@ -80,7 +80,7 @@ class Settings(BaseModel):
         description="images of notebook 03, the smaller set: scenes/<style>/<size>, a folder or a hub id",
     )
     flickr_30k: str = Field("scenes/fluent/30k", description="images of notebook 03, the larger set; empty: none")
-    max_images: int = Field(8_000, ge=0, description="of each set, the first so many are used; 0: all")
+    max_images: int = Field(7_000, ge=0, description="of each set, the first so many are used; 0: all")
     resolution: int = Field(64, ge=8, description="side of the images in pixels")
     mirror: bool = Field(False, description="mirror images whose caption has no left or right")
     skip_unusable: bool = Field(False, description="leave out images that cannot be read, with a warning")
@@ -101,7 +101,7 @@ class Settings(BaseModel):
     kl_weight: float = Field(1.0, ge=0, description="weight of the KL when the LoRA mimics the LCM")
 
     eval_prompts: int = Field(60, ge=1, description="prompts a measurement of quality")
-    eval_batch: int = Field(50, ge=1, description="images sampled, encoded or decoded at a time")
+    eval_batch: int = Field(60, ge=1, description="images sampled, encoded or decoded at a time")
     clip: str = Field("", description="CLIP model that scores photographs, a folder or a hub id; scenes need none")
     eval_every: int = Field(50, ge=1, description="updates between measurements in training")
     eval_seeds: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1, description="seeds of sampling")

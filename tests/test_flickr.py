@@ -473,3 +473,12 @@ def test_captions_to_make_teacher_images_of_are_those_of_training(tokens):
     drawn = training_captions(str(tokens), "noto", 50, seed=0)
     assert len(drawn) == 50 and len(set(drawn)) > 5 and set(drawn) <= allowed
     assert drawn == training_captions(str(tokens), "noto", 50, seed=0) != training_captions(str(tokens), "noto", 50, 1)
+
+
+@pytest.mark.parametrize("source", ["scenes/fluent/8k", "folder"])
+def test_a_limit_takes_the_first_images(tokens, source):
+    source = str(tokens) if source == "folder" else source
+    whole = captioned_images(source, "val")
+    first = captioned_images(source, "val", limit=1)
+    assert first["id"][:] == whole["id"][:1] and first["captions"][:] == whole["captions"][:1]
+    assert captioned_images(source, "val", limit=10**6)["id"][:] == whole["id"][:]
