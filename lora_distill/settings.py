@@ -88,7 +88,7 @@ class Settings(BaseModel):
     lcm_batch_size: int = Field(16, ge=1, description="images a forward pass, in all trainings of notebook 03")
     lcm_learning_rate: float = Field(1.0e-4, gt=0, description="learning rate of the full LCM")
     lcm_lora_learning_rate: float = Field(1.0e-3, gt=0, description="learning rate of LCM-LoRA and of the mimic")
-    finetune_steps: int = Field(150, ge=1, description="updates of the plain LoRA fine-tune")
+    finetune_steps: int = Field(200, ge=1, description="updates of the plain LoRA fine-tune")
     finetune_learning_rate: float = Field(3.0e-3, gt=0, description="learning rate of the plain LoRA fine-tune")
     lcm_ema_decay: float = Field(0.95, ge=0, lt=1, description="decay of the consistency target; 0: the student itself")
     lcm_rank: int = Field(16, ge=1, description="rank of LCM-LoRA and of the mimic; alpha is the same")
