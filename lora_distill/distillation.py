@@ -8,7 +8,7 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
-from lora_distill.adapters import adapter_names, add_adapter, merged_copy, plain_copy, save_adapter
+from lora_distill.adapters import adapter_names, add_adapter, plain_copy, save_adapter
 from lora_distill.data import cache_key, noised_batches
 from lora_distill.objectives import GuidanceDistillation
 from lora_distill.pipeline import adapter_dtype
@@ -130,16 +130,6 @@ def with_unet(pipe: StableDiffusionPipeline, unet: UNet2DConditionModel) -> Stab
     other = copy(pipe)
     other.unet = unet
     return other
-
-
-def deployed(pipe: StableDiffusionPipeline, adapter: str | None = None) -> StableDiffusionPipeline:
-    """The pipeline as one would run it: an adapter folded into a copy of W0, attention's q, k and v in one product.
-
-    The images are the same up to rounding. Raises ValueError for an adapter that the UNet does not carry.
-    """
-    unet = merged_copy(pipe.unet, adapter) if adapter else plain_copy(pipe.unet).requires_grad_(False)
-    unet.fuse_qkv_projections()
-    return with_unet(pipe, unet)
 
 
 def parameter_counts(unet: UNet2DConditionModel) -> tuple[int, int]:

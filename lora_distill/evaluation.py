@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
+from torch import Tensor
 
 from lora_distill import scenes
 from lora_distill.captioned import captioned_images
@@ -17,10 +18,10 @@ from lora_distill.distances import frechet_distance
 from lora_distill.extractors import Features
 from lora_distill.latents import Framing, views
 from lora_distill.metrics import FrechetDistance, Proportion, Score, clip_score, prompt_alignment
-from lora_distill.pipeline import decode_latents, encode_prompts, to_uint8
+from lora_distill.pipeline import decode_latents, encode_prompts, fingerprint, to_uint8
 from lora_distill.sampling import Sampler, initial_noise, sample_in_batches
 from lora_distill.settings import Settings
-from lora_distill.storage import load_tensors, save_tensors
+from lora_distill.storage import cache_key, cached, load_tensors, save_tensors
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,10 @@ class Quality:
 class Judge:
     """Judges samplers on a fixed set of prompts against reference images of the same split.
 
-    With `cache_dir` the features of the reference are kept there; `layers` names more of them than the Frechet distance
-    needs. What the bundled scenes show is read exactly; of other images a CLIP, `clip` is its folder or hub id, scores
-    the content. Raises ValueError where such images have no CLIP.
+    With `cache_dir` the features of the reference are kept there, and the latents that were sampled: a long evaluation
+    that was cut off goes on where it was. `layers` names more features than the Frechet distance needs. What the
+    bundled scenes show is read exactly; of other images a CLIP, `clip` is its folder or hub id, scores the content.
+    Raises ValueError where such images have no CLIP.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Judge:
         if prompts.scenes is None and not clip:
             raise ValueError("clip: photographs need a CLIP model to score their content, a folder or a hub id")
         self.clip = clip
+        self.cache_dir = cache_dir
         self.pipe = pipe
         self.prompts = prompts
         self.batch_size = batch_size
@@ -70,10 +73,19 @@ class Judge:
     def __call__(self, sampler: Sampler, seed: int, pipe: StableDiffusionPipeline | None = None) -> Quality:
         """Sample the prompts from noise that depends on the seed alone, and judge the images."""
         pipe = pipe or self.pipe
-        noise = initial_noise(pipe, len(self.prompts), seed)
-        embeds = self.prompt_embeds, self.empty_embeds
-        latents = sample_in_batches(pipe, sampler, noise, *embeds, seed, self.batch_size)
-        return self.judge_images(decode_latents(pipe, latents, self.batch_size))
+        return self.judge_images(decode_latents(pipe, self._latents(pipe, sampler, seed), self.batch_size))
+
+    def _latents(self, pipe: StableDiffusionPipeline, sampler: Sampler, seed: int) -> Tensor:
+        def make() -> dict[str, Tensor]:
+            noise = initial_noise(pipe, len(self.prompts), seed)
+            embeds = self.prompt_embeds, self.empty_embeds
+            return {"latents": sample_in_batches(pipe, sampler, noise, *embeds, seed, self.batch_size)}
+
+        if self.cache_dir is None or sampler.adapter:  # an adapter that plays may still be in training
+            return make()["latents"]
+        parts = {"pipeline": fingerprint(pipe), "captions": self.prompts.captions}
+        key = cache_key(**parts, sampler=repr(sampler), seed=seed)
+        return cached(self.cache_dir, "judged", key, make)["latents"].to(pipe.unet.device)
 
     def judge_images(self, images: np.ndarray) -> Quality:
         """The judgement of images that are at hand, one a prompt."""
@@ -98,20 +110,20 @@ def drawn(style: str, split: str, count: int, seed: int) -> np.ndarray:
     return np.stack([scenes.draw(scene) for scene in scenes.sample_scenes(style, split, count, seed)])
 
 
-def held_out(source: str, split: str, settings: Settings) -> tuple[Prompts, np.ndarray]:
-    """Prompts of a split, `eval_prompts` of them, and reference images (n, h, w, 3) uint8 to compare with.
+def held_out(source: str, split: str, count: int, settings: Settings) -> tuple[Prompts, np.ndarray]:
+    """`count` prompts of a split, and reference images (n, h, w, 3) uint8 to compare with.
 
     Of the bundled scenes, 1,000 drawings of other scenes than the prompts'. Of photographs, as is usual, every image
     of the split, in the same framing as in training.
     """
     if bundled := re.fullmatch(r"scenes/(\w+)/\w+", source):
         style = bundled[1]
-        prompts = scene_prompts(style, split, settings.eval_prompts, settings.seed)
+        prompts = scene_prompts(style, split, count, settings.seed)
         return prompts, drawn(style, split, 1000, settings.seed + 1)
     images = captioned_images(source, split, skip_unusable=settings.skip_unusable)
     framing = Framing(settings.resolution)
     pixels = torch.cat([views(row["image"], framing, i)[0] for i, row in enumerate(images)])
-    return captioned_prompts(images, settings.eval_prompts, settings.seed), to_uint8(pixels)
+    return captioned_prompts(images, count, settings.seed), to_uint8(pixels)
 
 
 def save_images(folder: Path, notebook: str, qualities: dict[str, list[Quality]]) -> None:

@@ -52,12 +52,12 @@ def quality_against_steps(rows: Rows) -> Figure:
 
 
 def batch_cost(rows: Rows) -> Figure:
-    """ρ, the time of a batch over that of one twice as large, a curve a number of threads."""
-    figure, ax = plt.subplots(figsize=(WIDTH, 2.2))
-    for threads, points in grouped(rows, "threads").items():
+    """ρ, the time of a batch over that of one twice as large, a curve a runtime and number of threads."""
+    figure, ax = plt.subplots(figsize=(WIDTH, 2.6))
+    for conditions, points in _by_conditions(rows).items():
         seconds = {row["batch"]: row["unet_seconds"] for row in points}
         batches = [batch for batch in seconds if 2 * batch in seconds]
-        ax.plot(batches, [seconds[b] / seconds[2 * b] for b in batches], label=_threads(threads))
+        ax.plot(batches, [seconds[b] / seconds[2 * b] for b in batches], label=conditions)
     ax.axhline(0.5, label="0.5: a batch fills the processor", **REFERENCE)
     ax.set(xscale="log", xticks=batches, xticklabels=batches, ylim=(0.4, None))
     ax.set(xlabel="batch B", ylabel="ρ = t(B) / t(2B)")
@@ -67,13 +67,17 @@ def batch_cost(rows: Rows) -> Figure:
 
 
 def seconds_an_image(rows: Rows) -> Figure:
-    """Milliseconds an image by part, a bar a method and a panel a number of threads; savings at the ends.
+    """Milliseconds an image by part, a bar a method and a panel a runtime and number of threads; savings at the ends.
 
-    Whiskers reach from the fastest to the slowest repeat.
+    Savings are against the first bar of the same panel. Whiskers reach from the fastest to the slowest repeat.
     """
-    panels = grouped(rows, "threads")
-    figure, axes = plt.subplots(len(panels), 1, figsize=(WIDTH, 0.3 + 1.4 * len(panels)), sharex=True, squeeze=False)
-    for ax, (threads, methods) in zip(axes[:, 0], panels.items(), strict=True):
+    panels = _by_conditions(rows)
+    heights = [len(methods) for methods in panels.values()]
+    figure, axes = plt.subplots(
+        len(panels), 1, figsize=(WIDTH, 0.35 * (sum(heights) + len(panels))), sharex=True, squeeze=False,
+        gridspec_kw={"height_ratios": heights},
+    )  # fmt: skip
+    for ax, (conditions, methods) in zip(axes[:, 0], panels.items(), strict=True):
         names, left = [row["method"] for row in methods], np.zeros(len(methods))
         for part, label, colour in PARTS:
             milliseconds = 1000 * column(methods, f"{part}_seconds")
@@ -86,7 +90,7 @@ def seconds_an_image(rows: Rows) -> Figure:
             ax.annotate(change, (high[y], y), xytext=(4, 0), textcoords="offset points", va="center")
         ax.invert_yaxis()
         ax.grid(axis="y", visible=False)
-        ax.set_title(_threads(threads), loc="left")
+        ax.set_title(conditions, loc="left")
     batch, repeats = rows[0]["batch"], rows[0]["repeats"]
     axes[-1, 0].set_xlabel(f"milliseconds an image at batch {batch}, median and range of {repeats}")
     axes[0, 0].legend(ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
@@ -100,5 +104,10 @@ def _quality_panels(xlabel: str) -> tuple[Figure, tuple[Axes, Axes]]:
     return figure, (ax, ax_fd)
 
 
-def _threads(count: int) -> str:
-    return f"{count} thread" + "s" * (count > 1)
+def _by_conditions(rows: Rows) -> dict[str, Rows]:
+    """Timings of one runtime and number of threads each, by what to call these."""
+    return {
+        f"{runtime}, {threads} thread" + "s" * (threads > 1): points
+        for runtime, of_runtime in grouped(rows, "runtime").items()
+        for threads, points in grouped(of_runtime, "threads").items()
+    }

@@ -100,7 +100,8 @@ class Settings(BaseModel):
     mse_weight: float = Field(1.0, ge=0, description="weight of the MSE when the LoRA mimics the LCM")
     kl_weight: float = Field(1.0, ge=0, description="weight of the KL when the LoRA mimics the LCM")
 
-    eval_prompts: int = Field(60, ge=1, description="prompts a measurement of quality")
+    eval_prompts: int = Field(60, ge=1, description="prompts a verdict")
+    curve_prompts: int = Field(60, ge=1, description="prompts a point of a curve, or of a measurement in training")
     eval_batch: int = Field(60, ge=1, description="images sampled, encoded or decoded at a time")
     clip: str = Field("", description="CLIP model that scores photographs, a folder or a hub id; scenes need none")
     eval_every: int = Field(50, ge=1, description="updates between measurements in training")

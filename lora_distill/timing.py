@@ -109,7 +109,7 @@ def _conditions(pipe: StableDiffusionPipeline, sampler: Sampler) -> dict:
         "unet_passes": unet_passes(pipe, sampler),
         "device": pipe.device.type,
         "dtype": str(pipe.unet.dtype).removeprefix("torch."),
-        "compiled": is_compiled(pipe.unet),
+        "runtime": runtime(pipe.unet),
         "threads": torch.get_num_threads(),
     }
 
@@ -125,9 +125,10 @@ def _seconds(timing: Timing) -> dict[str, float]:
     }
 
 
-def is_compiled(module: nn.Module) -> bool:
-    """Whether a module runs through `torch.compile`, as a wrapper or compiled in place."""
-    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+def runtime(module: nn.Module) -> str:
+    """What a module runs on: PyTorch, torch.compile (as a wrapper or in place), or what the module itself names."""
+    compiled = hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+    return "torch.compile" if compiled else getattr(module, "runtime", "PyTorch")
 
 
 @torch.no_grad()

@@ -1,7 +1,6 @@
 """The experiment of notebook 02 in small: one W0 in the LoRA run, a second UNet only in the conventional one."""
 
 import gc
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,9 +8,9 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
-from lora_distill.adapters import adapter_names, merged_copy, role
+from lora_distill.adapters import adapter_names, add_adapter, merged_copy, role
 from lora_distill.data import scene_prompts, teacher_set
-from lora_distill.distillation import deployed, distil_full_copy, distil_lora, parameter_counts, with_unet
+from lora_distill.distillation import distil_full_copy, distil_lora, parameter_counts, with_unet
 from lora_distill.evaluation import Judge, drawn, load_images, save_images
 from lora_distill.pipeline import encode_prompts, load_pipeline
 from lora_distill.sampling import Sampler, initial_noise, sample
@@ -86,15 +85,6 @@ def test_merged_and_unmerged_agree_within_float_tolerance(bundle, teacher, tmp_p
         assert (merged(x, t, embeds).sample - bundle.unet(x, t, embeds).sample).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("adapter", [None, "student"])
-def test_what_is_deployed_draws_the_same_images(bundle, teacher, tmp_path, adapter):
-    distil_lora(bundle, teacher, SETTINGS, tmp_path)
-    embeds = encode_prompts(bundle, ["a lion", "an owl"]), encode_prompts(bundle, [""])
-    noise, sampler = initial_noise(bundle, 2, seed=0), Sampler(3, 3.0)
-    ours = sample(bundle, replace(sampler, adapter=adapter), noise, *embeds)
-    assert (sample(deployed(bundle, adapter), sampler, noise, *embeds) - ours).abs().max() <= 1e-4
-
-
 def test_saved_images_come_back_by_method_and_seed_in_their_order(tmp_path):
     qualities = {name: [SimpleNamespace(images=np.full((2, 4, 4, 3), i, np.uint8)) for i in seeds]
                  for name, seeds in {"teacher": (1, 2), "base, 4/8": (3, 4)}.items()}  # fmt: skip
@@ -115,6 +105,33 @@ def test_the_judge_gives_the_same_verdict_on_the_same_seed(bundle):
     judge = Judge(bundle, scene_prompts("noto", "val", 4, seed=0), drawn("noto", "val", 150, seed=1))
     one, two = judge(Sampler(2), seed=0), judge(Sampler(2), seed=0)
     assert (one.images == two.images).all() and one.frechet_distance == two.frechet_distance
+
+
+def test_a_judge_that_was_cut_off_samples_only_what_it_has_not_sampled(bundle, tmp_path, monkeypatch):
+    prompts, real = scene_prompts("noto", "val", 4, seed=0), drawn("noto", "val", 150, seed=1)
+    first = Judge(bundle, prompts, real, cache_dir=tmp_path)(Sampler(2), seed=0)
+    again = Judge(bundle, prompts, real, cache_dir=tmp_path)
+    other = scene_prompts("noto", "val", 5, seed=0)
+    monkeypatch.setattr("lora_distill.evaluation.sample_in_batches", lambda *_: pytest.fail("sampled"))
+    assert (again(Sampler(2), seed=0).images == first.images).all()
+    changed = with_unet(bundle, UNet2DConditionModel.from_config(bundle.unet.config))
+    for judge, sampler, seed, pipe in [
+        (again, Sampler(2), 1, bundle),
+        (again, Sampler(3), 0, bundle),
+        (again, Sampler(2), 0, changed),
+        (Judge(bundle, other, real, cache_dir=tmp_path), Sampler(2), 0, bundle),
+    ]:
+        with pytest.raises(pytest.fail.Exception, match="sampled"):
+            judge(sampler, seed, pipe)
+
+
+def test_what_an_adapter_in_training_draws_is_not_kept(bundle, tmp_path):
+    add_adapter(bundle.unet, "student", rank=2, alpha=2)
+    judge = Judge(
+        bundle, scene_prompts("noto", "val", 4, seed=0), drawn("noto", "val", 150, seed=1), cache_dir=tmp_path
+    )
+    judge(Sampler(2, adapter="student"), seed=0)
+    assert not list(tmp_path.glob("judged-*"))
 
 
 def test_the_timer_reports_every_part_of_every_repeat(bundle):

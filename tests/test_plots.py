@@ -34,9 +34,13 @@ ROWS = {
     "02_quality_against_steps": [
         {"method": m, "step": i, **QUALITY} for m, i in (("a", 0), ("a", 1), ("teacher", None))
     ],
-    "02_rho": [{"threads": t, "batch": b, "unet_seconds": 0.1 * b} for t in (1, 2) for b in (1, 2, 4)],
+    "02_rho": [
+        {"runtime": r, "threads": t, "batch": b, "unet_seconds": 0.1 * b}
+        for r in ("PyTorch", "ONNX Runtime") for t in (1, 2) for b in (1, 2, 4)
+    ],
     "02_seconds_per_image": [
-        {"threads": t, "method": m, "seconds_an_image": 0.3, "lowest": 0.2, "highest": 0.4, "saving_percent": 20.0,
+        {"runtime": "PyTorch", "threads": t, "method": m, "seconds_an_image": 0.3,
+         "lowest": 0.2, "highest": 0.4, "saving_percent": 20.0,
          "text_encoder_seconds": 0.1, "unet_seconds": 0.1, "vae_seconds": 0.1, "batch": 8, "repeats": 5}
         for t in (1, 2) for m in "ab"
     ],

@@ -10,7 +10,7 @@ from lora_distill.distillation import with_unet
 from lora_distill.figures import save_table
 from lora_distill.pipeline import load_pipeline
 from lora_distill.sampling import Sampler, initial_noise, sample
-from lora_distill.timing import compare_times, is_compiled, saving_bound, time_grid, time_samplers
+from lora_distill.timing import compare_times, runtime, saving_bound, time_grid, time_samplers
 
 PROMPTS = ["a lion", "an owl", "a bus"]
 
@@ -80,7 +80,7 @@ def test_a_grid_has_a_row_a_contestant_batch_and_resolution_and_is_a_table(pipe,
     assert [shape for _, shape, _ in clock.calls[::3]] == [(1, 4, 8, 8), (4, 4, 8, 8), (1, 4, 4, 4), (4, 4, 4, 4)]
     assert rows[0] == {
         "sampler": "two passes", "resolution": 64, "batch": 1,
-        "steps": 3, "unet_passes": 6, "device": "cpu", "dtype": "float32", "compiled": False,
+        "steps": 3, "unet_passes": 6, "device": "cpu", "dtype": "float32", "runtime": "PyTorch",
         "threads": torch.get_num_threads(),
         "seconds": 162.0, "least": 162.0, "greatest": 162.0, "text_encoder": 2.0, "unet": 60.0, "vae": 100.0,
         "repeats": 2, "warm_ups": 1,
@@ -120,16 +120,16 @@ def test_one_pass_needs_no_empty_prompt(pipe):
 
 def test_a_compiled_unet_is_told_apart_wrapped_or_in_place():
     layer = torch.nn.Linear(2, 2)
-    assert not is_compiled(layer) and is_compiled(torch.compile(layer))
+    assert runtime(layer) == "PyTorch" and runtime(torch.compile(layer)) == "torch.compile"
     layer.compile(backend="eager")
-    assert is_compiled(layer)
+    assert runtime(layer) == "torch.compile"
 
 
-def test_rows_state_which_unet_is_compiled(pipe, clock):
+def test_rows_state_what_the_unet_runs_on(pipe, clock):
     other = with_unet(pipe, load_pipeline("bundled").unet)
     other.unet.compile()
     rows = time_grid({"plain": (pipe, Sampler(1)), "compiled": (other, Sampler(1))}, PROMPTS, [1], [64], repeats=1)
-    assert [row["compiled"] for row in rows] == [False, True]
+    assert [row["runtime"] for row in rows] == ["PyTorch", "torch.compile"]
 
 
 @pytest.mark.parametrize("f, rho", [(0.9, 0.5), (0.8, 0.66), (1.0, 1.0)])

@@ -1,0 +1,139 @@
+"""A pipeline as one would run it: the adapter folded into W0, and on a CPU the networks on ONNX Runtime.
+
+PyTorch decides anew at every call how to run each of a UNet's thousand operations, which for a small network on a few
+images takes as long as three or four images do; ONNX Runtime decides once. The graph is kept without weights: W0 and
+every student that is merged into it share one, and bring their own.
+"""
+
+import logging
+import warnings
+from pathlib import Path
+
+import onnxruntime
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from onnx import ModelProto, TensorProto
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from lora_distill.adapters import merged_copy, plain_copy
+from lora_distill.distillation import with_unet
+from lora_distill.storage import cache_key, cached
+
+logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of every optional package that is not there
+
+# The axes whose size a graph leaves open.
+IMAGES = {0: torch.export.Dim("batch"), 2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
+PROMPTS = {0: IMAGES[0], 1: torch.export.Dim("tokens")}
+
+
+def deployed(
+    pipe: StableDiffusionPipeline, adapter: str | None = None, graphs: Path | None = None
+) -> StableDiffusionPipeline:
+    """The pipeline with an adapter folded into a copy of W0, and q, k and v of every attention in one product.
+
+    With a folder for its `graphs`, UNet and VAE decoder run on ONNX Runtime where that is at home, on a CPU in
+    float32; elsewhere they stay in PyTorch. The images are the same up to rounding.
+
+    Raises ValueError for a UNet that takes w as an input: a full LCM is its own deployed form.
+    """
+    if pipe.unet.config.time_cond_proj_dim is not None:
+        raise ValueError("a UNet that takes the guidance scale as an input is not deployed: it runs as it is")
+    unet = merged_copy(pipe.unet, adapter) if adapter else plain_copy(pipe.unet).requires_grad_(False)
+    unet.fuse_qkv_projections()
+    ready = with_unet(pipe, unet.eval())
+    if graphs and unet.device.type == "cpu" and unet.dtype == torch.float32:
+        ready.unet = OnnxUNet(unet, graphs)
+        ready.vae = OnnxDecoder(pipe.vae, graphs)
+    return ready
+
+
+class OnnxModule(nn.Module):
+    """What stands in for a module: its graph on ONNX Runtime, with the module's own weights, not a copy."""
+
+    runtime = "ONNX Runtime"
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def __init__(self, module: nn.Module, graph: bytes):
+        super().__init__()
+        self.module = module
+        self.graph = graph
+        self.session, self.threads = None, 0
+
+    def run(self, **inputs: Tensor) -> Tensor:
+        """The graph's one output, computed with as many threads as PyTorch has at that moment."""
+        if self.threads != torch.get_num_threads():
+            self.threads = torch.get_num_threads()
+            self.session = _session(self.graph, self.module.state_dict(), self.threads)
+        return torch.from_numpy(self.session.run(None, {name: value.numpy() for name, value in inputs.items()})[0])
+
+
+class OnnxUNet(OnnxModule):
+    """A UNet on ONNX Runtime, called as the `UNet2DConditionModel` that it stands for."""
+
+    def __init__(self, unet: nn.Module, graphs: Path):
+        self.config = unet.config
+        side = self.config.sample_size
+        example = {
+            "sample": torch.zeros(2, self.config.in_channels, side, side),
+            "timestep": torch.tensor(0),
+            "encoder_hidden_states": torch.zeros(2, 7, self.config.cross_attention_dim),
+        }
+        open_axes = {"sample": IMAGES, "timestep": {}, "encoder_hidden_states": PROMPTS}
+        super().__init__(unet, _graph("unet", unet, example, open_axes, graphs))
+
+    def forward(self, sample, timestep, encoder_hidden_states, timestep_cond=None) -> UNet2DConditionOutput:
+        output = self.run(sample=sample, timestep=timestep, encoder_hidden_states=encoder_hidden_states)
+        return UNet2DConditionOutput(sample=output)
+
+
+class OnnxDecoder(OnnxModule):
+    """The decoder of a VAE on ONNX Runtime, called as `AutoencoderKL.decode`."""
+
+    def __init__(self, vae: nn.Module, graphs: Path):
+        self.config = vae.config
+        decoder = nn.Sequential(vae.post_quant_conv or nn.Identity(), vae.decoder)
+        example = {"input": torch.zeros(2, self.config.latent_channels, 8, 8)}
+        super().__init__(decoder, _graph("decoder", decoder, example, {"input": IMAGES}, graphs))
+
+    def decode(self, latents: Tensor) -> DecoderOutput:
+        return DecoderOutput(sample=self.run(input=latents))
+
+
+def _graph(kind: str, module: nn.Module, example: dict[str, Tensor], open_axes: dict, folder: Path) -> bytes:
+    """The module's graph without its weights, exported on first use; it depends on the layers, not on their values."""
+    shapes = {name: list(value.shape) for name, value in module.state_dict().items()}
+    key = cache_key(layers=repr(module), shapes=shapes, torch=torch.__version__, onnxruntime=onnxruntime.__version__)
+
+    def export() -> dict[str, Tensor]:
+        options = {"dynamic_shapes": open_axes, "dynamo": True, "optimize": False, "verbose": False}
+        with warnings.catch_warnings(), torch.no_grad(), tqdm(total=1, desc=f"exporting the {kind}'s graph") as bar:
+            warnings.simplefilter("ignore")  # the exporter's, of itself
+            program = torch.onnx.export(module, kwargs=example, **options)
+            bar.update()
+        return {"onnx": torch.frombuffer(bytearray(_without_weights(program.model_proto)), dtype=torch.uint8)}
+
+    return cached(folder, f"{kind}-graph", key, export)["onnx"].numpy().tobytes()
+
+
+def _without_weights(model: ModelProto) -> bytes:
+    """The graph with an empty place for every weight, and without the exporter's notes on where each node is from."""
+    for weight in model.graph.initializer:
+        weight.ClearField("raw_data")
+        weight.data_location = TensorProto.EXTERNAL
+        weight.external_data.add(key="location", value="given with the session")
+    for node in model.graph.node:
+        node.ClearField("metadata_props")
+    return model.SerializeToString()
+
+
+def _session(graph: bytes, weights: dict[str, Tensor], threads: int) -> onnxruntime.InferenceSession:
+    names = [weight.name for weight in ModelProto.FromString(graph).graph.initializer]
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # else it keeps a core from the next network
+    values = [onnxruntime.OrtValue.ortvalue_from_numpy(weights[name].numpy()) for name in names]
+    options.add_external_initializers(names, values)
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])

@@ -1,0 +1,96 @@
+"""What is deployed draws the pictures of what was trained: merged, with fused attention, and on ONNX Runtime."""
+
+import pytest
+import torch
+from test_adapters import moved
+
+from lora_distill.adapters import plain_copy
+from lora_distill.deployment import deployed
+from lora_distill.distillation import with_unet
+from lora_distill.pipeline import decode_latents, encode_prompts, fingerprint, load_pipeline
+from lora_distill.sampling import Sampler, initial_noise, sample
+from lora_distill.timing import runtime, threads
+
+GUIDED, SINGLE = Sampler(3, 3.0), Sampler(3)
+
+
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory):
+    """Exported once for all tests here, as a run keeps them for all of its notebooks."""
+    return tmp_path_factory.mktemp("graphs")
+
+
+@pytest.fixture(scope="module")
+def trained():
+    pipe = load_pipeline("bundled")
+    moved(pipe.unet, "student", rank=2, alpha=4)
+    return pipe
+
+
+def drawn(pipe, sampler=GUIDED, count=2, resolution=64):
+    embeds = encode_prompts(pipe, ["a lion", "an owl", "a bus"][:count]), encode_prompts(pipe, [""])
+    return sample(pipe, sampler, initial_noise(pipe, count, 0, resolution), *embeds)
+
+
+@pytest.mark.parametrize("on_onnx", [False, True])
+@pytest.mark.parametrize("adapter", [None, "student"])
+def test_what_is_deployed_draws_the_same_images(trained, graphs, adapter, on_onnx):
+    ours = drawn(trained, Sampler(3, 3.0, adapter=adapter))
+    assert (drawn(deployed(trained, adapter, graphs if on_onnx else None)) - ours).abs().max() <= 1e-4
+    assert (drawn(trained, Sampler(3, 3.0, adapter="student")) - drawn(trained)).abs().max() > 0.1, "the adapter counts"
+
+
+def test_one_graph_serves_every_batch_and_resolution(trained, graphs):
+    on_onnx = deployed(trained, graphs=graphs)
+    for count, resolution in [(1, 64), (3, 64), (2, 96)]:
+        ours, theirs = (drawn(pipe, SINGLE, count, resolution) for pipe in (trained, on_onnx))
+        assert (ours - theirs).abs().max() <= 1e-4
+
+
+def test_the_decoder_on_onnx_draws_the_same_pixels(trained, graphs):
+    latents = drawn(trained)
+    ours, theirs = (decode_latents(pipe, latents).astype(int) for pipe in (trained, deployed(trained, graphs=graphs)))
+    assert abs(ours - theirs).max() <= 1, "a grey level, where rounding falls to the other side"
+
+
+def test_a_graph_is_exported_once_and_holds_no_weights(trained, graphs, monkeypatch):
+    deployed(trained, "student", graphs)
+    weights = sum(p.nbytes for p in plain_copy(trained.unet).parameters())
+    assert sum(file.stat().st_size for file in graphs.iterdir()) < weights / 20
+    monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: pytest.fail("exported again"))
+    deployed(trained, graphs=graphs)
+
+
+def test_a_damaged_graph_is_exported_again(trained, graphs):
+    deployed(trained, graphs=graphs)
+    decoder = next(graphs.glob("decoder-graph-*"))
+    decoder.write_bytes(decoder.read_bytes()[:-100])
+    with pytest.warns(UserWarning, match=r"decoder-graph-\w+\.safetensors.*made again"):
+        assert drawn(deployed(trained, graphs=graphs)).isfinite().all()
+
+
+def test_it_runs_with_as_many_threads_as_pytorch(trained, graphs):
+    on_onnx = deployed(trained, graphs=graphs)
+    for count in (1, 2):
+        with threads(count):
+            drawn(on_onnx)
+            assert on_onnx.unet.session.get_session_options().intra_op_num_threads == count
+    assert runtime(on_onnx.unet) == "ONNX Runtime"
+
+
+def test_the_weights_are_the_modules_own_and_decide_the_fingerprint(trained, graphs):
+    base, student = deployed(trained, graphs=graphs), deployed(trained, "student", graphs)
+    assert fingerprint(base) == fingerprint(deployed(trained, graphs=graphs)) != fingerprint(student)
+    decoder_weights = {p.data_ptr() for p in base.vae.parameters()}
+    assert decoder_weights <= {p.data_ptr() for p in trained.vae.parameters()}
+
+
+def test_a_unet_that_takes_w_as_an_input_is_refused(trained):
+    lcm = with_unet(trained, plain_copy(trained.unet, time_cond_proj_dim=256))
+    with pytest.raises(ValueError, match="takes the guidance scale as an input is not deployed"):
+        deployed(lcm)
+
+
+def test_half_precision_stays_in_pytorch(graphs):
+    pipe = deployed(load_pipeline("bundled", dtype=torch.bfloat16), graphs=graphs)
+    assert runtime(pipe.unet) == "PyTorch"
