@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
+from math import ceil
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +28,9 @@ SCENE_FEATURES = Features({"image": Image(), **DESCRIPTION, "scene": Value("stri
 
 
 def captioned_images(
-    source: str | Path, split: str, *, limit: int = 0, skip_unusable: bool = False, cache_dir: Path | None = None
+    source: str | Path, split: str, *, share: float = 1.0, skip_unusable: bool = False, cache_dir: Path | None = None
 ) -> Dataset:
-    """One split (train, val or test) of a source, or its first `limit` images: columns id, image, captions, split.
+    """One split (train, val or test) of a source, or the first `share` of it: columns id, image, captions, split.
 
     A source is "scenes/<style>/<size>" (size 8k or 30k), a folder in one of the layouts of `caption_files` or with
     parquet files, or a hub id, maybe with a revision: "nlphuji/flickr30k@refs/convert/parquet". Where the source
@@ -42,7 +43,7 @@ def captioned_images(
     if split not in SPLITS:
         raise ValueError(f"no split {split!r}; there are {', '.join(SPLITS)}")
     if bundled := re.fullmatch(r"scenes/(\w+)/(\w+)", str(source)):
-        return scene_dataset(*bundled.groups(), split, seed=0, limit=limit, cache_dir=cache_dir)
+        return scene_dataset(*bundled.groups(), split, seed=0, share=share, cache_dir=cache_dir)
     folder = Path(source).expanduser()
     if folder.is_dir() and not any(folder.rglob("*.parquet")):
         rows, paths = read_caption_file(folder)
@@ -50,7 +51,7 @@ def captioned_images(
     else:
         rows, images = _read_hub_set(str(folder if folder.is_dir() else source), cache_dir)
     dataset = _one_split(rows, images, split, source)
-    return _usable(dataset.select(range(min(limit or len(dataset), len(dataset)))), source, skip_unusable)
+    return _usable(dataset.select(range(ceil(share * len(dataset)))), source, skip_unusable)
 
 
 def split_by_id(image: str) -> str:
@@ -66,9 +67,9 @@ def split_by_id(image: str) -> str:
 
 
 def scene_dataset(
-    style: str, size: str, split: str, seed: int, limit: int = 0, cache_dir: Path | None = None
+    style: str, size: str, split: str, seed: int, share: float = 1.0, cache_dir: Path | None = None
 ) -> Dataset:
-    """A split of the bundled world, or its first `limit` scenes, with one column more: `scene`, what it shows, as JSON.
+    """A split of the bundled world, or the first `share` of it, with one column more: `scene`, what it shows, as JSON.
 
     Raises ValueError for a style, size or split that does not exist.
     """
@@ -78,7 +79,8 @@ def scene_dataset(
 
     def rows() -> Iterator[dict]:
         rng = np.random.default_rng([seed, 2])
-        for number, scene in enumerate(split_scenes(style, size, split, seed)[: limit or None]):
+        whole = split_scenes(style, size, split, seed)
+        for number, scene in enumerate(whole[: ceil(share * len(whole))]):
             yield {
                 "image": scenes.draw(scene),
                 "id": f"{style}-{split}-{number:05}",
@@ -88,7 +90,7 @@ def scene_dataset(
             }
 
     key = cache_key(
-        columns=list(SCENE_FEATURES), world=[style, size, split, seed, limit], art=scenes.drawing_fingerprint()
+        columns=list(SCENE_FEATURES), world=[style, size, split, seed, share], art=scenes.drawing_fingerprint()
     )
     return Dataset.from_generator(rows, features=SCENE_FEATURES, cache_dir=cache_dir, fingerprint=key)
 
