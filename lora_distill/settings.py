@@ -80,7 +80,7 @@ class Settings(BaseModel):
         description="images of notebook 03, the smaller set: scenes/<style>/<size>, a folder or a hub id",
     )
     flickr_30k: str = Field("scenes/fluent/30k", description="images of notebook 03, the larger set; empty: none")
-    image_share: float = Field(0.2, gt=0, le=1, description="the part of each set that is used, its first images")
+    image_share: float = Field(0.1, gt=0, le=1, description="the part of each set that is used, its first images")
     resolution: int = Field(64, ge=8, description="side of the images in pixels")
     mirror: bool = Field(False, description="mirror images whose caption has no left or right")
     skip_unusable: bool = Field(False, description="leave out images that cannot be read, with a warning")
