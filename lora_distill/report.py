@@ -10,6 +10,7 @@ from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
+from lora_distill.outputs import clean_outputs
 from lora_distill.provenance import atomic_write
 from lora_distill.settings import PACKAGE
 
@@ -64,8 +65,12 @@ def made(folder: Path) -> str:
 
 def page(path: Path) -> Page:
     """A notebook as one HTML file with its images inside."""
+    notebook = nbformat.read(path, 4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = clean_outputs(cell.outputs, cell.execution_count)
     exporter = Exporter(extra_template_paths=[str(TEMPLATES)], template_file="page.html.j2")
-    html, _ = exporter.from_notebook_node(nbformat.read(path, 4), {"metadata": {"name": path.stem}})
+    html, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": path.stem}})
     title = next((heading.text for heading in exporter.headings if heading.level == 1), path.stem)
     return Page(f"{path.stem}.html", title, [heading for heading in exporter.headings if heading.level == 2], html)
 

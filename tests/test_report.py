@@ -77,6 +77,16 @@ def test_text_and_figures_are_in(folder, tmp_path):
     assert soup(tmp_path / "report" / "index.html").h3.text == "01_plain"
 
 
+def test_of_progress_the_last_state_is_shown(tmp_path):
+    bar = [new_output("stream", text=f"\rtraining {percent} %") for percent in (0, 50, 100)]
+    other = new_output("stream", name="stderr", text="sampling 50 %")
+    cells = [new_code_cell("train()", outputs=[bar[0], other, *bar[1:]])]
+    finish(tmp_path, "01_plain", writes(new_notebook(cells=cells)))
+    report.write(tmp_path, "")
+    shown = soup(tmp_path / "report" / "01_plain.html").text
+    assert "training 100 %" in shown and "training 50 %" not in shown and "sampling" not in shown
+
+
 def test_nothing_has_run(tmp_path):
     with pytest.raises(FileNotFoundError, match="no finished notebook in"):
         report.write(tmp_path, "")

@@ -11,6 +11,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from lora_distill import __main__ as cli
 from lora_distill import claims, provenance, series, settings
+from lora_distill.outputs import clean_outputs
 from lora_distill.series import SeriesError
 from lora_distill.settings import Settings, SettingsError
 
@@ -236,7 +237,7 @@ def test_commit_outputs(checkout):
 
 def test_widgets_are_left_out():
     widget = new_output("display_data", {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "0%"})
-    assert series.clean_outputs([widget], 1) == []
+    assert clean_outputs([widget], 1) == []
 
 
 def test_prepare(checkout):
