@@ -40,7 +40,7 @@ def captioned_prompts(images: Dataset, count: int, seed: int) -> Prompts:
     """`count` of the captions of a split, no two the same. Raises ValueError when it has not that many."""
     captions = list(dict.fromkeys(chain.from_iterable(images["captions"])))
     if count > len(captions):
-        raise ValueError(f"eval_prompts: expected at most the {len(captions)} captions of the split, got {count}")
+        raise ValueError(f"eval_prompts, curve_prompts: the split has {len(captions)} captions, got {count}")
     chosen = np.random.default_rng([seed, 1]).choice(len(captions), count, replace=False)
     return Prompts(None, [captions[i] for i in chosen])
 

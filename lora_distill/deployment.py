@@ -1,17 +1,20 @@
 """A pipeline as one would run it: the adapter folded into W0, and on a CPU the networks on ONNX Runtime.
 
-PyTorch decides anew at every call how to run each of a UNet's thousand operations, which for a small network on a few
-images takes as long as three or four images do; ONNX Runtime decides once. The graph is kept without weights: W0 and
-every student that is merged into it share one, and bring their own.
+A forward of the bundled UNet has a fixed cost: in PyTorch that of five images on one thread, on ONNX Runtime that of
+one or two (02_rho.csv); we take it for the cost of dispatching a UNet's operations one by one. The graph is kept
+without weights: W0 and every student that is merged into it share one, and bring their own.
 """
 
 import logging
 import warnings
+from collections.abc import Container
+from importlib.metadata import version
 from pathlib import Path
 
 import onnxruntime
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.configuration_utils import FrozenDict
 from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from onnx import ModelProto, TensorProto
@@ -22,8 +25,6 @@ from lora_distill.adapters import merged_copy, plain_copy
 from lora_distill.distillation import with_unet
 from lora_distill.storage import cache_key, cached
 
-logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of every optional package that is not there
-
 # The axes whose size a graph leaves open.
 IMAGES = {0: torch.export.Dim("batch"), 2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
 PROMPTS = {0: IMAGES[0], 1: torch.export.Dim("tokens")}
@@ -32,7 +33,7 @@ PROMPTS = {0: IMAGES[0], 1: torch.export.Dim("tokens")}
 def deployed(
     pipe: StableDiffusionPipeline, adapter: str | None = None, graphs: Path | None = None
 ) -> StableDiffusionPipeline:
-    """The pipeline with an adapter folded into a copy of W0, and q, k and v of every attention in one product.
+    """The pipeline with an adapter folded into a copy of W0, and q, k, v of attention in one product (k, v in cross-).
 
     With a folder for its `graphs`, UNet and VAE decoder run on ONNX Runtime where that is at home, on a CPU in
     float32; elsewhere they stay in PyTorch. The images are the same up to rounding.
@@ -51,14 +52,15 @@ def deployed(
 
 
 class OnnxModule(nn.Module):
-    """What stands in for a module: its graph on ONNX Runtime, with the module's own weights, not a copy."""
+    """What stands in for a module: its graph on ONNX Runtime, with the weights that the module has."""
 
     runtime = "ONNX Runtime"
     device, dtype = torch.device("cpu"), torch.float32
 
-    def __init__(self, module: nn.Module, graph: bytes):
+    def __init__(self, module: nn.Module, config: FrozenDict, graph: bytes):
         super().__init__()
         self.module = module
+        self.config = config
         self.graph = graph
         self.session, self.threads = None, 0
 
@@ -74,17 +76,18 @@ class OnnxUNet(OnnxModule):
     """A UNet on ONNX Runtime, called as the `UNet2DConditionModel` that it stands for."""
 
     def __init__(self, unet: nn.Module, graphs: Path):
-        self.config = unet.config
-        side = self.config.sample_size
+        config = unet.config
         example = {
-            "sample": torch.zeros(2, self.config.in_channels, side, side),
+            "sample": torch.zeros(2, config.in_channels, config.sample_size, config.sample_size),
             "timestep": torch.tensor(0),
-            "encoder_hidden_states": torch.zeros(2, 7, self.config.cross_attention_dim),
+            "encoder_hidden_states": torch.zeros(2, 7, config.cross_attention_dim),
         }
         open_axes = {"sample": IMAGES, "timestep": {}, "encoder_hidden_states": PROMPTS}
-        super().__init__(unet, _graph("unet", unet, example, open_axes, graphs))
+        super().__init__(unet, config, _graph("unet", unet, config, example, open_axes, graphs))
 
     def forward(self, sample, timestep, encoder_hidden_states, timestep_cond=None) -> UNet2DConditionOutput:
+        if timestep_cond is not None:
+            raise ValueError("timestep_cond: this UNet takes no embedded guidance scale")
         output = self.run(sample=sample, timestep=timestep, encoder_hidden_states=encoder_hidden_states)
         return UNet2DConditionOutput(sample=output)
 
@@ -93,44 +96,54 @@ class OnnxDecoder(OnnxModule):
     """The decoder of a VAE on ONNX Runtime, called as `AutoencoderKL.decode`."""
 
     def __init__(self, vae: nn.Module, graphs: Path):
-        self.config = vae.config
         decoder = nn.Sequential(vae.post_quant_conv or nn.Identity(), vae.decoder)
-        example = {"input": torch.zeros(2, self.config.latent_channels, 8, 8)}
-        super().__init__(decoder, _graph("decoder", decoder, example, {"input": IMAGES}, graphs))
+        example = {"input": torch.zeros(2, vae.config.latent_channels, 8, 8)}
+        super().__init__(
+            decoder, vae.config, _graph("decoder", decoder, vae.config, example, {"input": IMAGES}, graphs)
+        )
 
     def decode(self, latents: Tensor) -> DecoderOutput:
         return DecoderOutput(sample=self.run(input=latents))
 
 
-def _graph(kind: str, module: nn.Module, example: dict[str, Tensor], open_axes: dict, folder: Path) -> bytes:
+def _graph(
+    kind: str, module: nn.Module, config: FrozenDict, example: dict[str, Tensor], open_axes: dict, folder: Path
+) -> bytes:
     """The module's graph without its weights, exported on first use; it depends on the layers, not on their values."""
-    shapes = {name: list(value.shape) for name, value in module.state_dict().items()}
-    key = cache_key(layers=repr(module), shapes=shapes, torch=torch.__version__, onnxruntime=onnxruntime.__version__)
+    weights = module.state_dict()
+    key = cache_key(
+        layers=repr(module),
+        shapes={name: list(value.shape) for name, value in weights.items()},
+        config=repr(sorted((name, value) for name, value in config.items() if not name.startswith("_"))),
+        versions={name: version(name) for name in ("torch", "diffusers", "onnx", "onnxscript", "onnxruntime")},
+    )
 
     def export() -> dict[str, Tensor]:
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of every optional package that is missing
         options = {"dynamic_shapes": open_axes, "dynamo": True, "optimize": False, "verbose": False}
         with warnings.catch_warnings(), torch.no_grad(), tqdm(total=1, desc=f"exporting the {kind}'s graph") as bar:
             warnings.simplefilter("ignore")  # the exporter's, of itself
             program = torch.onnx.export(module, kwargs=example, **options)
             bar.update()
-        return {"onnx": torch.frombuffer(bytearray(_without_weights(program.model_proto)), dtype=torch.uint8)}
+        return {"onnx": torch.frombuffer(bytearray(_emptied(program.model_proto, weights)), dtype=torch.uint8)}
 
     return cached(folder, f"{kind}-graph", key, export)["onnx"].numpy().tobytes()
 
 
-def _without_weights(model: ModelProto) -> bytes:
+def _emptied(model: ModelProto, weights: Container[str]) -> bytes:
     """The graph with an empty place for every weight, and without the exporter's notes on where each node is from."""
-    for weight in model.graph.initializer:
-        weight.ClearField("raw_data")
-        weight.data_location = TensorProto.EXTERNAL
-        weight.external_data.add(key="location", value="given with the session")
+    for constant in model.graph.initializer:
+        if constant.name in weights:
+            constant.ClearField("raw_data")
+            constant.data_location = TensorProto.EXTERNAL
+            constant.external_data.add(key="location", value="given with the session")
     for node in model.graph.node:
         node.ClearField("metadata_props")
     return model.SerializeToString()
 
 
 def _session(graph: bytes, weights: dict[str, Tensor], threads: int) -> onnxruntime.InferenceSession:
-    names = [weight.name for weight in ModelProto.FromString(graph).graph.initializer]
+    names = [constant.name for constant in ModelProto.FromString(graph).graph.initializer if constant.name in weights]
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.force_spinning_stop", "1")  # else it keeps a core from the next network

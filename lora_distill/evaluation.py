@@ -1,5 +1,6 @@
 """One judge for every sampler: the same prompts, the same noise, the same measure of alignment and reference images."""
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -11,7 +12,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from lora_distill import scenes
+from lora_distill import sampling, scenes
 from lora_distill.captioned import captioned_images
 from lora_distill.data import Prompts, captioned_prompts, scene_prompts
 from lora_distill.distances import frechet_distance
@@ -19,6 +20,7 @@ from lora_distill.extractors import Features
 from lora_distill.latents import Framing, views
 from lora_distill.metrics import FrechetDistance, Proportion, Score, clip_score, prompt_alignment
 from lora_distill.pipeline import decode_latents, encode_prompts, fingerprint, to_uint8
+from lora_distill.provenance import versions
 from lora_distill.sampling import Sampler, initial_noise, sample_in_batches
 from lora_distill.settings import Settings
 from lora_distill.storage import cache_key, cached, load_tensors, save_tensors
@@ -83,8 +85,15 @@ class Judge:
 
         if self.cache_dir is None or sampler.adapter:  # an adapter that plays may still be in training
             return make()["latents"]
-        parts = {"pipeline": fingerprint(pipe), "captions": self.prompts.captions}
-        key = cache_key(**parts, sampler=repr(sampler), seed=seed)
+        config = sorted((name, value) for name, value in pipe.unet.config.items() if not name.startswith("_"))
+        key = cache_key(
+            pipeline=[fingerprint(pipe), repr(config), type(pipe.unet).__name__, pipe.unet.device.type],
+            captions=self.prompts.captions,
+            sampler=repr(sampler),
+            seed=seed,
+            source=hashlib.sha256(Path(sampling.__file__).read_bytes()).hexdigest(),
+            versions=versions(),
+        )
         return cached(self.cache_dir, "judged", key, make)["latents"].to(pipe.unet.device)
 
     def judge_images(self, images: np.ndarray) -> Quality:

@@ -11,7 +11,9 @@ from typing import Any
 
 from lora_distill.settings import Settings, repository_root
 
-PACKAGES = ("lora_distill", "torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "papermill")
+PACKAGES = (
+    "lora_distill", "torch", "diffusers", "transformers", "peft", "accelerate", "onnxruntime", "numpy", "papermill"
+)  # fmt: skip
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:

@@ -80,7 +80,9 @@ class Settings(BaseModel):
         description="images of notebook 03, the smaller set: scenes/<style>/<size>, a folder or a hub id",
     )
     flickr_30k: str = Field("scenes/fluent/30k", description="images of notebook 03, the larger set; empty: none")
-    image_share: float = Field(0.1, gt=0, le=1, description="the part of each set that is used, its first images")
+    image_share: float = Field(
+        0.1, gt=0, le=1, description="the part of each training split that is used, its first images"
+    )
     resolution: int = Field(64, ge=8, description="side of the images in pixels")
     mirror: bool = Field(False, description="mirror images whose caption has no left or right")
     skip_unusable: bool = Field(False, description="leave out images that cannot be read, with a warning")
@@ -100,7 +102,7 @@ class Settings(BaseModel):
     mse_weight: float = Field(1.0, ge=0, description="weight of the MSE when the LoRA mimics the LCM")
     kl_weight: float = Field(1.0, ge=0, description="weight of the KL when the LoRA mimics the LCM")
 
-    eval_prompts: int = Field(60, ge=1, description="prompts a verdict")
+    eval_prompts: int = Field(60, ge=1, description="prompts of a verdict")
     curve_prompts: int = Field(60, ge=1, description="prompts a point of a curve, or of a measurement in training")
     eval_batch: int = Field(60, ge=1, description="images sampled, encoded or decoded at a time")
     clip: str = Field("", description="CLIP model that scores photographs, a folder or a hub id; scenes need none")
