@@ -34,9 +34,8 @@ class Settings(BaseModel):
         "cpu", pattern=r"^\w[\w.-]*$", description="name of the run, and of its folders in runs/ and figures/"
     )
     seed: int = Field(0, ge=0, description="seed of training, data and the adapters' first weights")
-
     more_train_seeds: list[Annotated[int, Field(ge=0)]] = Field(
-        [], description="seeds of further trainings of the students, for the spread that training has"
+        [], description="seeds of further trainings of the students; each of eval_seeds judges the next training"
     )
 
     pipeline: str = Field(
@@ -130,6 +129,9 @@ class Settings(BaseModel):
     def _other_trainings(self) -> "Settings":
         if self.seed in self.more_train_seeds:
             raise ValueError(f"more_train_seeds: must not hold seed = {self.seed}, of the first training")
+        if len(self.more_train_seeds) >= len(self.eval_seeds):
+            trainings, seeds = 1 + len(self.more_train_seeds), len(self.eval_seeds)
+            raise ValueError(f"more_train_seeds: {trainings} trainings need as many eval_seeds, got {seeds}")
         return self
 
     @model_validator(mode="after")

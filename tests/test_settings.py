@@ -64,6 +64,7 @@ def test_defaults_are_the_cpu_profile():
         ("eval_seeds: [0, 1, 0]", "eval_seeds: must differ from each other"),
         ("more_train_seeds: [1, 1]", "more_train_seeds: must differ from each other"),
         ("more_train_seeds: [1, 0]", "more_train_seeds: must not hold seed = 0, of the first training"),
+        ("more_train_seeds: [1, 2, 3]", "more_train_seeds: 4 trainings need as many eval_seeds, got 3"),
         ("w_min: 6.0", "w_min: must be at most w_max = 5, got 6"),
         ("sampling_steps: 0", "sampling_steps: expected at least 1, got 0"),
         ("train_steps: 9", "warmup_steps: must be at most train_steps = 9, got 20"),
