@@ -47,7 +47,7 @@ def notebooks(profile: Profile = "cpu") -> None:
 
 
 @app.command()
-def readme(profile: Profile = "cpu") -> None:
+def readme(profile: Profile = "full") -> None:
     """Put the results and verdicts of a profile into the README, without running anything."""
     from lora_distill import series
 

@@ -73,15 +73,14 @@ def prepare(profile: str | Path) -> Path:
 
 
 def commit_outputs(profile: str | Path = "cpu") -> None:
-    """Run all notebooks and put their outputs into the committed ones, and their results into the README."""
+    """Run all notebooks and put their outputs into the committed ones."""
     paths = all_notebooks()
     reproduce(profile, names=[path.stem for path in paths])
     for path in paths:
         write_outputs(path, run_dir(load_settings(profile)) / path.name)
-    write_readme(profile)
 
 
-def write_readme(profile: str | Path = "cpu") -> Path:
+def write_readme(profile: str | Path = "full") -> Path:
     """Put the results and verdicts of a profile into the README, from its saved tables; return its path."""
     readme = repository_root() / "README.md"
     atomic_write(readme, with_results(readme.read_text(), figures_dir(load_settings(profile))))

@@ -53,9 +53,9 @@ def test_citation_has_this_version_and_both_works():
 def test_readme_states_the_results_and_verdicts_of_the_committed_figures():
     changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "figures"], cwd=ROOT).returncode
     if changed:
-        pytest.skip("figures were drawn anew; `make notebooks` brings the README along")
+        pytest.skip("figures were drawn anew; `python -m lora_distill readme` brings the README along")
     readme = (ROOT / "README.md").read_text()
-    assert readme == with_results(readme, ROOT / "figures" / "cpu"), "python -m lora_distill readme"
+    assert readme == with_results(readme, ROOT / "figures" / "full"), "python -m lora_distill readme"
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/map.md", "docs/checklist.md"])

@@ -33,7 +33,7 @@ def checkout(tmp_path, monkeypatch):
     """A repository with two notebooks and notebook 00, whose package is one file."""
     for folder in ("notebooks", "params", "lora_distill"):
         (tmp_path / folder).mkdir()
-    for profile in ("cpu", "other"):
+    for profile in ("cpu", "full", "other"):
         (tmp_path / "params" / f"{profile}.yaml").write_text(f"profile: {profile}\n")
     (tmp_path / "lora_distill" / "module.py").write_text("x = 1\n")
     (tmp_path / "README.md").write_text(README)
@@ -156,7 +156,7 @@ def test_results_are_printed(executed, checkout, capsys):
 
 
 def test_results_and_verdicts_take_the_place_of_those_in_the_readme(checkout):
-    figures = checkout / "figures" / "cpu"
+    figures = checkout / "figures" / "full"
     provenance.atomic_write(figures / "01_results.json", json.dumps({"Memory": {"LoRA": "1 MB"}}))
     once = series.write_readme().read_text()
     assert once.startswith(
