@@ -56,10 +56,14 @@ class Quantity(_Strict):
 
 
 class Rules(_Strict):
-    """Conditions of the verdicts, tried in this order; where none holds, the claim is not reproduced."""
+    """Conditions of the verdicts, tried in this order; where none holds, the claim is not reproduced.
+
+    Where `too_coarse` holds, the spread is too large for a verdict: the claim is not testable here.
+    """
 
     reproduced: str
     partly: str | None = None
+    too_coarse: str | None = None
 
 
 class Claim(_Strict):
@@ -113,10 +117,11 @@ class Verdict:
 
     @property
     def here(self) -> str:
-        """Our numbers in words; why there are none where the claim could not be tested."""
-        if self.verdict == NOT_TESTABLE:
+        """Our numbers in words, with a remark where they are too coarse; why there are none, where there are none."""
+        if not self.quantities:
             return self.why
-        return EXPRESSIONS.from_string(self.claim.here).render(self.quantities)
+        numbers = EXPRESSIONS.from_string(self.claim.here).render(self.quantities)
+        return f"{numbers}: too coarse to tell" if self.verdict == NOT_TESTABLE else numbers
 
 
 def load(path: Path = CLAIMS) -> list[Claim]:
@@ -158,7 +163,8 @@ def judge(claim: Claim, folder: Path) -> Verdict:
     failed = ""
     for verdict, rule in claim.rules.items():
         if _evaluate(rule, quantities, f"claim {claim.id}: verdicts.{verdict}"):
-            return Verdict(claim, quantities, verdict, f"holds: {rule}{failed}")
+            found = NOT_TESTABLE if verdict == "too_coarse" else verdict
+            return Verdict(claim, quantities, found, f"holds: {rule}{failed}")
         failed = f"; does not hold: {rule}"
     return Verdict(claim, quantities, NOT_REPRODUCED, failed.removeprefix("; "))
 

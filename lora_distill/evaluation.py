@@ -12,13 +12,12 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from lora_distill import sampling, scenes
+from lora_distill import distances, sampling, scenes
 from lora_distill.captioned import captioned_images
 from lora_distill.data import Prompts, captioned_prompts, scene_prompts
-from lora_distill.distances import frechet_distance
-from lora_distill.extractors import Features
+from lora_distill.extractors import LAYERS, Features
 from lora_distill.latents import Framing, views
-from lora_distill.metrics import FrechetDistance, Proportion, Score, clip_score, prompt_alignment
+from lora_distill.metrics import FrechetDistance, Proportion, Score, clip_score, compare, prompt_alignment
 from lora_distill.pipeline import decode_latents, encode_prompts, fingerprint, to_uint8
 from lora_distill.provenance import versions
 from lora_distill.sampling import Sampler, initial_noise, sample_in_batches
@@ -70,7 +69,7 @@ class Judge:
         self.prompt_embeds = encode_prompts(pipe, prompts.captions)
         self.empty_embeds = encode_prompts(pipe, [""])
         self.reader = scenes.Reader() if prompts.scenes else None
-        self.frechet_distance = FrechetDistance(reference, cache_dir=cache_dir, layers=layers)
+        self.frechet_distance = FrechetDistance(reference, pipe.device.type, cache_dir=cache_dir, layers=layers)
 
     def __call__(self, sampler: Sampler, seed: int, pipe: StableDiffusionPipeline | None = None) -> Quality:
         """Sample the prompts from noise that depends on the seed alone, and judge the images."""
@@ -99,7 +98,7 @@ class Judge:
     def judge_images(self, images: np.ndarray) -> Quality:
         """The judgement of images that are at hand, one a prompt."""
         features = self.frechet_distance.features(images)
-        distance = frechet_distance(features.frechet, self.reference.frechet)
+        distance = distances.frechet_distance(features.frechet, self.reference.frechet)
         return Quality(images, self._alignment(images), distance, features)
 
     def _alignment(self, images: np.ndarray) -> dict[str, Proportion | Score]:
@@ -108,10 +107,45 @@ class Judge:
         score = clip_score(images, self.prompts.captions, self.clip, self.pipe.device.type)
         return {"content": replace(score, value=score.value / 100)}  # a cosine, as the reader's shares below 1
 
+    def distance_interval(self, quality: Quality, resamples: int = 100) -> tuple[float, float]:
+        """The 95 % bootstrap interval of the Frechet distance over the images; the reference stays as it is."""
+        rows, reference = quality.features.frechet, self.reference.frechet
+        drawn = distances.resampled(distances.frechet_distance, rows, reference, resamples, seed=0)
+        return distances.interval(quality.frechet_distance, drawn)
+
     @property
     def reference(self) -> Features:
         """The features of the reference images."""
         return self.frechet_distance.reference
+
+
+def further_distances(
+    methods: dict[str, list[np.ndarray]],
+    reference: np.ndarray,
+    sources: dict[str, str],
+    *,
+    device: str = "cpu",
+    cache_dir: Path | None = None,
+    seed: int = 0,
+) -> list[dict]:
+    """What `metrics.compare` finds on other extractors, a row a method and metric: mean and deviation over seeds.
+
+    `methods` has the images (n, h, w, 3) uint8 of each seed, `sources` each extractor's weights, {"Inception": file}.
+    Raises as `extractors.load_extractor` does.
+    """
+    rows = []
+    for extractor, source in sources.items():
+        layers = dict.fromkeys(layer for layer in LAYERS[extractor] if layer)
+        judge = FrechetDistance(reference, device, extractor, source, cache_dir, layers)
+        for method, seeds in methods.items():
+            found = [compare(judge.features(images), judge.reference, seed=seed) for images in seeds]
+            for metric, score in found[0].items():
+                values = [scores[metric].value for scores in found]
+                rows.append(
+                    {"method": method, "metric": metric, "n": score.count, "seeds": len(seeds),
+                     "reference_n": score.reference_count, "value": np.mean(values), "sd": np.std(values)}
+                )  # fmt: skip
+    return rows
 
 
 def drawn(style: str, split: str, count: int, seed: int) -> np.ndarray:
@@ -131,8 +165,8 @@ def held_out(source: str, split: str, count: int, settings: Settings) -> tuple[P
         return prompts, drawn(style, split, 1000, settings.seed + 1)
     images = captioned_images(source, split, skip_unusable=settings.skip_unusable)
     framing = Framing(settings.resolution)
-    pixels = torch.cat([views(row["image"], framing, i)[0] for i, row in enumerate(images)])
-    return captioned_prompts(images, count, settings.seed), to_uint8(pixels)
+    pixels = [to_uint8(views(row["image"], framing, i)[0]) for i, row in enumerate(images)]
+    return captioned_prompts(images, count, settings.seed), np.concatenate(pixels)
 
 
 def save_images(folder: Path, notebook: str, qualities: dict[str, list[Quality]]) -> None:

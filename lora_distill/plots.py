@@ -17,11 +17,13 @@ class Plot(NamedTuple):
     claims: tuple[str, ...] = ()
 
 
-KEPT = ("quality-kept", "alignment-kept")
+KEPT = ("quality-kept", "alignment-kept", "distance-against-standard-distillation")
 MEMORY = ("memory-half-training", "memory-half-before-distillation", "conventional-raises-memory")
 INFERENCE = ("memory-half-inference",)
 SPEED = ("inference-time-40-percent",)
 FLICKR = ("finetune-fid-below-base", "lcm-lora-fid-above-base", "larger-data-better")
+FEW_STEPS = ("lcm-lora-alignment", "lcm-lora-against-untrained")
+OVER_BATCHES = ("time-over-batch-and-resolution", "lcm-lora-time-over-batch-and-resolution")
 
 FIGURES = {
     "00_world": Plot(image_grid, "Scenes of the bundled world, two styles"),
@@ -37,7 +39,7 @@ FIGURES = {
     "01_three_ways": Plot(
         plots_memory.account_against_measurement,
         "The account against simulation and measurement",
-        MEMORY + INFERENCE,
+        ("memory-account-is-true", "conventional-raises-memory"),
     ),
     "02_guidance_curve": Plot(plots_guidance.quality_against_guidance, "Quality against guidance"),
     "02_guidance_grid": Plot(image_grid, "The same noise at several guidance scales"),
@@ -46,18 +48,18 @@ FIGURES = {
     "02_quality_against_steps": Plot(plots_guidance.quality_against_steps, "Quality against training steps", KEPT),
     "02_same_noise": Plot(image_grid, "Teacher and students on the same noise", KEPT),
     "02_rho": Plot(plots_guidance.batch_cost, "What a batch costs against one twice as large", SPEED),
-    "02_seconds_per_image": Plot(plots_guidance.seconds_an_image, "Seconds an image", SPEED),
-    "03_images": Plot(image_grid, "Six training images, one caption each"),
-    "03_loss": Plot(plots_lcm.consistency_loss, "Consistency loss against training steps", ("larger-data-faster",)),
-    "03_same_noise": Plot(image_grid, "Teacher, fine-tune, LCM and LCM-LoRA on the same noise", FLICKR),
-    "03_quality_against_passes": Plot(
-        plots_lcm.content_against_passes, "Content against UNet evaluations", ("lcm-lora-2-4-times-faster",)
+    "02_seconds_per_image": Plot(
+        plots_guidance.seconds_an_image, "Seconds an image", (*SPEED, "time-against-standard-distillation")
     ),
+    "03_images": Plot(image_grid, "Six training images, one caption each"),
+    "03_loss": Plot(plots_lcm.consistency_loss, "Consistency loss against training steps"),
+    "03_same_noise": Plot(image_grid, "Teacher, fine-tune, LCM and LCM-LoRA on the same noise", FLICKR),
+    "03_quality_against_passes": Plot(plots_lcm.content_against_passes, "Content against UNet evaluations", FEW_STEPS),
     "03_composition": Plot(image_grid, "LCM-LoRA and the fine-tune added up, four steps"),
     "04_distance": Plot(plots_evaluation.distance_bars, "The slides' Figure 1: Frechet distance by method", FLICKR),
     "04_speed": Plot(
         plots_evaluation.speed_bars, "The slides' Figure 2: seconds an image", ("lcm-lora-2-4-times-faster",)
     ),
-    "04_pareto": Plot(plots_evaluation.pareto_front, "Content against UNet evaluations, every method", KEPT),
-    "04_saving": Plot(plots_evaluation.saving_against_batch, "Saved seconds against the batch", SPEED),
+    "04_pareto": Plot(plots_evaluation.pareto_front, "Content against UNet evaluations, every method", FEW_STEPS),
+    "04_saving": Plot(plots_evaluation.saving_against_batch, "Saved seconds against the batch", OVER_BATCHES),
 }

@@ -1,13 +1,14 @@
 """The figures of notebook 04: the slides' bars with ours beside them, the Pareto front, saving against batch."""
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.figure import Figure
 
-from lora_distill.plots_shared import REFERENCE, WIDTH, Rows, column, grouped, share_with_interval
+from lora_distill.plots_shared import REFERENCE, STYLES, WIDTH, Rows, column, grouped, share_with_interval
 
 
 def distance_bars(rows: Rows) -> Figure:
-    """Frechet distances by method, a panel a source; whiskers are the spread over sampling seeds.
+    """Frechet distances by method, a panel a source; whiskers are the standard deviation over seeds.
 
     A method without a value is one whose number is lost. The dashed line is real against real.
     """
@@ -27,7 +28,8 @@ def distance_bars(rows: Rows) -> Figure:
             ax.axvline(floor, label="real against real", **REFERENCE)
             ax.legend(loc="lower right", bbox_to_anchor=(1, 1), fontsize=7)
         ax.set_title(source, loc="left")
-        ax.set_xlabel(methods[0]["metric"])
+        counted = f" (mean ± sd of {methods[0]['seeds']} seeds, N = {methods[0]['n']} each)" if methods[0]["n"] else ""
+        ax.set_xlabel(methods[0]["metric"] + counted)
         ax.invert_yaxis()
         ax.grid(axis="y", visible=False)
     return figure
@@ -52,34 +54,44 @@ def speed_bars(rows: Rows) -> Figure:
 def pareto_front(rows: Rows) -> Figure:
     """Content against UNet evaluations of every method: trained ones solid, samplers of the base dotted.
 
-    What is best at its number of evaluations or fewer is the front, the grey steps.
+    Points of one number of evaluations stand side by side. What is best at its number or fewer is the front, the
+    grey steps.
     """
-    figure, ax = plt.subplots(figsize=(WIDTH, 3.4))
-    for method, points in grouped(rows, "method").items():
-        style = {"linestyle": "-" if points[0]["trained"] else ":", "label": method}
-        style |= {"marker": "*", "markersize": 8} if len(points) == 1 else {}
-        share_with_interval(ax, points, "unet_passes", "content", **style)
+    figure, ax = plt.subplots(figsize=(WIDTH, 3.8))
+    methods = grouped(rows, "method")
+    for index, (method, points) in enumerate(methods.items()):
+        aside = 2 ** (0.035 * (index - len(methods) / 2))  # points of one number of evaluations stand side by side
+        shifted = [{**row, "unet_passes": aside * row["unet_passes"]} for row in points]
+        style = {"linestyle": "-" if points[0]["trained"] else ":", "elinewidth": 0.9, **STYLES.get(method, {})}
+        share_with_interval(ax, shifted, "unet_passes", "content", label=method, **style)
     ordered = sorted(rows, key=lambda row: row["unet_passes"])
     best = [100 * max(r["content"] for r in ordered if r["unet_passes"] <= row["unet_passes"]) for row in ordered]
     ax.step(column(ordered, "unet_passes"), best, where="post", color="0.8", linewidth=5, zorder=0, marker="")
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter("{x:g}")
     ax.set(xlabel="UNet evaluations an image", ylabel="content correct, %", ylim=(0, 103))
-    ax.legend(fontsize=6.5, loc="lower right", ncols=2)
+    figure.legend(*ax.get_legend_handles_labels(), fontsize=6.5, loc="outside lower center", ncols=4)
     return figure
 
 
 def saving_against_batch(rows: Rows) -> Figure:
-    """What each method saves of the teacher's seconds, and f (1 - rho) for one pass; a panel a resolution."""
+    """What each method saves of the teacher's seconds, and f (1 - rho) for one pass; a panel a resolution.
+
+    Whiskers reach from the method's slowest to its fastest repeat, against the teacher's median.
+    """
     panels = grouped(rows, "resolution")
     figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 2.5), sharey=True)
     for ax, (resolution, points) in zip(axes, panels.items(), strict=True):
         batches = list(grouped(points, "batch"))
         for method, line in grouped(points, "method").items():
-            ax.plot(column(line, "batch"), column(line, "saving_percent"), label=method)
+            saving = column(line, "saving_percent")
+            teacher = column(line, "seconds_an_image") / (1 - saving / 100)
+            ends = [100 * (1 - column(line, key) / teacher) for key in ("highest", "lowest")]
+            spread = np.abs(np.array(ends) - saving)  # up to rounding, the median lies between the ends
+            ax.errorbar(column(line, "batch"), saving, spread, elinewidth=0.9, label=method)
         ax.plot(batches, [grouped(points, "batch")[b][0]["bound_percent"] for b in batches],
                 color="0.5", linestyle="--", marker="", label="one pass: f (1 − ρ)")  # fmt: skip
-        ax.axhline(50, color="0.8", linewidth=1)
+        ax.axhline(50, color="0.8", linewidth=1, marker="", label="one half")
         ax.set(xscale="log", xlabel="batch", title=f"{resolution} px")
         ax.set_xticks(batches, batches)
         ax.minorticks_off()

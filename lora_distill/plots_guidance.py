@@ -14,7 +14,9 @@ def quality_against_guidance(rows: Rows) -> Figure:
     """Alignment and distance to real images against w; the teacher's w is dotted."""
     figure, (ax, ax_fd) = _quality_panels("guidance scale w")
     share_with_interval(ax, rows, "guidance_scale", "all_correct")
-    ax_fd.plot(column(rows, "guidance_scale"), column(rows, "fd_efficientnet_lite0"), color="C1", marker="s")
+    distance, low, high = (column(rows, f"fd_efficientnet_lite0{end}") for end in ("", "_low", "_high"))
+    spread = (distance - low, high - distance)
+    ax_fd.errorbar(column(rows, "guidance_scale"), distance, spread, color="C1", marker="s")
     for panel in (ax, ax_fd):
         panel.axvline(rows[0]["teacher_guidance_scale"], color="0.5", linestyle=":", linewidth=1, label="teacher's w")
     ax.set_ylim(top=101)
@@ -37,17 +39,23 @@ def distillation_loss(rows: Rows) -> Figure:
 
 
 def quality_against_steps(rows: Rows) -> Figure:
-    """Alignment and distance to real images against training steps; the row without a step is the teacher."""
+    """Alignment and distance to real images against training steps; the row without a step is the teacher.
+
+    The band is the 95 % interval of the teacher's distance over its images; that of each point is about as wide.
+    """
     figure, (ax, ax_fd) = _quality_panels("training step")
     for method, points in grouped(rows, "method").items():
         if points[0]["step"] is None:
             ax.axhline(100 * points[0]["all_correct"], label=method, **REFERENCE)
             ax_fd.axhline(points[0]["fd_efficientnet_lite0"], **REFERENCE)
+            band = (points[0]["fd_efficientnet_lite0_low"], points[0]["fd_efficientnet_lite0_high"])
+            ax_fd.axhspan(*band, color="0.9", zorder=0, label="95 % interval of the teacher's")
         else:
             share_with_interval(ax, points, "step", "all_correct", label=method)
             ax_fd.plot(column(points, "step"), column(points, "fd_efficientnet_lite0"))
     ax.set_ylim(top=101)
     ax.legend(loc="lower right")
+    ax_fd.legend(loc="lower center", fontsize=7)
     return figure
 
 

@@ -3,7 +3,7 @@
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from lora_distill.plots_shared import REFERENCE, WIDTH, Rows, grouped, loss_by_method, share_with_interval
+from lora_distill.plots_shared import REFERENCE, STYLES, WIDTH, Rows, grouped, loss_by_method, share_with_interval
 
 
 def consistency_loss(rows: Rows) -> Figure:
@@ -22,8 +22,8 @@ def content_against_passes(rows: Rows) -> Figure:
             label = f"{method}, {points[0]['unet_passes']} evaluations"
             ax.axhline(100 * points[0]["content"], label=label, **REFERENCE)
         else:
-            style = "-" if points[0]["trained"] else ":"
-            share_with_interval(ax, points, "unet_passes", "content", label=method, linestyle=style)
+            style = {"linestyle": "-" if points[0]["trained"] else ":", **STYLES.get(method, {})}
+            share_with_interval(ax, points, "unet_passes", "content", label=method, **style)
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter("{x:g}")
     ax.set(xlabel="UNet evaluations an image", ylabel="content correct, %", ylim=(0, 102))

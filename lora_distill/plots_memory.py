@@ -25,7 +25,7 @@ def training_peaks(rows: Rows) -> Figure:
         _stacked_bars(ax, schemes)
         checkpointing = ", gradient checkpointing" if schemes[0]["checkpointing"] else ""
         ax.set_title(f"batch {batch}{checkpointing}", loc="left")
-    axes[1].set_xlabel("peak of a training step of SD 1.5 at 512 px, GB")
+    axes[1].set_xlabel("peak of a training step of SD 1.5 at 512 px in mixed precision, GB")
     axes[0].legend(loc="lower right")
     return figure
 

@@ -15,6 +15,21 @@ from matplotlib.figure import Figure
 Rows = list[dict[str, Any]]
 WIDTH = 5.5  # inches of a text column
 GAP = 0.03  # inches between the images of a grid
+# The colours of methods that several figures show: samplers of the base, what has learnt few steps, and one pass.
+STYLES = {
+    "DDIM, one pass": {"color": "C0", "marker": "o"},
+    "LCM scheduler, one pass": {"color": "C1", "marker": "s"},
+    "DDIM, guided": {"color": "C4", "marker": "v"},
+    "DPM-Solver++, guided": {"color": "C5", "marker": "P"},
+    "half guided": {"color": "C0", "marker": "D", "markerfacecolor": "white"},
+    "LCM-LoRA 8k": {"color": "C2", "marker": "^"},
+    "LCM-LoRA 30k": {"color": "C2", "marker": "^", "markerfacecolor": "white"},
+    "LoRA mimics LCM": {"color": "C3", "marker": "D"},
+    "LCM, all weights": {"color": "C3", "marker": "s", "markerfacecolor": "white"},
+    "LoRA student": {"color": "black", "marker": "*", "markersize": 8},
+    "full copy": {"color": "black", "marker": "*", "markersize": 8, "markerfacecolor": "white"},
+    "fine-tuned, rank 16": {"color": "0.45", "marker": "X"},
+}
 REFERENCE = {"color": "0.5", "linestyle": "--", "linewidth": 1}  # of lines that nothing was trained for
 
 

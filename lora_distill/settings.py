@@ -105,6 +105,10 @@ class Settings(BaseModel):
     curve_prompts: int = Field(60, ge=1, description="prompts a point of a curve, or of a measurement in training")
     eval_batch: int = Field(60, ge=1, description="images sampled, encoded or decoded at a time")
     clip: str = Field("", description="CLIP model that scores photographs, a folder or a hub id; scenes need none")
+    extractors: dict[Literal["Inception", "DINOv2", "CLIP"], Annotated[str, Field(min_length=1)]] = Field(
+        {},
+        description="more distances, on Inception, DINOv2 or CLIP: each with a file, folder or hub id of its weights",
+    )
     eval_every: int = Field(50, ge=1, description="updates between measurements in training")
     eval_seeds: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1, description="seeds of sampling")
     guidance_scales: list[Annotated[float, Field(ge=1)]] = Field(
@@ -252,6 +256,7 @@ EXPECTED = {
     "int_type": "a whole number",
     "string_type": "text",
     "list_type": "a list",
+    "dict_type": "a mapping",
     "string_pattern_mismatch": "{description}",
     "string_too_short": "{description}",
     "too_short": "at least one value",

@@ -1,5 +1,6 @@
 """The ledger of claims: every verdict that a rule names can come out, and what is wrong is said in one line."""
 
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -16,17 +17,23 @@ LEDGER = {claim.id: claim for claim in claims.load()}
 HALF = {"batch_1": 60, "batch_16": 50}, {"partly": {"batch_16": 49.9}, "not reproduced": {"batch_1": 49, "batch_16": 9}}
 KEPT = (
     {"teacher": 80, "teacher_sd": 0.3, "student": 80.5, "student_sd": 0.4, "unguided": 100},
-    {"partly": {"student": 82.5}, "not reproduced": {"student": 83.5}},
+    {"too_coarse": {"student": 82.5}, "not reproduced": {"student": 83.5}},
 )
 AGAINST_COPY = (
     {"copied": 80, "copied_sd": 0.3, "student": 80.5, "student_sd": 0.4, "teacher": 80, "unguided": 100},
-    {"partly": {"student": 82.5}, "not reproduced": {"student": 83.5}},
+    {"too_coarse": {"student": 82.5}, "not reproduced": {"student": 83.5}},
 )
 ORDER_OF_LCM = {"lcm_8k": 93, "lcm_8k_sd": 0.8, "lcm_30k": 90, "lcm_30k_sd": 0.6}
 CASES = {
     "inference-time-40-percent": (
-        {"saving_percent": 40, "student_slowest": 0.7, "teacher_fastest": 0.9, "in_pytorch_percent": 30},
-        {"partly": {"saving_percent": 39.9}, "not reproduced": {"student_slowest": 0.91}},
+        {
+            "saving_percent": 43,
+            "least_percent": 40,
+            "student_slowest": 0.5,
+            "teacher_fastest": 0.9,
+            "in_pytorch_percent": 30,
+        },
+        {"partly": {"least_percent": 39.9}, "not reproduced": {"student_slowest": 0.91}},
     ),
     "memory-half-training": HALF,
     "memory-half-inference": HALF,
@@ -39,22 +46,33 @@ CASES = {
     "quality-kept": KEPT,
     "alignment-kept": (
         {"teacher": 98, "teacher_sd": 0.3, "student": 97.5, "student_sd": 0.4, "unguided": 78},
-        {"partly": {"student": 95.5}, "not reproduced": {"student": 94.5}},
+        {"too_coarse": {"student": 95.5}, "not reproduced": {"student": 94.5}},
     ),
     "finetune-fid-below-base": (
         {"base": 90, "base_sd": 0.8, "rank_4": 87, "rank_4_sd": 0.6, "rank_16": 80, "rank_16_sd": 0.6},
-        {"partly": {"rank_4": 88.1}, "not reproduced": {"rank_4": 88.1, "rank_16": 88.1}},
+        {
+            "partly": {"rank_4": 88.1},
+            "too_coarse": {"rank_4": 88.1, "rank_16": 88.1},
+            "not reproduced": {"rank_4": 91, "rank_16": 91},
+        },
     ),
     "lcm-lora-fid-above-base": (
         {"base": 80, "base_sd": 0.8, **ORDER_OF_LCM},
-        {"partly": {"lcm_30k": 81.9}, "not reproduced": {"lcm_8k": 81.9, "lcm_30k": 81.9}},
+        {
+            "partly": {"lcm_30k": 81.9},
+            "too_coarse": {"lcm_8k": 81.9, "lcm_30k": 81.9},
+            "not reproduced": {"lcm_8k": 79, "lcm_30k": 79},
+        },
     ),
-    "larger-data-better": (ORDER_OF_LCM, {"partly": {"lcm_30k": 91.1}, "not reproduced": {"lcm_30k": 92.5}}),
+    "larger-data-better": (ORDER_OF_LCM, {"too_coarse": {"lcm_30k": 91.1}, "not reproduced": {"lcm_30k": 93.5}}),
     "lcm-lora-2-4-times-faster": (
-        {"times_faster": 2.7},
-        {"partly": {"times_faster": 2.4}, "not reproduced": {"times_faster": 1.05}},
+        {"base": 0.27, "base_fastest": 0.26, "lcm": 0.1, "lcm_slowest": 0.105},
+        {"partly": {"base_fastest": 0.25}, "not reproduced": {"base_fastest": 0.1}},
     ),
-    "larger-data-faster": ({"passes_8k": 4, "passes_30k": 3}, {"not reproduced": {"passes_30k": 4}}),
+    "larger-data-faster": (
+        {"small": 0.1, "small_fastest": 0.09, "large": 0.08, "large_slowest": 0.085},
+        {"not reproduced": {"large_slowest": 0.091}},
+    ),
     "memory-training-on-gpu": (
         {"conventional_1": 20, "conventional_16": 36, "shared_1": 6, "shared_16": 18},
         {"partly": {"shared_16": 24}, "not reproduced": {"shared_1": 11, "shared_16": 24}},
@@ -70,27 +88,31 @@ CASES = {
     "distance-against-standard-distillation": AGAINST_COPY,
     "inception-score-kept": (
         {"teacher": 10, "teacher_sd": 0.03, "student": 9.9, "student_sd": 0.04},
-        {"partly": {"student": 9.45}, "not reproduced": {"student": 9.3}},
+        {"too_coarse": {"student": 9.45}, "not reproduced": {"student": 9.3}},
     ),
     "alignment-against-standard-distillation": (
         {"copied": 98, "copied_sd": 0.3, "student": 97.5, "student_sd": 0.4, "teacher": 98, "unguided": 78},
-        {"partly": {"student": 95.5}, "not reproduced": {"student": 94.5}},
+        {"too_coarse": {"student": 95.5}, "not reproduced": {"student": 94.5}},
     ),
     "time-over-batch-and-resolution": (
         {"least": 40, "middle": 42, "most": 45},
-        {"partly": {"least": 5, "middle": 20}, "not reproduced": {"least": 5, "middle": 19}},
+        {"partly": {"least": 39.9}, "not reproduced": {"least": 30, "middle": 35, "most": 39.9}},
+    ),
+    "time-against-standard-distillation": (
+        {"copied": 0.1, "copied_slowest": 0.11, "student": 0.105, "student_fastest": 0.1},
+        {"partly": {"student_fastest": 0.111}, "not reproduced": {"student": 0.121}},
     ),
     "lcm-lora-time-over-batch-and-resolution": (
         {"least_saved": 60, "most_saved": 90},
-        {"partly": {"least_saved": 30}, "not reproduced": {"least_saved": 30, "most_saved": 60}},
+        {"partly": {"least_saved": 58}, "not reproduced": {"least_saved": 30, "most_saved": 58}},
     ),
     "lcm-lora-alignment": (
         {"base": 98, "base_sd": 0.3, "lcm": 97.5, "lcm_sd": 0.4, "untrained": 78},
-        {"partly": {"lcm": 95.5}, "not reproduced": {"lcm": 94.5}},
+        {"too_coarse": {"lcm": 95.5}, "not reproduced": {"lcm": 94.5}},
     ),
     "lcm-lora-against-untrained": (
         {"untrained": 90, "untrained_sd": 0.8, "lcm": 93, "lcm_sd": 0.6},
-        {"partly": {"lcm": 91.9}, "not reproduced": {"lcm": 90.5}},
+        {"too_coarse": {"lcm": 91.9}, "not reproduced": {"lcm": 88.5}},
     ),
 }
 RULED = [(name, verdict, base | more) for name, (base, others) in CASES.items()
@@ -116,7 +138,8 @@ def write_tables(claim, values: dict[str, float], folder: Path) -> None:
 def test_every_verdict_can_come_out(name, verdict, values, tmp_path):
     write_tables(LEDGER[name], values, tmp_path / "cpu")
     judged = claims.judge(LEDGER[name], tmp_path / "cpu")
-    assert judged.verdict == verdict, (judged.why, judged.quantities)
+    assert judged.verdict == verdict.replace("too_coarse", "not testable here"), (judged.why, judged.quantities)
+    assert judged.here.endswith(": too coarse to tell") == (verdict == "too_coarse")
     assert judged.quantities.items() >= values.items() and judged.here and judged.why
 
 
@@ -129,13 +152,16 @@ def test_every_rule_has_its_cases():
 def test_every_quantity_is_used():
     for claim in LEDGER.values():
         text = " ".join([*claim.derived.values(), *claim.rules.values(), claim.here])
-        assert not [name for name in (claim.measured | claim.derived) if name not in text], claim.id
+        assert not [name for name in claim.measured | claim.derived if not re.search(rf"\b{name}\b", text)], claim.id
 
 
 def test_quality_is_ruled_with_its_spread():
     spreads = {"all_correct": "all_correct_sd", "alignment": "alignment_sd", "content": "content_sd"}
     spreads = {f"{name}_percent": sd for name, sd in spreads.items()}
-    spreads |= {"fd_efficientnet_lite0": "fd_sd", "is_efficientnet_lite0": "is_sd"}
+    spreads |= {
+        "fd_efficientnet_lite0": "fd_efficientnet_lite0_sd",
+        "is_efficientnet_lite0": "is_efficientnet_lite0_sd",
+    }
     for claim in LEDGER.values():
         columns = {q.column for q in claim.measured.values()}
         assert columns >= {spreads[column] for column in columns & spreads.keys()}, claim.id
@@ -174,7 +200,11 @@ class TestTables:
     @pytest.mark.parametrize(
         ("old", "new", "message"),
         [
-            ("fd_sd", "fd_spread", "02_quality.csv has no column 'fd_sd'; it has method, fd_efficientnet_lite0, fd_sp"),
+            (
+                "lite0_sd",
+                "lite0_spread",
+                "has no column 'fd_efficientnet_lite0_sd'; it has method, fd_efficientnet_lite0, fd_",
+            ),
             ("80.5", "much", "02_quality.csv: fd_efficientnet_lite0, method LoRA student: expected numbers"),
             ("no guidance", "LoRA student", "02_quality.csv: 2 rows for method LoRA student; one was expected"),
             ("80.5", "80.5,1,2", "02_quality.csv is no table: "),

@@ -11,7 +11,8 @@ from lora_distill.plots_shared import image_grid
 
 SHARE = {"low": 0.4, "high": 0.6, "n": 100}
 TERMS = {f"{term}_gb": 1.0 for term in plots_memory.COLOURS}
-QUALITY = {"all_correct": 0.5, "fd_efficientnet_lite0": 90.0, **SHARE}
+DISTANCE = {f"fd_efficientnet_lite0{end}": value for end, value in (("", 90.0), ("_low", 88.0), ("_high", 92.0))}
+QUALITY = {"all_correct": 0.5, **DISTANCE, **SHARE}
 ROWS = {
     "00_loss": [{"stage": s, "step": i, "loss": 1 / i} for s in ("vae_crops", "unet") for i in (1, 2)],
     "00_guidance": [
@@ -50,7 +51,8 @@ ROWS = {
         for m, n in (("a", 1), ("a", 2), ("b", 1), ("b", 2), ("teacher", 50))
     ],
     "04_distance": [
-        {"source": s, "method": m, "distance": d, "sd": sd, "floor": f, "metric": "FD"}
+        {"source": s, "method": m, "distance": d, "sd": sd, "floor": f, "metric": "FD",
+         "n": sd and 60, "seeds": sd and 3}
         for s, m, d, sd, f in (("slides", "a", None, None, None), ("slides", "b", 20.0, None, None),
                                ("here", "a", 90.0, 2.0, 30.0), ("here", "b", 80.0, 1.0, 30.0))
     ],
@@ -60,7 +62,8 @@ ROWS = {
         for m, n in (("a", 1), ("b", 2), ("b", 4))
     ],
     "04_saving": [
-        {"resolution": r, "batch": b, "method": m, "saving_percent": 30.0, "bound_percent": 35.0}
+        {"resolution": r, "batch": b, "method": m, "saving_percent": 30.0, "bound_percent": 35.0,
+         "seconds_an_image": 0.7, "lowest": 0.6, "highest": 0.8}
         for r in (64, 96) for b in (1, 4) for m in "ab"
     ],
 }  # fmt: skip
