@@ -21,7 +21,7 @@ Profile = Annotated[str, typer.Option(help="a name in params/, or the path of a 
 @app.command()
 def reproduce(
     profile: Profile = "cpu",
-    force: Annotated[bool, typer.Option("--force", help="run again what is up to date")] = False,
+    force: Annotated[bool, typer.Option("--force", help="reuse nothing: run, train and compute all anew")] = False,
     notebook: Annotated[list[str] | None, typer.Option(help="only this notebook; may be repeated")] = None,
 ) -> None:
     """Run the notebooks in order, print the results and write the report."""

@@ -89,9 +89,8 @@ def scene_dataset(
                 "scene": json.dumps(scene.as_dict()),
             }
 
-    key = cache_key(
-        columns=list(SCENE_FEATURES), world=[style, size, split, seed, share], art=scenes.drawing_fingerprint()
-    )
+    world = [style, size, split, seed, share]
+    key = cache_key(scenes, columns=list(SCENE_FEATURES), world=world, art=scenes.drawing_fingerprint())
     return Dataset.from_generator(rows, features=SCENE_FEATURES, cache_dir=cache_dir, fingerprint=key)
 
 

@@ -11,7 +11,7 @@ from datasets import Dataset
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from lora_distill import scenes
+from lora_distill import diffusion, sampling, scenes
 from lora_distill.captioned import captioned_images
 from lora_distill.pipeline import encode_prompts, fingerprint
 from lora_distill.sampling import Sampler, initial_noise, sample_in_batches
@@ -66,6 +66,7 @@ def teacher_set(
     by the VAE's error.
     """
     key = cache_key(
+        *(diffusion, sampling),
         pipeline=fingerprint(pipe),
         captions=captions,
         sampler=repr(sampler),

@@ -6,6 +6,7 @@ without weights: W0 and every student that is merged into it share one, and brin
 """
 
 import logging
+import sys
 import warnings
 from collections.abc import Container
 from importlib.metadata import version
@@ -112,10 +113,11 @@ def _graph(
     """The module's graph without its weights, exported on first use; it depends on the layers, not on their values."""
     weights = module.state_dict()
     key = cache_key(
+        sys.modules[__name__],
         layers=repr(module),
         shapes={name: list(value.shape) for name, value in weights.items()},
         config=repr(sorted((name, value) for name, value in config.items() if not name.startswith("_"))),
-        versions={name: version(name) for name in ("torch", "diffusers", "onnx", "onnxscript", "onnxruntime")},
+        exporters={name: version(name) for name in ("onnx", "onnxscript")},
     )
 
     def export() -> dict[str, Tensor]:

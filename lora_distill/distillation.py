@@ -1,5 +1,6 @@
 """Guided distillation as an experiment: the paper's method on one W0, and the conventional one on two UNets."""
 
+import sys
 from collections.abc import Callable
 from copy import copy
 from pathlib import Path
@@ -8,14 +9,16 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
+from lora_distill import adapters, data, diffusion, latents, masters, objectives, training
 from lora_distill.adapters import adapter_names, add_adapter, plain_copy, save_adapter
-from lora_distill.data import cache_key, noised_batches
+from lora_distill.data import noised_batches
 from lora_distill.objectives import GuidanceDistillation
 from lora_distill.pipeline import adapter_dtype
 from lora_distill.settings import Settings
-from lora_distill.storage import digest
+from lora_distill.storage import cache_key, digest
 from lora_distill.training import Schedule, train
 
+CODE = (adapters, data, diffusion, latents, masters, objectives, training, sys.modules[__name__])
 Milestones = tuple[int, Callable[[int, StableDiffusionPipeline], dict]]
 
 
@@ -99,9 +102,9 @@ def fit(
 ) -> list[dict]:
     """Train in a folder of its own for all that decides the result, so that only like continues like; the log.
 
-    `depends_on` is what, beside the plan, makes the result another one.
+    `depends_on` is what, beside the plan and the code of the training, makes the result another one.
     """
-    key = cache_key(plan=repr(plan), **depends_on)
+    key = cache_key(*CODE, plan=repr(plan), **depends_on)
     milestones = each and (each[0], lambda step: each[1](step, student_pipe))
     run = folder / f"{title.replace(' ', '_')}-{key}"
     return train(objective, draw_batch, plan, run, device=student_pipe.device, each=milestones, title=title)

@@ -1,6 +1,5 @@
 """One judge for every sampler: the same prompts, the same noise, the same measure of alignment and reference images."""
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -12,14 +11,13 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from lora_distill import distances, sampling, scenes
+from lora_distill import diffusion, distances, sampling, scenes
 from lora_distill.captioned import captioned_images
 from lora_distill.data import Prompts, captioned_prompts, scene_prompts
 from lora_distill.extractors import LAYERS, Features
 from lora_distill.latents import Framing, views
 from lora_distill.metrics import FrechetDistance, Proportion, Score, clip_score, compare, prompt_alignment
 from lora_distill.pipeline import decode_latents, encode_prompts, fingerprint, to_uint8
-from lora_distill.provenance import versions
 from lora_distill.sampling import Sampler, initial_noise, sample_in_batches
 from lora_distill.settings import Settings
 from lora_distill.storage import cache_key, cached, load_tensors, save_tensors
@@ -84,14 +82,12 @@ class Judge:
 
         if self.cache_dir is None or sampler.adapter:  # an adapter that plays may still be in training
             return make()["latents"]
-        config = sorted((name, value) for name, value in pipe.unet.config.items() if not name.startswith("_"))
         key = cache_key(
-            pipeline=[fingerprint(pipe), repr(config), type(pipe.unet).__name__, pipe.unet.device.type],
+            *(diffusion, sampling),
+            pipeline=[fingerprint(pipe), type(pipe.unet).__name__, pipe.unet.device.type],
             captions=self.prompts.captions,
             sampler=repr(sampler),
             seed=seed,
-            source=hashlib.sha256(Path(sampling.__file__).read_bytes()).hexdigest(),
-            versions=versions(),
         )
         return cached(self.cache_dir, "judged", key, make)["latents"].to(pipe.unet.device)
 

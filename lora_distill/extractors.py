@@ -5,6 +5,7 @@ folder or the hub. Images go through in batches and only their rows are kept.
 """
 
 import hashlib
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -289,7 +290,7 @@ def cached_features(
 ) -> Features:
     """`extract` for reference images, kept in `cache_dir`/features-*.safetensors; a damaged file is made again.
 
-    The key holds the images' bytes, the weights, the layers and this module's source, so `images` are gone through
+    The key holds the images' bytes, the weights and the layers, so `images` are gone through
     twice: a list or another iterable that can start again. Raises ValueError for one that cannot.
     """
     if isinstance(images, Iterator):
@@ -300,10 +301,10 @@ def cached_features(
         for image in array:
             sha.update(str(image.shape).encode() + image.tobytes())
     key = cache_key(
+        sys.modules[__name__],
         images=sha.hexdigest(),
         extractor=[extractor.name, extractor.input_size, digest(extractor.state_dict())],
         layers=layers,
-        source=hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
     )
     return Features(extractor.name, cached(cache_dir, "features", key, lambda: extract(extractor, images, layers).rows))
 

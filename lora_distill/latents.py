@@ -10,6 +10,7 @@ images of Flickr8k, 19 GB for the 29,000 of Flickr30k, nine tenths of it caption
 """
 
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -80,6 +81,7 @@ def encode_images(
     vae, text_encoder, tokenizer = pipe.vae, pipe.text_encoder, pipe.tokenizer
 
     images_key = cache_key(
+        sys.modules[__name__],
         images=list(image_digests(dataset)),
         framing=asdict(framing),
         vae=digest(vae.state_dict()),
@@ -91,6 +93,7 @@ def encode_images(
         cache_dir / f"posteriors-{images_key}.npy", shape, lambda: _posteriors(pipe, dataset, framing, batch_size)
     )
     captions_key = cache_key(
+        sys.modules[__name__],
         captions=captions,
         text_encoder=digest(text_encoder.state_dict()),
         tokenizer=[tokenizer.get_vocab(), tokenizer.model_max_length],

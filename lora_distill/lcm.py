@@ -3,6 +3,7 @@
 One W0 is teacher and base of every adapter; only the full LCM is a second UNet.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from lora_distill.latents import EncodedImages, consistency_batches, image_batch
 from lora_distill.objectives import ConsistencyDistillation, ConsistencyMimicry, Denoising
 from lora_distill.pipeline import adapter_dtype, encode_prompts, fingerprint
 from lora_distill.settings import Settings
-from lora_distill.storage import digest
+from lora_distill.storage import digest, source_digest
 from lora_distill.training import Schedule
 
 W_EMBEDDING = 256  # features of w, as in the public LCM
@@ -92,7 +93,7 @@ def finetune_lora(
     objective = Denoising(pipe.unet, pipe.scheduler)
     draw_batch = image_batches(images, pipe.scheduler.config.num_train_timesteps)
     plan = replace(_plan(settings, settings.finetune_learning_rate), steps=settings.finetune_steps, ema_decay=0.0)
-    key = {"pipeline": fingerprint(pipe), "images": images.key, "rank": rank, "targets": targets}
+    key = {"pipeline": fingerprint(pipe), "images": images.key, "rank": rank, "targets": targets, "code": _code()}
     return _fit_adapter(name, objective, draw_batch, pipe, plan, folder, each, **key)
 
 
@@ -139,4 +140,9 @@ def _plan(settings: Settings, learning_rate: float) -> Schedule:
 def _key(pipe: StableDiffusionPipeline, images: EncodedImages, settings: Settings) -> dict:
     """What decides the result of consistency training beside its plan."""
     names = ("guidance_scale", "w_min", "w_max", "ddim_skip", "huber_c", "lcm_rank", "lcm_targets")
-    return {"pipeline": fingerprint(pipe), "images": images.key, **{name: getattr(settings, name) for name in names}}
+    values = {name: getattr(settings, name) for name in names}
+    return {"pipeline": fingerprint(pipe), "images": images.key, "code": _code(), **values}
+
+
+def _code() -> str:
+    return source_digest(sys.modules[__name__])

@@ -2,8 +2,9 @@
 
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import diffusers.utils.logging
 import numpy as np
@@ -12,7 +13,7 @@ import transformers.utils.logging
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizer, PretrainedConfig
 
 from lora_distill.provenance import atomic_write
 from lora_distill.shapes import BUNDLED, SD15_SHAPE, stable_diffusion_15
@@ -78,7 +79,7 @@ def choose_device(device: str) -> str:
 
 
 def fingerprint(pipe: StableDiffusionPipeline) -> str:
-    """A digest of everything that decides what a pipeline makes: weights, tokenizer and scheduler settings."""
+    """A digest of everything that decides what a pipeline makes: weights, configurations and tokenizer."""
     modules = {"unet": pipe.unet, "vae": pipe.vae, "text_encoder": pipe.text_encoder}
     weights = {
         f"{name}.{key}": value
@@ -86,9 +87,17 @@ def fingerprint(pipe: StableDiffusionPipeline) -> str:
         for key, value in module.state_dict().items()
         if "lora_" not in key
     }
-    settings = repr((sorted(pipe.scheduler.config.items(), key=str), sorted(pipe.tokenizer.get_vocab().items())))
+    configs = [pipe.scheduler.config, *(module.config for module in modules.values())]
+    settings = repr((sorted(pipe.tokenizer.get_vocab().items()), [_plain(config) for config in configs]))
     text = torch.frombuffer(bytearray(settings.encode()), dtype=torch.uint8)
     return digest({key.replace(".base_layer", ""): value for key, value in weights.items()} | {"settings": text})
+
+
+def _plain(config: Mapping[str, Any] | PretrainedConfig) -> list[tuple[str, str]]:
+    """What a configuration says of the model, without where it was loaded from and by which version."""
+    values = config.to_dict() if isinstance(config, PretrainedConfig) else config
+    passing = {"transformers_version", "dtype"}  # weights are digested as they are
+    return sorted((name, str(value)) for name, value in values.items() if name[0] != "_" and name not in passing)
 
 
 def encode_prompts(pipe: StableDiffusionPipeline, prompts: list[str], batch_size: int = 128) -> Tensor:

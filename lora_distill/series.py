@@ -45,10 +45,14 @@ class SeriesError(RuntimeError):
 def reproduce(profile: str | Path, *, force: bool = False, names: Sequence[str] = ()) -> None:
     """Run the series, or the notebooks named, with the settings of a profile; print the results; write the report.
 
-    Raises `SettingsError` before anything runs, `SeriesError` at the first notebook that fails.
+    With `force` nothing is reused: neither finished notebooks nor the trainings and caches of the run folder. Raises
+    `SettingsError` before anything runs, `SeriesError` at the first notebook that fails.
     """
     settings = load_settings(profile)
     folder = run_dir(settings)
+    if force:
+        for kept in [path for path in folder.glob("*") if path.is_dir()]:
+            shutil.rmtree(kept)
     started = now()
     notebooks = {path.stem: run(path, settings, folder, force=force) for path in select(all_notebooks(), names)}
     account = manifest(settings, started=started, notebooks=notebooks)
@@ -111,7 +115,8 @@ def run(path: Path, settings: Settings, folder: Path, *, force: bool = False) ->
     stamp_path = folder / f"{path.stem}.stamp.json"
     stamp = read_stamp(stamp_path)
     key = run_key(path, settings, folder, stamp.get("settings_read"))
-    if not force and stamp.get("key") == key and (folder / path.name).exists():
+    tables = tables_digest(path.name[:2], figures_dir(settings))
+    if not force and (stamp.get("key"), stamp.get("tables")) == (key, tables) and (folder / path.name).exists():
         print(f"{path.stem}: up to date")
         return stamp
     stamp_path.unlink(missing_ok=True)  # what a failed run leaves behind is nobody's result
@@ -121,7 +126,8 @@ def run(path: Path, settings: Settings, folder: Path, *, force: bool = False) ->
     seconds = round(time.perf_counter() - clock, 1)
     print(f"{path.stem}: done in {seconds:.0f} s")
     stamp = {"key": run_key(path, settings, folder, settings_read), "settings_read": settings_read}
-    stamp |= {"finished": now(), "seconds": seconds, "peak_memory_mb": _peak_memory_mb()}
+    stamp |= {"tables": tables_digest(path.name[:2], figures_dir(settings))}
+    stamp |= {"finished": now(), "seconds": seconds, "peak_memory_mb_so_far": _peak_memory_mb()}
     atomic_write(stamp_path, json.dumps(stamp, indent=2) + "\n")
     return stamp
 
@@ -163,6 +169,14 @@ def run_key(path: Path, settings: Settings, folder: Path, settings_read: Sequenc
     for number in sorted(numbers_named(notebook) - {path.name[:2], PRETRAINING}):
         for stamp in sorted(folder.glob(f"{number}_*.stamp.json")):
             sha.update(stamp.read_bytes())
+    return sha.hexdigest()
+
+
+def tables_digest(number: str, folder: Path) -> str:
+    """SHA-256 over the tables and results that the notebook of a number left beside its figures."""
+    sha = hashlib.sha256()
+    for file in sorted([*folder.glob(f"{number}_*.csv"), *folder.glob(f"{number}_*.json")]):
+        sha.update(file.name.encode() + file.read_bytes())
     return sha.hexdigest()
 
 

@@ -6,13 +6,15 @@ import os
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from lora_distill.provenance import atomic_write
+from lora_distill.provenance import atomic_write, versions
 
 
 class DamagedFileError(ValueError):
@@ -28,9 +30,15 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
     return sha.hexdigest()
 
 
-def cache_key(**parts) -> str:
-    """A digest of everything a cached file depends on."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+def source_digest(*modules: ModuleType) -> str:
+    """SHA-256 over the source of modules."""
+    return hashlib.sha256(b"".join(Path(module.__file__).read_bytes() for module in modules)).hexdigest()
+
+
+def cache_key(*modules: ModuleType, **parts: Any) -> str:
+    """A digest of all that a cached file depends on: `parts`, the code of the modules that make it, all versions."""
+    depends_on = {"parts": parts, "source": source_digest(*modules), "versions": versions()}
+    return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:

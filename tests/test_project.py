@@ -5,10 +5,11 @@ import subprocess
 import tomllib
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
 
-from lora_distill.series import with_results
+from lora_distill.series import code_cells, with_results
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -64,6 +65,23 @@ def test_files_that_are_linked_exist(name):
     links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text())
     local = [link for link in links if "://" not in link]
     assert local and not [link for link in local if not (page.parent / link).exists()]
+
+
+def test_the_map_names_the_cells_that_make_or_show_what_it_links():
+    sources = {
+        path.name[:2]: [cell.source for cell in code_cells(nbformat.read(path, 4))]
+        for path in (ROOT / "notebooks").glob("*.ipynb")
+    }
+    lines = (ROOT / "docs" / "map.md").read_text().splitlines()
+    rows = [line.split(" | ") for line in lines if re.search(r"\| .*\bsections? \d", line)]
+    assert len(rows) > 20
+    for what, where, files in rows:
+        cells = [
+            sources[part.strip(" [")[:2]][int(cell) - 1]
+            for part in where.split(";")
+            for cell in re.findall(r"\[(\d+)\]", part.partition(",")[2])
+        ]
+        assert cells and all(name in "".join(cells) for name in re.findall(r"\[`(\d\d_\w+)\.", files)), what
 
 
 def test_licences_are_shipped():

@@ -77,6 +77,23 @@ class TestReuse:
         rerun(executed)
         assert rerun(executed, force=True) == ["01_first", "02_second"]
 
+    def test_force_reuses_no_training_and_no_cache(self, executed, checkout):
+        folder = checkout / "runs" / "cpu"
+        for kept in ("cache/teacher-1.safetensors", "lora-1/checkpoint.safetensors", "student.safetensors"):
+            provenance.atomic_write(folder / kept, "")
+        rerun(executed)
+        assert (folder / "cache").is_dir() and (folder / "lora-1").is_dir()
+        rerun(executed, force=True, names=["02_second"])
+        assert sorted(path.name for path in folder.glob("*.safetensors")) == ["student.safetensors"]
+        assert not (folder / "cache").exists() and not (folder / "lora-1").exists()
+
+    def test_tables_that_are_no_longer_what_it_left(self, executed, checkout):
+        rerun(executed)
+        provenance.atomic_write(checkout / "figures" / "cpu" / "02_table.csv", "a\n1\n")
+        assert rerun(executed) == ["02_second"]
+        (checkout / "figures" / "cpu" / "02_table.csv").unlink()
+        assert rerun(executed) == ["02_second"]
+
     def test_changed_setting(self, executed, checkout):
         rerun(executed)
         (checkout / "params" / "cpu.yaml").write_text("profile: cpu\nseed: 1\n")

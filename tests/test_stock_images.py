@@ -35,6 +35,17 @@ def test_the_fingerprint_changes_with_one_weight_of(bundle, part):
     assert changed != before
 
 
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [("unet", {"act_fn": "gelu"}), ("vae", {"scaling_factor": 0.5}), ("scheduler", {"prediction_type": "epsilon"})],
+)
+def test_the_fingerprint_changes_with_the_configuration_of(part, change):
+    pipe = load_pipeline("bundled")
+    before = fingerprint(pipe)
+    getattr(pipe, part).register_to_config(**change)
+    assert fingerprint(pipe) != before
+
+
 def test_the_fingerprint_is_the_same_each_time_it_is_loaded(bundle):
     assert fingerprint(load_pipeline("bundled")) == fingerprint(bundle)
 
