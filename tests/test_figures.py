@@ -16,7 +16,7 @@ from lora_distill.plots import FIGURES
 from lora_distill.settings import Settings
 
 ROOT = Path(__file__).parents[1]
-COMMITTED = ROOT / "figures" / "cpu"
+COMMITTED = [ROOT / "figures" / profile for profile in ("cpu", "full")]
 ROWS = [{"timestep": 19, "relative_difference": 0.25}, {"timestep": 89, "relative_difference": 0.5}]
 GRID = figures.grid_rows(["w = 1", "w = 3"], ["a lion, 5 $", "a bus\nand a tree", "an owl"])
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)
@@ -158,17 +158,19 @@ def test_the_interval_is_wilsons():
     assert figures.interval(proportion) == dict(zip(("low", "high", "n"), (*proportion.interval, 10), strict=True))
 
 
-def test_committed_figures_are_those_of_the_list():
+@pytest.mark.parametrize("committed", COMMITTED, ids=lambda folder: folder.name)
+def test_committed_figures_are_those_of_the_list(committed):
     """All figures of every notebook that was run, and nothing that no longer is one."""
-    drawn = {path.stem for path in COMMITTED.glob("*.svg")}
-    assert drawn == figures.read_provenance(COMMITTED).keys()
+    drawn = {path.stem for path in committed.glob("*.svg")}
+    assert drawn == figures.read_provenance(committed).keys()
     assert drawn == {name for name in FIGURES if name[:2] in {each[:2] for each in drawn}}
 
 
-def test_committed_figures_can_be_drawn_again(checkout):
+@pytest.mark.parametrize("committed", COMMITTED, ids=lambda folder: folder.name)
+def test_committed_figures_can_be_drawn_again(checkout, committed):
     folder = checkout / "figures" / "cpu"
     folder.mkdir(parents=True)
-    for path in COMMITTED.iterdir():
+    for path in committed.iterdir():
         if path.suffix in {".csv", ".json"} or path.stem.endswith("_images"):
             (folder / path.name).write_bytes(path.read_bytes())
-    assert len(figures.redraw("cpu")) == len(list(COMMITTED.glob("*.svg")))
+    assert len(figures.redraw("cpu")) == len(list(committed.glob("*.svg")))

@@ -11,8 +11,9 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from lora_distill import scenes
+from lora_distill.data import scene_prompts
 from lora_distill.distances import frechet_distance, kernel_distance
-from lora_distill.evaluation import drawn
+from lora_distill.evaluation import Judge, drawn, further_distances, load_images, save_images
 from lora_distill.extractors import EfficientNetLite0, Features, extract
 from lora_distill.metrics import (
     FrechetDistance,
@@ -29,6 +30,7 @@ from lora_distill.metrics import (
     real_floor,
 )
 from lora_distill.pipeline import load_pipeline
+from lora_distill.sampling import Sampler
 
 
 def test_wilsons_interval_has_the_bounds_that_solve_its_equation():
@@ -123,6 +125,70 @@ def test_the_distance_is_frechets_on_features_of_saved_images(features, tmp_path
     assert compare(features["fluent"], features["reference"])["FD-EfficientNet-Lite0"].value == pytest.approx(
         expected, rel=1e-4
     )
+
+
+def plainly_read(image: np.ndarray) -> tuple:
+    """(style, first, second, axis, background) of an image, each sprite compared with each window of it in numpy."""
+    background = np.sort(np.concatenate([image[:2], image[-2:]]).reshape(-1, 3), axis=0)[(4 * 64 - 1) // 2]
+    name = min(scenes.BACKGROUNDS, key=lambda name: np.linalg.norm(background - np.array(scenes.BACKGROUNDS[name])))
+    left = (image - background.astype(float)) / 255
+    size = scenes.SPRITE_SIZE
+    windows = np.lib.stride_tricks.sliding_window_view(left, (size, size, 3)).reshape(65 - size, 65 - size, -1)
+    errors = {}
+    for style in scenes.STYLES:
+        for kind, rgba in zip(scenes.KINDS, scenes.sprites(style).astype(float), strict=True):
+            sprite = (rgba[..., :3] - rgba[..., 3:] * np.array(scenes.BACKGROUNDS[name]) / 255).ravel()
+            squares = (windows**2).sum(-1) - 2 * windows @ sprite + (sprite**2).sum()
+            errors[style, kind] = squares / (sprite**2).sum()
+    seen = []
+    for _ in range(2):
+        best = min(errors, key=lambda sprite: errors[sprite].min())
+        y, x = np.unravel_index(errors[best].argmin(), errors[best].shape)
+        if errors[best].min() <= 0.35:
+            seen.append((*best, int(x), int(y)))
+        for error in errors.values():
+            error[max(0, y - size + 6) : y + size - 5, max(0, x - size + 6) : x + size - 5] = np.inf
+    if len(seen) < 2:
+        return (None,) * 4 + (name,)
+    (_, _, x0, y0), (_, _, x1, y1) = seen
+    axis = "horizontal" if abs(x1 - x0) > abs(y1 - y0) else "vertical"
+    first, second = sorted(seen, key=lambda sprite: sprite[2 if axis == "horizontal" else 3])
+    return first[0] if first[0] == second[0] else None, first[1], second[1], axis, name
+
+
+def test_the_numbers_of_a_run_follow_from_the_images_that_it_saved(bundle, tmp_path):
+    """What the judge said of a sampler, counted and computed again by plain code from the file of its images."""
+    prompts, real = scene_prompts("noto", "test", 10, seed=0), drawn("noto", "test", 150, seed=1)
+    said = Judge(bundle, prompts, real)(Sampler(4), seed=0)
+    save_images(tmp_path, "02_x", {"teacher": [said]})
+    (images,) = load_images(tmp_path, "02_x")["teacher"]
+
+    read = [plainly_read(image) for image in images]
+    asked = [(scene.style, scene.first, scene.second, scene.axis, scene.background) for scene in prompts.scenes]
+    count = sum(one == other for one, other in zip(read, asked, strict=True))
+    assert 0 < count < 10 and said.all_correct.value == count / 10
+
+    network = EfficientNetLite0()
+    with torch.no_grad():
+        rows, others = (
+            network(torch.from_numpy(array).permute(0, 3, 1, 2), ["block10"])["block10"].double().numpy()
+            for array in (images, real)
+        )
+    assert said.frechet_distance == pytest.approx(plain_frechet(rows, others), rel=1e-4)
+
+
+def test_further_distances_are_those_of_each_seed_on_average():
+    reference = drawn("noto", "val", 40, seed=0)
+    seeds = [drawn("fluent", "val", 40, seed=i) for i in (1, 2)]
+    rows = further_distances({"base": seeds}, reference, {"EfficientNet-Lite0": ""})
+    by_metric = {row["metric"]: row for row in rows}
+    network = EfficientNetLite0()
+    features = [extract(network, images) for images in seeds]
+    values = [compare(one, extract(network, reference))["KID-EfficientNet-Lite0"].value for one in features]
+    found = by_metric["KID-EfficientNet-Lite0"]
+    assert (found["value"], found["sd"]) == pytest.approx((np.mean(values), np.std(values)))
+    assert (found["method"], found["n"], found["seeds"], found["reference_n"]) == ("base", 40, 2, 40)
+    assert by_metric.keys() >= {"FD-EfficientNet-Lite0", "recall-EfficientNet-Lite0"}
 
 
 def test_a_distance_to_a_fixed_reference_can_be_asked_again(features):
