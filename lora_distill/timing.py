@@ -168,7 +168,7 @@ def compare_times(rows: list[dict], baseline: str, unet_seconds: dict[int, dict[
 
 
 def saving_bound(unet_share: float, rho: float) -> float:
-    """The part of the time per image that one pass saves against two in the UNet, the most there is: f (1 - rho).
+    """The part of the time per image that one UNet pass is expected to save against two: f (1 - rho).
 
     f = `unet_share` is the UNet's part of the teacher's time, rho = t(B) / t(2B) the seconds of a UNet forward on B
     images over those on 2B, which is what guidance runs. Amdahl's law (Amdahl 1967) with a part f that becomes
