@@ -60,7 +60,7 @@ def pareto_front(rows: Rows) -> Figure:
     figure, ax = plt.subplots(figsize=(WIDTH, 3.8))
     methods = grouped(rows, "method")
     for index, (method, points) in enumerate(methods.items()):
-        aside = 2 ** (0.035 * (index - len(methods) / 2))  # points of one number of evaluations stand side by side
+        aside = 2 ** (0.015 * (index - len(methods) / 2))  # points of one number of evaluations stand side by side
         shifted = [{**row, "unet_passes": aside * row["unet_passes"]} for row in points]
         style = {"linestyle": "-" if points[0]["trained"] else ":", "elinewidth": 0.9, **STYLES.get(method, {})}
         share_with_interval(ax, shifted, "unet_passes", "content", label=method, **style)
