@@ -25,7 +25,7 @@ def reproduce(
     notebook: Annotated[list[str] | None, typer.Option(help="only this notebook; may be repeated")] = None,
 ) -> None:
     """Run the notebooks in order, print the results and write the report."""
-    from lora_distill import series
+    from lora_distill.publish import series
 
     series.reproduce(profile, force=force, names=notebook or ())
 
@@ -33,7 +33,7 @@ def reproduce(
 @app.command()
 def prepare(profile: Profile = "smoke") -> None:
     """Write the notebooks with a profile's settings put in, not run, into build/notebooks."""
-    from lora_distill import series
+    from lora_distill.publish import series
 
     print(series.prepare(profile))
 
@@ -41,7 +41,7 @@ def prepare(profile: Profile = "smoke") -> None:
 @app.command()
 def notebooks(profile: Profile = "cpu") -> None:
     """Run all notebooks and put their outputs into the committed ones."""
-    from lora_distill import series
+    from lora_distill.publish import series
 
     series.commit_outputs(profile)
 
@@ -49,7 +49,7 @@ def notebooks(profile: Profile = "cpu") -> None:
 @app.command()
 def readme(profile: Profile = "full") -> None:
     """Put the results and verdicts of a profile into the README, without running anything."""
-    from lora_distill import series
+    from lora_distill.publish import series
 
     print(series.write_readme(profile))
 
@@ -61,7 +61,7 @@ def figures(profile: Profile = "cpu") -> None:
 
     matplotlib.use("Agg")  # a desktop's backend would open a window for each
 
-    from lora_distill import figures as saved
+    from lora_distill.publish import figures as saved
 
     for path in saved.redraw(profile):
         print(os.path.relpath(path))
@@ -70,8 +70,8 @@ def figures(profile: Profile = "cpu") -> None:
 @app.command()
 def report(profile: Profile = "cpu") -> None:
     """Write the notebooks that ran, with their contents and results, as HTML that needs no network."""
-    from lora_distill import report as pages
-    from lora_distill.series import results_table
+    from lora_distill.publish import report as pages
+    from lora_distill.publish.series import results_table
     from lora_distill.settings import figures_dir, load_settings, run_dir
 
     checked = load_settings(profile)
@@ -93,11 +93,11 @@ def distill(profile: Profile = "cpu") -> None:
     """Distil guidance into a LoRA on one W0 and write the LoRA file, which stock diffusers loads."""
     import torch
 
-    from lora_distill.data import teacher_set, training_captions
-    from lora_distill.distillation import distil_lora, lora_file
+    from lora_distill.data.teacher import teacher_set, training_captions
     from lora_distill.pipeline import choose_device, load_pipeline
     from lora_distill.sampling import Sampler
     from lora_distill.settings import load_settings, run_dir
+    from lora_distill.train.recipes import distil_lora, lora_file
 
     checked = load_settings(profile)
     folder = run_dir(checked)
@@ -137,18 +137,18 @@ def sample(
 @app.command()
 def memory(profile: Profile = "sd15-shape") -> None:
     """Write the peak memory of every scheme: on paper, simulated, and measured when there is a GPU."""
-    from lora_distill import memory_report
+    from lora_distill.memory import report
     from lora_distill.pipeline import choose_device
     from lora_distill.settings import load_settings
 
     checked = load_settings(profile)
-    print("\n".join(memory_report.write(checked, choose_device(checked.device))))
+    print("\n".join(report.write(checked, choose_device(checked.device))))
 
 
 @app.command()
 def claims(profile: Profile = "cpu") -> None:
     """Print what a profile's results say about every claim of the two works."""
-    from lora_distill import claims as ledger
+    from lora_distill.publish import claims as ledger
     from lora_distill.settings import figures_dir, load_settings
 
     print(ledger.as_text(ledger.ledger(figures_dir(load_settings(profile)))))
@@ -162,13 +162,13 @@ def pretrain(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:
     """Train the bundled pipeline from nothing; interrupted, it goes on where it stopped."""
-    from lora_distill import pretraining
     from lora_distill.pipeline import choose_device
+    from lora_distill.pretrain import text_to_image
 
-    if preset not in pretraining.PRESETS:
-        raise ValueError(f"no preset {preset!r}; there are {', '.join(pretraining.PRESETS)}")
-    pretraining.pretrain(
-        pretraining.PRESETS[preset], out, out.with_name(f"{out.name}-work"), seed, choose_device(device)
+    if preset not in text_to_image.PRESETS:
+        raise ValueError(f"no preset {preset!r}; there are {', '.join(text_to_image.PRESETS)}")
+    text_to_image.pretrain(
+        text_to_image.PRESETS[preset], out, out.with_name(f"{out.name}-work"), seed, choose_device(device)
     )
     print(out)
 
@@ -179,8 +179,8 @@ def model_card(
     count: Annotated[int, typer.Option(min=1, help="test prompts")] = 1000,
 ) -> None:
     """Score a pretrained pipeline on test prompts and write scores.json and its model card."""
-    from lora_distill import model_card as card
     from lora_distill.pipeline import BUNDLED
+    from lora_distill.pretrain import model_card as card
 
     card.write(folder or BUNDLED, count)
     print((folder or BUNDLED) / "README.md")

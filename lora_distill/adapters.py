@@ -17,8 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from lora_distill.provenance import atomic_write
-from lora_distill.storage import DamagedFileError, digest
+from lora_distill.storage import DamagedFileError, atomic_write, digest
 
 TARGETS = {
     "attention": ["to_q", "to_k", "to_v", "to_out.0"],
@@ -65,6 +64,12 @@ def adapter_parameters(unet: UNet2DConditionModel, name: str) -> list[torch.nn.P
 def adapter_names(unet: UNet2DConditionModel) -> list[str]:
     """The adapters that a UNet carries."""
     return sorted(getattr(unet, "peft_config", {}))
+
+
+def parameter_counts(unet: UNet2DConditionModel) -> tuple[int, int]:
+    """(parameters of W0, parameters of all A and B) of one UNet."""
+    lora = sum(p.numel() for key, p in unet.named_parameters() if "lora_" in key)
+    return sum(p.numel() for p in unet.parameters()) - lora, lora
 
 
 @contextmanager

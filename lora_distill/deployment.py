@@ -6,7 +6,6 @@ without weights: W0 and every student that is merged into it share one, and brin
 """
 
 import logging
-import sys
 import warnings
 from collections.abc import Container
 from importlib.metadata import version
@@ -23,9 +22,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lora_distill.adapters import merged_copy, plain_copy
-from lora_distill.distillation import with_unet
+from lora_distill.pipeline import with_unet
 from lora_distill.storage import cache_key, cached
 
+GRAPH = 1  # version of the exported graphs, in the keys of their caches: raise it when they change
 # The axes whose size a graph leaves open.
 IMAGES = {0: torch.export.Dim("batch"), 2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
 PROMPTS = {0: IMAGES[0], 1: torch.export.Dim("tokens")}
@@ -113,11 +113,11 @@ def _graph(
     """The module's graph without its weights, exported on first use; it depends on the layers, not on their values."""
     weights = module.state_dict()
     key = cache_key(
-        sys.modules[__name__],
+        version=GRAPH,
         layers=repr(module),
         shapes={name: list(value.shape) for name, value in weights.items()},
         config=repr(sorted((name, value) for name, value in config.items() if not name.startswith("_"))),
-        exporters={name: version(name) for name in ("onnx", "onnxscript")},
+        exporters={name: version(name) for name in ("torch", "onnx", "onnxscript")},
     )
 
     def export() -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 import io
 import warnings
 from collections.abc import Iterator, Mapping
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,13 @@ import diffusers.utils.logging
 import numpy as np
 import torch
 import transformers.utils.logging
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPTokenizer, PretrainedConfig
 
-from lora_distill.provenance import atomic_write
 from lora_distill.shapes import BUNDLED, SD15_SHAPE, stable_diffusion_15
-from lora_distill.storage import digest
+from lora_distill.storage import atomic_write, digest
 
 for library in (diffusers, transformers):
     library.utils.logging.disable_progress_bar()  # five parts load in a blink; the bars would stay in notebooks
@@ -98,6 +98,13 @@ def _plain(config: Mapping[str, Any] | PretrainedConfig) -> list[tuple[str, str]
     values = config.to_dict() if isinstance(config, PretrainedConfig) else config
     passing = {"transformers_version", "dtype"}  # weights are digested as they are
     return sorted((name, str(value)) for name, value in values.items() if name[0] != "_" and name not in passing)
+
+
+def with_unet(pipe: StableDiffusionPipeline, unet: UNet2DConditionModel) -> StableDiffusionPipeline:
+    """The same pipeline around another UNet; nothing else is copied."""
+    other = copy(pipe)
+    other.unet = unet
+    return other
 
 
 def encode_prompts(pipe: StableDiffusionPipeline, prompts: list[str], batch_size: int = 128) -> Tensor:

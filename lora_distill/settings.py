@@ -3,9 +3,6 @@
 A key that does not exist, a value of the wrong type or out of range is refused in one line before anything runs.
 """
 
-import atexit
-import json
-import os
 from collections.abc import Iterable
 from difflib import SequenceMatcher
 from inspect import isroutine
@@ -17,8 +14,6 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 PACKAGE = Path(__file__).resolve().parent
-READ_KEYS_FILE = "LORA_DISTILL_READ_KEYS_FILE"  # environment: where a notebook's kernel leaves the keys that it read
-read_keys: set[str] = set()  # of all settings in this process
 
 
 class SettingsError(ValueError):
@@ -30,9 +25,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    profile: str = Field(
-        "cpu", pattern=r"^\w[\w.-]*$", description="name of the run, and of its folders in runs/ and figures/"
-    )
+    profile: str = Field("cpu", pattern=r"^\w[\w.-]*$", description="name of the run, and of its folder in runs/")
     seed: int = Field(0, ge=0, description="seed of training, data and the adapters' first weights")
     more_train_seeds: list[Annotated[int, Field(ge=0)]] = Field(
         [], description="seeds of further trainings of the students; each of eval_seeds judges the next training"
@@ -117,11 +110,6 @@ class Settings(BaseModel):
     timing_batch: int = Field(8, ge=1, description="images a timed call")
     timing_repeats: int = Field(5, ge=1, description="timed calls, after those that warm up")
 
-    def __getattribute__(self, name: str) -> Any:
-        if name in type(self).__pydantic_fields__:
-            read_keys.add(name)
-        return super().__getattribute__(name)
-
     @field_validator("eval_seeds", "more_train_seeds")
     @classmethod
     def _distinct(cls, seeds: list[int], info: ValidationInfo) -> list[int]:
@@ -189,11 +177,7 @@ def from_notebook(namespace: dict[str, Any]) -> Settings:
         for name, value in namespace.items()
         if (name in known and not _is_code(value)) or (name not in known and first and _is_parameter(name, value))
     }
-    settings = _validate(parameters, "the parameters cell")
-    if first and (file := os.environ.get(READ_KEYS_FILE)):
-        read_keys.clear()  # the validators read some
-        atexit.register(lambda: Path(file).write_text(json.dumps(sorted(read_keys))))
-    return settings
+    return _validate(parameters, "the parameters cell")
 
 
 def repository_root() -> Path:
@@ -210,8 +194,8 @@ def run_dir(settings: Settings) -> Path:
 
 
 def figures_dir(settings: Settings) -> Path:
-    """Where a run draws its figures."""
-    return repository_root() / "figures" / settings.profile
+    """Where a run puts its figures and tables: in its own folder, so that it changes no tracked file."""
+    return run_dir(settings) / "figures"
 
 
 def _is_code(value: Any) -> bool:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from lora_distill.adapters import add_adapter
 from lora_distill.pipeline import load_pipeline
 
 
@@ -19,6 +20,16 @@ def small_unet(seed: int = 0, channels: tuple[int, int] = (8, 16)) -> UNet2DCond
         attention_head_dim=2,
         norm_num_groups=4,
     ).requires_grad_(False)
+
+
+def moved(unet, name, seed=3, **options):
+    """Add an adapter whose B is no longer zero, so that it changes the output."""
+    parameters = add_adapter(unet, name, **{"rank": 2, "alpha": 2, **options})
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in parameters:
+            p.copy_(0.2 * torch.randn(p.shape, generator=generator))
+    return parameters
 
 
 @pytest.fixture

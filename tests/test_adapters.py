@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import small_unet
+from conftest import moved, small_unet
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from lora_distill.adapters import (
@@ -19,16 +19,6 @@ from lora_distill.adapters import (
 from lora_distill.pipeline import encode_prompts, load_pipeline
 from lora_distill.sampling import Sampler, initial_noise, sample
 from lora_distill.storage import DamagedFileError
-
-
-def moved(unet, name, seed=3, **options):
-    """Add an adapter whose B is no longer zero, so that it changes the output."""
-    parameters = add_adapter(unet, name, **{"rank": 2, "alpha": 2, **options})
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in parameters:
-            p.copy_(0.2 * torch.randn(p.shape, generator=generator))
-    return parameters
 
 
 def output(unet, inputs):

@@ -7,10 +7,11 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from lora_distill import model_card, scenes
-from lora_distill.data import scene_prompts
-from lora_distill.metrics import prompt_alignment
+from lora_distill.data import scenes
+from lora_distill.data.teacher import scene_prompts
+from lora_distill.judge.metrics import prompt_alignment
 from lora_distill.pipeline import BUNDLED, decode_latents, encode_prompts, load_pipeline
+from lora_distill.pretrain import model_card
 from lora_distill.sampling import Sampler, initial_noise, sample
 
 SCORES = json.loads((BUNDLED / "scores.json").read_text())

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lora_distill import __main__ as cli
-from lora_distill import series
+from lora_distill.publish import series
 
 
 @pytest.fixture

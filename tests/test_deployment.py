@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from test_adapters import moved
+from conftest import moved
 
 from lora_distill.adapters import plain_copy
 from lora_distill.deployment import OnnxUNet, deployed
-from lora_distill.distillation import with_unet
-from lora_distill.pipeline import decode_latents, encode_prompts, fingerprint, load_pipeline
+from lora_distill.judge.timing import runtime, threads
+from lora_distill.pipeline import decode_latents, encode_prompts, fingerprint, load_pipeline, with_unet
 from lora_distill.sampling import Sampler, initial_noise, sample
-from lora_distill.timing import runtime, threads
 
 GUIDED, SINGLE = Sampler(3, 3.0), Sampler(3)
 

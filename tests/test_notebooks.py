@@ -6,7 +6,7 @@ import nbformat
 import papermill
 import pytest
 
-from lora_distill.series import stale_outputs
+from lora_distill.publish.series import stale_outputs
 from lora_distill.settings import Settings
 
 ROOT = Path(__file__).parents[1]

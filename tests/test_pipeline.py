@@ -83,7 +83,7 @@ def test_pixels_are_rounded_and_clipped():
 
 
 def test_decoding_undoes_encoding(bundle):
-    from lora_distill import scenes
+    from lora_distill.data import scenes
 
     drawn = np.stack([scenes.draw(s) for s in scenes.sample_scenes("noto", "val", 3, seed=0)])
     with torch.no_grad():

@@ -9,7 +9,7 @@ import nbformat
 import pytest
 import yaml
 
-from lora_distill.series import code_cells, with_results
+from lora_distill.publish.series import code_cells, with_results
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -133,7 +133,7 @@ def test_folders_stand_in_the_checkout_from_anywhere(monkeypatch, tmp_path):
     root = repository_root()
     assert (root / "params" / "cpu.yaml").is_file()
     assert settings.run_dir(Settings()) == root / "runs" / "cpu"
-    assert settings.figures_dir(Settings()) == root / "figures" / "cpu"
+    assert settings.figures_dir(Settings()) == root / "runs" / "cpu" / "figures"
 
 
 def test_without_a_checkout_the_working_directory_is_the_root(monkeypatch, tmp_path):

@@ -1,13 +1,22 @@
 """Files of tensors: whole, or refused; written, or the old one untouched."""
 
-import errno
-from pathlib import Path
+import resource
+import signal
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from lora_distill.storage import DamagedFileError, digest, load_tensors, save_tensors
+from lora_distill.storage import (
+    DamagedFileError,
+    atomic_write,
+    digest,
+    load_tensors,
+    read_table,
+    save_array,
+    save_table,
+    save_tensors,
+)
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor([1, 2]), "c": torch.ones(3, dtype=torch.bfloat16)}
 
@@ -58,13 +67,36 @@ def test_the_digest_knows_names_shapes_dtypes_and_values_but_no_order():
     assert len({digest(tensors) for tensors in [TENSORS, *others]}) == 5
 
 
-def test_a_full_disk_leaves_the_old_file_and_nothing_else(path, monkeypatch):
-    def half_written(self, content):
-        with self.open("wb") as file:
-            file.write(content[: len(content) // 2])
-        raise OSError(errno.ENOSPC, "No space left on device")
+@pytest.fixture
+def small_disk():
+    """No file of this process can grow beyond a kilobyte."""
+    limits, action = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, action)
 
-    monkeypatch.setattr(Path, "write_bytes", half_written)
-    with pytest.raises(OSError, match=f"{path} could not be written: No space left"):
-        save_tensors(path, {"a": torch.zeros(3)})
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: save_tensors(path, {"a": torch.zeros(5000)}),
+        lambda path: save_array(path, (5000,), [torch.zeros(5000)]),
+        lambda path: atomic_write(path, "x" * 5000),
+    ],
+    ids=["tensors", "array", "text"],
+)
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(path, small_disk, write):
+    with pytest.raises(OSError, match=f"{path} could not be written"):
+        write(path)
     assert load_tensors(path)[1] == {"step": "7"} and list(path.parent.iterdir()) == [path]
+
+
+def test_a_table_is_read_as_it_was_written(tmp_path):
+    rows = [
+        {"method": "a, b", "n": 3, "value": 0.1 + 0.2, "done": True, "sd": None},
+        {"method": "c", "n": None, "value": 2.0, "done": False, "sd": 1e-17},
+    ]
+    save_table(tmp_path / "table.csv", rows)
+    assert (tmp_path / "table.csv").read_text().splitlines()[1] == '"a, b",3,0.30000000000000004,True,'
+    assert read_table(tmp_path / "table.csv") == rows

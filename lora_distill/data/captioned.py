@@ -1,0 +1,224 @@
+"""Captioned images from wherever they are: the bundled scenes, Flickr8k/30k as they are found, one's own, the hub.
+
+Every source gives the same: a `datasets.Dataset` of one split with the columns `id` (text), `image` (decoded when
+asked for), `captions` (list of text) and `split`. No image is in two splits.
+"""
+
+import hashlib
+import json
+import re
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from math import ceil
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+from datasets import Dataset, Features, Image, List, Value, concatenate_datasets, load_dataset
+
+from lora_distill.data import scenes
+from lora_distill.data.layouts import Row, checked_captions, checked_split, read_caption_file
+from lora_distill.storage import cache_key
+
+SPLITS = ("train", "val", "test")
+WORLD = 1  # version of the drawn scenes, in the keys of their caches: raise it when they change
+DESCRIPTION = {"id": Value("string"), "captions": List(Value("string")), "split": Value("string")}
+SCENE_FEATURES = Features({"image": Image(), **DESCRIPTION, "scene": Value("string")})
+
+
+def captioned_images(
+    source: str | Path, split: str, *, share: float = 1.0, skip_unusable: bool = False, cache_dir: Path | None = None
+) -> Dataset:
+    """One split (train, val or test) of a source, or the first `share` of it: columns id, image, captions, split.
+
+    A source is "scenes/<style>/<size>" (size 8k or 30k), a folder in one of the layouts of `caption_files` or with
+    parquet files, or a hub id, maybe with a revision: "nlphuji/flickr30k@refs/convert/parquet". Where the source
+    says nothing of splits, or has all images in one, `split_by_id` decides.
+
+    Images that are missing or cannot be decoded are a ValueError that counts and names them, or, with
+    `skip_unusable`, are left out with a warning that does. Raises ValueError for what else the source does wrong,
+    FileNotFoundError when there is no such source.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"no split {split!r}; there are {', '.join(SPLITS)}")
+    if bundled := re.fullmatch(r"scenes/(\w+)/(\w+)", str(source)):
+        return scene_dataset(*bundled.groups(), split, seed=0, share=share, cache_dir=cache_dir)
+    folder = Path(source).expanduser()
+    if folder.is_dir() and not any(folder.rglob("*.parquet")):
+        rows, paths = read_caption_file(folder)
+        images = Dataset.from_dict({"image": [str(path) for path in paths]}, features=Features({"image": Image()}))
+    else:
+        rows, images = _read_hub_set(str(folder if folder.is_dir() else source), cache_dir)
+    dataset = _one_split(rows, images, split, source)
+    return _usable(dataset.select(range(ceil(share * len(dataset)))), source, skip_unusable)
+
+
+def split_by_id(image: str) -> str:
+    """The split of an image by its id alone: 75 % train, 12.5 % val, 12.5 % test, the proportions of Flickr8k.
+
+    It depends on no seed and no other image, so that no new run or added image moves a test image into training.
+    """
+    eighth = hashlib.sha256(image.encode()).digest()[0] // 32
+    return {0: "test", 1: "val"}.get(eighth, "train")
+
+
+# ---------------------------------------------------------------------------------------------- the bundled world
+
+
+def scene_dataset(
+    style: str, size: str, split: str, seed: int, share: float = 1.0, cache_dir: Path | None = None
+) -> Dataset:
+    """A split of the bundled world, or the first `share` of it, with one column more: `scene`, what it shows, as JSON.
+
+    Raises ValueError for a style, size or split that does not exist.
+    """
+    if style not in scenes.STYLES or split not in scenes.SPLIT_SIZES.get(size, {}):
+        there = f"styles {', '.join(scenes.STYLES)}; sizes {', '.join(scenes.SPLIT_SIZES)}; splits {', '.join(SPLITS)}"
+        raise ValueError(f"no split {split!r} of scenes/{style}/{size}; there are {there}")
+
+    def rows() -> Iterator[dict]:
+        rng = np.random.default_rng([seed, 2])
+        whole = split_scenes(style, size, split, seed)
+        for number, scene in enumerate(whole[: ceil(share * len(whole))]):
+            yield {
+                "image": scenes.draw(scene),
+                "id": f"{style}-{split}-{number:05}",
+                "captions": scenes.captions(scene, rng),
+                "split": split,
+                "scene": json.dumps(scene.as_dict()),
+            }
+
+    world = [style, size, split, seed, share]
+    key = cache_key(version=WORLD, columns=list(SCENE_FEATURES), world=world, art=scenes.drawing_fingerprint())
+    return Dataset.from_generator(rows, features=SCENE_FEATURES, cache_dir=cache_dir, fingerprint=key)
+
+
+def split_scenes(style: str, size: str, split: str, seed: int) -> list[scenes.Scene]:
+    """The scenes of a split, none of which a later one of train, val, test shows too.
+
+    Splits are sampled apart, and among 30,000 scenes a few come up in two of them.
+    """
+    sizes = scenes.SPLIT_SIZES[size]
+    later = SPLITS[SPLITS.index(split) + 1 :]
+    taken = {scene for name in later for scene in scenes.sample_scenes(style, name, sizes[name], seed)}
+    spare = 100  # at most 3 came up in any split of seeds 0 and 1
+    free = [s for s in scenes.sample_scenes(style, split, sizes[split] + spare, seed) if s not in taken]
+    return free[: sizes[split]]
+
+
+# ---------------------------------------------------------------------------------------------- sets in parquet
+
+ID_COLUMNS = ("filename", "file_name", "image_id", "img_id", "id")
+CAPTION_COLUMNS = ("captions", "caption", "text")
+
+
+def _read_hub_set(source: str, cache_dir: Path | None) -> tuple[list[Row], Dataset]:
+    """The rows and images of a set in parquet, from a folder or the hub.
+
+    Its splits are those of the column `split` where there is one (nlphuji/flickr30k has all rows in "test", and that
+    column), else the set's own when it has more than one.
+    """
+    name, _, revision = source.partition("@")
+    try:
+        parts = load_dataset(name, revision=revision or None, cache_dir=cache_dir and str(cache_dir))
+    except RuntimeError as error:
+        if "scripts are no longer supported" not in str(error):
+            raise
+        raise ValueError(f"{name} is a loading script; its parquet copy is {name}@refs/convert/parquet") from None
+    except (FileNotFoundError, ConnectionError) as error:
+        raise FileNotFoundError(f"{source}: no such folder, nor a set on the hub that can be reached") from error
+    rows: list[Row] = []
+    for part, table in parts.items():
+        split = checked_split(part, source) if len(parts) > 1 else None
+        rows += _table_rows(table, f"{source}, {part}", split)
+    images = [table.select_columns("image").cast_column("image", Image()) for table in parts.values()]
+    return rows, concatenate_datasets(images)
+
+
+def _table_rows(table: Dataset, place: str, split: str | None) -> Iterator[Row]:
+    """The rows of a table with an image column, and captions in caption_0, caption_1, ... or in one column."""
+    columns = table.column_names
+    caption_columns = sorted(name for name in columns if re.fullmatch(r"caption_\d+", name))
+    caption_columns = caption_columns or [name for name in CAPTION_COLUMNS if name in columns][:1]
+    if "image" not in columns or not caption_columns:
+        expected = f"image, and caption_0, caption_1, ... or one of {', '.join(CAPTION_COLUMNS)}"
+        raise ValueError(f"{place}: expected the columns {expected}; it has {', '.join(columns)}")
+    id_column = next((name for name in ID_COLUMNS if name in columns), None)
+    texts = table.select_columns([name for name in columns if name in (*caption_columns, id_column, "split")])
+    ids = (str(text[id_column]) for text in texts) if id_column else image_digests(table)
+    for number, (image, text) in enumerate(zip(ids, texts, strict=True)):
+        row = f"{place}, row {number}"
+        captions = [text[name] for name in caption_columns if text[name] is not None]
+        captions = captions[0] if captions and isinstance(captions[0], list) else captions
+        own_split = checked_split(text["split"], row) if "split" in text else split
+        yield Row(row, image, checked_captions(captions, row), own_split)
+
+
+def image_digests(table: Dataset) -> Iterator[str]:
+    """A digest of each image's file, row by row."""
+    for row in table.select_columns("image").cast_column("image", Image(decode=False)):
+        image = row["image"]
+        content = Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
+        yield hashlib.sha256(content).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------- one split of them
+
+
+def _one_split(rows: list[Row], images: Dataset, split: str, source: str | Path) -> Dataset:
+    """The images of a split with all that the rows say of them; row i of both is of the same image."""
+    captions: dict[str, list[str]] = {}
+    splits: dict[str, str | None] = {}
+    first: dict[str, int] = {}  # the first row of each image
+    unsplit = all(row.split is None for row in rows)
+    for number, row in enumerate(rows):
+        if row.split is None and not unsplit:
+            raise ValueError(f"{row.place}: image {row.image} has no split, but other images have one")
+        if splits.setdefault(row.image, row.split) != row.split:
+            raise ValueError(f"{row.place}: image {row.image} is in {row.split} and in {splits[row.image]}")
+        captions.setdefault(row.image, []).extend(row.captions)
+        first.setdefault(row.image, number)
+    if unsplit:
+        splits = {image: split_by_id(image) for image in splits}
+    chosen = [number for image, number in first.items() if splits[image] == split]
+    if not chosen:
+        counts = {name: list(splits.values()).count(name) for name in SPLITS}
+        raise ValueError(f"{source}: no images in split {split!r}; there are {counts}")
+    described = Dataset.from_list(
+        [{"id": row.image, "captions": captions[row.image], "split": splits[row.image]} for row in rows],
+        features=Features(DESCRIPTION),
+    )
+    # beside each other before any is selected: columns of a selection would be copied, gigabytes of images with them
+    return concatenate_datasets([images, described], axis=1).select(chosen)
+
+
+def _usable(dataset: Dataset, source: str | Path, skip_unusable: bool) -> Dataset:
+    """The dataset without the images that cannot be decoded; without `skip_unusable` they are an error."""
+    problems: list[str | None] = []
+    with ThreadPoolExecutor() as pool:  # batch by batch, for a pool takes all it is given at once
+        for batch in dataset.select_columns("image").cast_column("image", Image(decode=False)).iter(256):
+            problems += pool.map(_problem, batch["image"])
+    bad = [f"{image} ({problem})" for image, problem in zip(dataset["id"], problems, strict=True) if problem]
+    if not bad:
+        return dataset
+    named = ", ".join(bad[:5]) + (", ..." if len(bad) > 5 else "")
+    count = f"{source}: {len(bad)} of {len(dataset)} images are missing or unreadable: {named}"
+    if not skip_unusable or len(bad) == len(dataset):
+        raise ValueError(count)
+    warnings.warn(f"{count}; left out", stacklevel=3)
+    return dataset.select([i for i, problem in enumerate(problems) if not problem])
+
+
+def _problem(image: dict) -> str | None:
+    """Why an image cannot be used, None when it can."""
+    try:
+        with PIL.Image.open(image["path"] if image["bytes"] is None else BytesIO(image["bytes"])) as picture:
+            picture.draft(None, (1, 1))  # a JPEG is read to its end, but decoded at an eighth of its size
+            picture.load()
+    except FileNotFoundError:
+        return "missing"
+    except (OSError, SyntaxError) as error:
+        return "cannot identify image file" if isinstance(error, PIL.UnidentifiedImageError) else str(error)
+    return None

@@ -1,0 +1,104 @@
+"""Prompts, and the on-disk cache of what is frozen: teacher latents and prompt embeddings."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
+
+from lora_distill.data import scenes
+from lora_distill.data.captioned import captioned_images
+from lora_distill.pipeline import encode_prompts, fingerprint
+from lora_distill.sampling import Sampler, initial_noise, sample_in_batches
+from lora_distill.storage import cache_key, cached
+
+TEACHER_SET = 1  # version of teacher images, in the keys of their caches: raise it when they change
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Captions of a split, one an image, with what the image shows where that is known: the bundled scenes."""
+
+    scenes: list[scenes.Scene] | None
+    captions: list[str]
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+
+def scene_prompts(style: str, split: str, count: int, seed: int) -> Prompts:
+    """`count` prompts of a split of the bundled world."""
+    sampled = scenes.sample_scenes(style, split, count, seed)
+    rng = np.random.default_rng([seed, 1])
+    return Prompts(sampled, [scenes.captions(scene, rng)[int(rng.integers(5))] for scene in sampled])
+
+
+def captioned_prompts(images: Dataset, count: int, seed: int) -> Prompts:
+    """`count` of the captions of a split, no two the same. Raises ValueError when it has not that many."""
+    captions = list(dict.fromkeys(chain.from_iterable(images["captions"])))
+    if count > len(captions):
+        raise ValueError(f"eval_prompts, curve_prompts: the split has {len(captions)} captions, got {count}")
+    chosen = np.random.default_rng([seed, 1]).choice(len(captions), count, replace=False)
+    return Prompts(None, [captions[i] for i in chosen])
+
+
+def training_captions(source: str, style: str, count: int, seed: int) -> list[str]:
+    """`count` captions to make teacher images of: of the bundled scenes, or one a picture of another source."""
+    if source == "scenes":
+        return scene_prompts(style, "train", count, seed).captions
+    rng = np.random.default_rng([seed, 3])
+    captions = captioned_images(source, "train")["captions"][:]
+    return [five[int(rng.integers(len(five)))] for five in (captions[i % len(captions)] for i in range(count))]
+
+
+# ---------------------------------------------------------------------------------------------- the cache
+
+
+def teacher_set(
+    pipe: StableDiffusionPipeline, captions: list[str], sampler: Sampler, seed: int, cache_dir: Path
+) -> dict[str, Tensor]:
+    """Teacher-made `latents` (n, 4, h, w) with their `prompt_embeds`, and `empty_embeds` (1, tokens, dim), cached.
+
+    A latent is where the guided sampler ended; decoding it to an image and encoding that again would change it only
+    by the VAE's error.
+    """
+    key = cache_key(
+        version=TEACHER_SET,
+        pipeline=fingerprint(pipe),
+        captions=captions,
+        sampler=repr(sampler),
+        seed=seed,
+        dtype=str(pipe.unet.dtype),
+    )
+
+    def make() -> dict[str, Tensor]:
+        prompt_embeds, empty_embeds = encode_prompts(pipe, captions), encode_prompts(pipe, [""])
+        noise = initial_noise(pipe, len(captions), seed)
+        latents = sample_in_batches(pipe, sampler, noise, prompt_embeds, empty_embeds, seed, title="teacher images")
+        return {"latents": latents, "prompt_embeds": prompt_embeds, "empty_embeds": empty_embeds}
+
+    tensors = cached(cache_dir, "teacher", key, make)
+    return {name: tensor.to(pipe.unet.device) for name, tensor in tensors.items()}
+
+
+def noised_batches(
+    teacher: dict[str, Tensor], train_timesteps: int
+) -> Callable[[int, int, torch.Generator], dict[str, Tensor]]:
+    """Batches for the objectives: a teacher latent, fresh noise and a uniform timestep each."""
+
+    def draw_batch(step: int, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        rows = torch.randint(len(teacher["latents"]), (batch_size,), generator=generator)
+        latents = teacher["latents"][rows.to(teacher["latents"].device)]
+        return {
+            "latents": latents,
+            "prompt_embeds": teacher["prompt_embeds"][rows.to(latents.device)],
+            "eps": torch.randn(latents.shape, generator=generator).to(latents),
+            "timesteps": torch.randint(train_timesteps, (batch_size,), generator=generator).to(latents.device),
+        }
+
+    return draw_batch

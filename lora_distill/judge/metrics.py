@@ -1,0 +1,229 @@
+"""Judging images: prompt alignment by the reader, distances by their extractor's name, fidelity to the teacher."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics.multimodal import CLIPScore
+from transformers import CLIPProcessor
+
+from lora_distill.data.scenes import Reader, Scene, agreement
+from lora_distill.judge import distances
+from lora_distill.judge.features import LAYERS, Features, cached_features, extract, load_extractor, pretrained_clip
+
+
+@dataclass(frozen=True)
+class Proportion:
+    """A share of `count` images with its 95 % Wilson interval (Wilson 1927)."""
+
+    value: float
+    count: int
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        z, n, p = 1.959964, self.count, self.value
+        centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+        return max(0.0, centre - half), min(1.0, centre + half)
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{100 * self.value:.1f} % ({100 * low:.1f} to {100 * high:.1f}, N = {self.count})"
+
+
+def prompt_alignment(images: np.ndarray, scenes: list[Scene], reader: Reader | None = None) -> dict[str, Proportion]:
+    """The share of images (n, 64, 64, 3) uint8 that show what their scene says, by attribute and `all` together."""
+    right = agreement((reader or Reader()).read(images), scenes)
+    return {name: Proportion(float(values.mean()), len(values)) for name, values in right.items()}
+
+
+# ---------------------------------------------------------------------------------------------- distances
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number about `count` images, against `reference_count` others where it compares.
+
+    `low` and `high` bound the 95 % bootstrap interval over the images, where one was asked for. `dataclasses.asdict`
+    makes a row of a table of it.
+    """
+
+    name: str
+    value: float
+    count: int
+    reference_count: int | None = None
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """`low` and `high`; the value itself where no interval was asked for."""
+        return (self.value, self.value) if self.low is None else (self.low, self.high)
+
+    def __str__(self) -> str:
+        interval = "" if self.low is None else f" ({self.low:.4g} to {self.high:.4g})"
+        return f"{self.name} {self.value:.4g}{interval}, N = {self.count}"
+
+
+def metric_name(short: str, extractor: str) -> str:
+    """A metric's name on an extractor's features: FID, KID and IS without a surname are Inception's alone."""
+    if extractor == "Inception" and short in ("FD", "KID", "IS"):
+        return {"FD": "FID"}.get(short, short)
+    return f"{short}-{extractor}"
+
+
+def compare(
+    features: Features, reference: Features, neighbours: int = 3, subsets: int = 100, resamples: int = 0, seed: int = 0
+) -> dict[str, Score]:
+    """What features say of images against a reference, by name: FD and KID, or on CLIP CMMD; precision and recall.
+
+    `neighbours` is the k of precision and recall, `subsets` are KID's; `resamples` > 0 adds bootstrap intervals to
+    the distances. Raises ValueError for features of two extractors and for too few images.
+    """
+    if features.extractor != reference.extractor:
+        raise ValueError(f"features of {features.extractor} cannot be compared with those of {reference.extractor}")
+    counts, scores = (len(features), len(reference)), {}
+    for short, layer, measure, resample in _distances(features.extractor, subsets, seed):
+        rows, others = getattr(features, layer), getattr(reference, layer)
+        value = measure(rows, others)
+        bounds = distances.interval(value, resample(rows, others, resamples, seed)) if resamples else (None, None)
+        scores[short] = Score(short, value, *counts, *bounds)
+    manifolds = distances.precision_recall(features.kernel, reference.kernel, neighbours)
+    for short, value in zip(("precision", "recall"), manifolds, strict=True):
+        name = metric_name(short, features.extractor)
+        scores[name] = Score(name, value, *counts)
+    return scores
+
+
+def _distances(extractor: str, subsets: int, seed: int) -> list[tuple[str, str, Callable, Callable]]:
+    """Name, layer, measure and its bootstrap of the distances that are usual on an extractor."""
+    if extractor == "CLIP":
+        return [("CMMD", "kernel", distances.clip_mmd, partial(distances.resampled_mmd, distances.clip_kernel))]
+    frechet, kernel = distances.frechet_distance, partial(distances.kernel_distance, subsets=subsets, seed=seed)
+    resampled_kernel = partial(distances.resampled_mmd, distances.polynomial_kernel)
+    return [
+        (metric_name("FD", extractor), "frechet", frechet, partial(distances.resampled, frechet)),
+        (metric_name("KID", extractor), "kernel", kernel, resampled_kernel),
+    ]
+
+
+def real_floor(real: Features, reference: Features, count: int, seed: int = 0, **options) -> dict[str, Score]:
+    """`compare` for `count` real images drawn from `real`, which are others than the reference's.
+
+    What a perfect sampler would get at N = count; `options` are those of `compare`. Raises ValueError where there
+    are fewer real images.
+    """
+    if count > len(real):
+        raise ValueError(f"a floor at N = {count} needs as many real images beside the reference, got {len(real)}")
+    drawn = torch.randperm(len(real), generator=torch.Generator().manual_seed(seed))[:count]
+    return compare(real[drawn], reference, seed=seed, **options)
+
+
+def inception_score(features: Features, splits: int = 10, seed: int = 0) -> Score:
+    """The inception score on the extractor's class scores, IS-EfficientNet-Lite0 for instance.
+
+    Raises ValueError for an extractor without classes and for fewer images than splits.
+    """
+    value = distances.inception_score(features.logits, splits, seed)
+    return Score(metric_name("IS", features.extractor), value, len(features))
+
+
+class FrechetDistance:
+    """The Frechet distance, by default FD-EfficientNet-Lite0, to reference images whose features are taken once.
+
+    `reference` is an array (n, h, w, 3) uint8 or a list of such; with `cache_dir` its features are kept there. Further
+    measures on the same features need `layers`, by default the distance's own alone.
+    """
+
+    def __init__(
+        self,
+        reference: np.ndarray | Iterable[np.ndarray],
+        device: str = "cpu",
+        extractor: str = "EfficientNet-Lite0",
+        source: str | Path | None = None,
+        cache_dir: Path | None = None,
+        layers: Iterable[str] | None = None,
+    ):
+        self.extractor = load_extractor(extractor, source, device)
+        self.layers = tuple(layers or [LAYERS[extractor].frechet])
+        self.name = metric_name("FD", extractor)
+        keep = partial(cached_features, cache_dir=cache_dir) if cache_dir else extract
+        self.reference = keep(self.extractor, reference, layers=self.layers)
+
+    def __call__(self, images: np.ndarray | Iterable[np.ndarray]) -> float:
+        """The distance of images (n, h, w, 3) uint8 to the reference."""
+        return distances.frechet_distance(self.features(images).frechet, self.reference.frechet)
+
+    def features(self, images: np.ndarray | Iterable[np.ndarray]) -> Features:
+        """The layers of images (n, h, w, 3) uint8, in one pass over them."""
+        return extract(self.extractor, images, self.layers)
+
+
+def clip_score(
+    images: Iterable[np.ndarray], captions: list[str], source: str | Path, device: str = "cpu", batch_size: int = 50
+) -> Score:
+    """CLIPScore, 100 cos(image, caption) on average (Hessel et al. 2021, without its weight of 2.5).
+
+    `images` are arrays (n, h, w, 3) uint8 one after another, with a caption each. `source` is a folder or hub id of a
+    CLIP. Raises FileNotFoundError when there is none, ValueError when images and captions are not as many.
+    """
+    model = pretrained_clip(source)
+    try:
+        processor = CLIPProcessor.from_pretrained(source)
+    except (OSError, ValueError):
+        raise FileNotFoundError(f"{source}: no tokenizer and image processor beside CLIP's weights") from None
+    metric = CLIPScore(lambda: (model.eval().requires_grad_(False), processor)).to(device)
+    done = 0
+    for array in [images] if isinstance(images, np.ndarray) else images:
+        for batch in torch.from_numpy(array).permute(0, 3, 1, 2).to(device).split(batch_size):
+            metric.update(batch, captions[done : done + len(batch)])
+            done += len(batch)
+    if done != len(captions):
+        raise ValueError(f"expected a caption an image, got {done} images and {len(captions)} captions")
+    return Score(f"CLIPScore-{Path(source).name}", float(metric.compute()), done)
+
+
+# ---------------------------------------------------------------------------------------------- fidelity
+
+
+def fidelity(
+    images: np.ndarray,
+    teacher_images: np.ndarray,
+    features: Features,
+    teacher_features: Features,
+    latents: Tensor | None = None,
+    teacher_latents: Tensor | None = None,
+) -> dict[str, Score]:
+    """How near images (n, h, w, 3) uint8 are to the teacher's of the same noise, one by one and as a set.
+
+    PSNR in dB, the Frechet distance to the teacher's images and, where latents (n, c, h, w) are given, their mean
+    squared error. Raises ValueError for sets of two sizes.
+    """
+    values = {
+        "PSNR to teacher": psnr(images, teacher_images),
+        f"{metric_name('FD', features.extractor)} to teacher": distances.frechet_distance(
+            features.frechet, teacher_features.frechet
+        ),
+    }
+    if latents is not None:
+        values["latent MSE to teacher"] = latent_mse(latents, teacher_latents)
+    return {name: Score(name, value, len(images), len(teacher_images)) for name, value in values.items()}
+
+
+def latent_mse(latents: Tensor, reference: Tensor) -> float:
+    """Mean squared error between latents (n, c, h, w) of the same noise; raises ValueError for two shapes."""
+    if latents.shape != reference.shape:
+        raise ValueError(f"latents differ in shape, {tuple(latents.shape)} and {tuple(reference.shape)}")
+    return float((latents.double() - reference.double()).square().mean())
+
+
+def psnr(images: np.ndarray, reference: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB between images of the same noise, over all; raises ValueError for two shapes."""
+    if images.shape != reference.shape:
+        raise ValueError(f"images differ in shape, {images.shape} and {reference.shape}")
+    mse = np.mean((images.astype(np.float64) - reference.astype(np.float64)) ** 2)
+    return float(10 * np.log10(255**2 / mse)) if mse else float("inf")

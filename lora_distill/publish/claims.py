@@ -1,0 +1,289 @@
+"""The ledger of claims: what the two works say that can be measured, and what the tables of a run say about it.
+
+The claims are data, assets/claims.yaml; its head explains the keys and how verdicts are ruled.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas
+import yaml
+from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, meta
+from jinja2.sandbox import SandboxedEnvironment
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lora_distill.settings import PACKAGE
+
+CLAIMS = PACKAGE / "assets" / "claims.yaml"
+NOT_REPRODUCED, NOT_TESTABLE = "not reproduced", "not testable here"
+VERDICTS = ("reproduced", "partly", NOT_REPRODUCED, NOT_TESTABLE)
+WORKS = {
+    "paper": "LoRA-Enhanced Distillation on Guided Diffusion Models",
+    "slides": "Enhancing Image Generation with LCM LoRA Distillation",
+    "readers": "What readers of both ask for",
+}
+# A rule is text from a file: it may compare and calculate, and reach nothing else.
+EXPRESSIONS = SandboxedEnvironment(
+    undefined=StrictUndefined, finalize=lambda value: f"{round(value, 2):g}" if isinstance(value, float) else value
+)
+EXPRESSIONS.globals.clear()
+
+
+class ClaimsError(ValueError):
+    """A ledger or a table that cannot be read; the message is one line that names the claim or the file."""
+
+
+class Missing(LookupError):
+    """A number that this run did not measure."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Quantity(_Strict):
+    """A number in a table of results: the column of the rows in which other columns have given values.
+
+    `profile` names the run whose table is meant, where it is always the same one.
+    """
+
+    table: str
+    profile: str = ""
+    where: dict[str, str | int | float | bool] = {}
+    column: str
+    take: Literal["only", "min", "max", "median"] = "only"
+
+
+class Rules(_Strict):
+    """Conditions of the verdicts, tried in this order; where none holds, the claim is not reproduced.
+
+    Where `too_coarse` holds, the spread is too large for a verdict: the claim is not testable here.
+    """
+
+    reproduced: str
+    partly: str | None = None
+    too_coarse: str | None = None
+
+
+class Claim(_Strict):
+    """One sentence of the ledger. Either it is measured and ruled, or `not_testable` says why it is not."""
+
+    id: str = Field(pattern=r"^[a-z0-9-]+$")
+    work: Literal["paper", "slides", "readers"]
+    statement: str
+    source: str
+    stated: str
+    measured: dict[str, Quantity] = {}
+    derived: dict[str, str] = {}
+    here: str = ""
+    verdicts: Rules | None = None
+    not_testable: str = ""
+    notes: str = ""
+
+    @model_validator(mode="after")
+    def _either_ruled_or_not_testable(self) -> "Claim":
+        ruled = bool(self.measured and self.here and self.verdicts)
+        if ruled == bool(self.not_testable):
+            raise ValueError("not_testable: needed where measured, here and verdicts are not, and only there")
+        return self
+
+    @model_validator(mode="after")
+    def _expressions_know_their_names(self) -> "Claim":
+        known = set(self.measured)
+        for name, expression in self.derived.items():
+            if name in known:
+                raise ValueError(f"derived.{name}: is measured already")
+            _check(f"derived.{name}", expression, known)
+            known.add(name)
+        for name, expression in self.rules.items():
+            _check(f"verdicts.{name}", expression, known)
+        _check_names("here", self.here, known)
+        return self
+
+    @property
+    def rules(self) -> dict[str, str]:
+        return self.verdicts.model_dump(exclude_none=True) if self.verdicts else {}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a run says about a claim, one of VERDICTS, with the numbers it rests on."""
+
+    claim: Claim
+    quantities: dict[str, float]
+    verdict: str
+    why: str
+
+    @property
+    def here(self) -> str:
+        """Our numbers in words, with a remark where they are too coarse; why there are none, where there are none."""
+        if not self.quantities:
+            return self.why
+        numbers = EXPRESSIONS.from_string(self.claim.here).render(self.quantities)
+        return f"{numbers}: too coarse to tell" if self.verdict == NOT_TESTABLE else numbers
+
+
+def load(path: Path = CLAIMS) -> list[Claim]:
+    """Every claim, in the order of the file. Raises `ClaimsError` at the first claim that is not well formed."""
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ClaimsError(f"{path.name} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ClaimsError(f"{path.name}: expected a list of claims")
+    claims = []
+    for number, entry in enumerate(entries, start=1):
+        place = f"{path.name}: claim {entry.get('id', number)}"
+        try:
+            claims.append(Claim.model_validate(entry))
+        except ValidationError as error:
+            # a misspelt key is also a missing one: the spelling says more
+            problem = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
+            raise ClaimsError(f"{place}: {_explain(problem)}") from None
+    ids = Counter(claim.id for claim in claims)
+    if ids and max(ids.values()) > 1:
+        raise ClaimsError(f"{path.name}: claim {ids.most_common(1)[0][0]}: id: is there twice")
+    return claims
+
+
+def judge(claim: Claim, folder: Path) -> Verdict:
+    """The verdict on one claim from the tables in a folder of results.
+
+    What was not measured there makes it "not testable here". Raises `ClaimsError` for a table that cannot be read.
+    """
+    if claim.not_testable:
+        return Verdict(claim, {}, NOT_TESTABLE, claim.not_testable)
+    try:
+        quantities = {name: measure(quantity, folder) for name, quantity in claim.measured.items()}
+    except Missing as reason:
+        return Verdict(claim, {}, NOT_TESTABLE, str(reason))
+    for name, expression in claim.derived.items():
+        quantities[name] = _evaluate(expression, quantities, f"claim {claim.id}: derived.{name}")
+    failed = ""
+    for verdict, rule in claim.rules.items():
+        if _evaluate(rule, quantities, f"claim {claim.id}: verdicts.{verdict}"):
+            found = NOT_TESTABLE if verdict == "too_coarse" else verdict
+            return Verdict(claim, quantities, found, f"holds: {rule}{failed}")
+        failed = f"; does not hold: {rule}"
+    return Verdict(claim, quantities, NOT_REPRODUCED, failed.removeprefix("; "))
+
+
+def ledger(folder: Path) -> list[Verdict]:
+    """The verdicts on all claims from the tables in a folder of results. Raises `ClaimsError` as `judge` does."""
+    return [judge(claim, folder) for claim in load()]
+
+
+def measure(quantity: Quantity, folder: Path) -> float:
+    """Look a number up in the tables of a folder, in the unit of its column.
+
+    Raises `Missing` when the table, the row or the value is not there, `ClaimsError` when the table is malformed.
+    """
+    path = (folder.parent / quantity.profile if quantity.profile else folder) / f"{quantity.table}.csv"
+    table = _read(path)
+    if unknown := {*quantity.where, quantity.column} - set(table.columns):
+        raise ClaimsError(f"{path} has no column {min(unknown)!r}; it has {', '.join(map(str, table.columns))}")
+    for column, value in quantity.where.items():
+        table = table[table[column] == value]
+    place = ", ".join(f"{column} {value}" for column, value in quantity.where.items())
+    try:
+        values = pandas.to_numeric(table[quantity.column]).dropna()
+    except (ValueError, TypeError):
+        raise ClaimsError(f"{path}: {quantity.column}, {place}: expected numbers") from None
+    if values.empty:
+        raise Missing(f"no {quantity.column} in {path.name} for {place}")
+    if quantity.take != "only":
+        return float(values.agg(quantity.take))
+    if len(values) > 1:
+        raise ClaimsError(f"{path}: {len(values)} rows for {place}; one was expected")
+    return float(values.iloc[0])
+
+
+def summary(verdicts: list[Verdict]) -> str:
+    """How many claims have which verdict, in a line."""
+    counts = Counter(verdict.verdict for verdict in verdicts)
+    return f"{len(verdicts)} claims: " + ", ".join(f"{counts[name]} {name}" for name in VERDICTS)
+
+
+def as_table(verdicts: list[Verdict]) -> str:
+    """The ledger in Markdown, a table for each work."""
+    parts = []
+    for work, title in WORKS.items():
+        rows = [(v.claim.statement, v.claim.stated, v.here, v.verdict) for v in verdicts if v.claim.work == work]
+        lines = ["| claim | stated | here | verdict |", "|---|---|---|---|"]
+        lines += ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows]
+        parts.append(f"**{title}**\n\n" + "\n".join(lines))
+    return "\n\n".join([*parts, summary(verdicts) + "."])
+
+
+def as_text(verdicts: list[Verdict]) -> str:
+    """The ledger for a terminal: every claim with its numbers, its rule and what there is to note."""
+    blocks = []
+    for v in verdicts:
+        lines = [f"{v.claim.id}: {v.verdict}", v.claim.statement, f"stated: {v.claim.stated} ({v.claim.source})"]
+        lines += [f"here: {v.here}"] + ([f"rule {v.why}"] if v.quantities else [])
+        blocks.append("\n    ".join(lines + ([v.claim.notes] if v.claim.notes else [])))
+    return "\n".join([*blocks, "", summary(verdicts)])
+
+
+def as_rows(verdicts: list[Verdict]) -> list[dict[str, str]]:
+    """The ledger as rows of one shape, for a CSV."""
+    return [
+        {
+            **{key: getattr(v.claim, key) for key in ("id", "work", "statement", "source", "stated")},
+            "here": v.here,
+            "verdict": v.verdict,
+            "why": v.why,
+            "quantities": "; ".join(f"{name} = {value:.6g}" for name, value in v.quantities.items()),
+            "notes": v.claim.notes,
+        }
+        for v in verdicts
+    ]
+
+
+def _read(path: Path) -> pandas.DataFrame:
+    try:
+        return pandas.read_csv(path)
+    except FileNotFoundError:
+        raise Missing(f"no {path.name} of profile {path.parent.name} yet") from None
+    except ValueError as error:
+        raise ClaimsError(f"{path} is no table: {' '.join(str(error).split())}") from None
+
+
+def _evaluate(expression: str, quantities: dict[str, float], place: str) -> Any:
+    try:
+        return EXPRESSIONS.compile_expression(expression, undefined_to_none=False)(quantities)
+    except (ArithmeticError, TypeError, TemplateError) as error:
+        raise ClaimsError(f"{place}: {expression}: {error}") from None
+
+
+def _check(key: str, expression: str, known: set[str]) -> None:
+    """Refuse an expression that does not parse or that uses a name it cannot know."""
+    try:
+        EXPRESSIONS.compile_expression(expression)
+    except TemplateSyntaxError as error:
+        raise ValueError(f"{key}: {expression!r} is no expression: {error.message}") from None
+    _check_names(key, f"{{{{ {expression} }}}}", known)
+
+
+def _check_names(key: str, template: str, known: set[str]) -> None:
+    try:
+        used = meta.find_undeclared_variables(EXPRESSIONS.parse(template))
+    except TemplateSyntaxError as error:
+        raise ValueError(f"{key}: {template!r} is no text with expressions: {error.message}") from None
+    if unknown := used - known:
+        raise ValueError(f"{key}: {min(unknown)!r} is no quantity; there are {', '.join(sorted(known)) or 'none'}")
+
+
+def _explain(error: dict[str, Any]) -> str:
+    """One problem found by pydantic as `key: what is wrong`."""
+    key = ".".join(map(str, error["loc"]))
+    if error["type"] == "value_error":  # our own validators say it all
+        return str(error["ctx"]["error"])
+    if error["type"] == "extra_forbidden":
+        known = [*Claim.model_fields, *Quantity.model_fields, *Rules.model_fields]
+        close = get_close_matches(str(error["loc"][-1]), known, n=1)
+        return f"{key}: unknown key" + (f"; did you mean {close[0]!r}?" if close else "")
+    return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}"

@@ -1,0 +1,176 @@
+"""Figures on disk: saved with the numbers they show, and drawn again from these, to the same bytes, without a model."""
+
+import csv
+import hashlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from lora_distill.publish.registry import FIGURES
+from lora_distill.publish.style import grouped
+from lora_distill.settings import PACKAGE, Settings, figures_dir, load_settings
+from lora_distill.storage import atomic_write, device_name, git_commit
+
+STYLE = PACKAGE / "assets" / "figures.mplstyle"
+PROVENANCE = "provenance.json"  # of a profile's figures: what made the results that they show
+NO_DATES = {"pdf": {"CreationDate": None, "Creator": None, "Producer": None}, "svg": {"Date": None, "Creator": None}}
+WORDS = {"": None, "True": True, "False": False}  # of a CSV, besides numbers
+
+
+def save(name: str, settings: Settings, rows: list[dict], images: np.ndarray | None = None) -> Figure:
+    """Write figures/<profile>/<name>.csv and, drawn from it, .svg, .pdf and .png; return the figure.
+
+    A grid's `images`, (n, h, w, 3) uint8, one a row, go to <name>_images.png. What made the results goes to
+    provenance.json and into each file's metadata. The figure is closed for pyplot: a cell that ends in it shows it
+    once. Raises ValueError for a name that plots.FIGURES lacks, and for rows that it cannot draw.
+    """
+    if name not in FIGURES:
+        raise ValueError(f"no figure {name!r} in lora_distill/plots.py")
+    folder = figures_dir(settings)
+    data = {f"{name}.csv": table(rows).encode()}
+    if images is not None:
+        data[f"{name}_images.png"] = image_sheet(images, lines=len(grouped(rows, "row")))
+    for file, content in data.items():
+        atomic_write(folder / file, content)
+    source = {
+        "profile": settings.profile,
+        "params": hashlib.sha256(settings.model_dump_json().encode()).hexdigest()[:16],
+        "commit": git_commit(),
+        "device": device_name(settings.device),
+        "sha256": {file: hashlib.sha256(content).hexdigest() for file, content in data.items()},
+    }
+    known = read_provenance(folder) if (folder / PROVENANCE).exists() else {}
+    atomic_write(folder / PROVENANCE, json.dumps(dict(sorted((known | {name: source}).items())), indent=1) + "\n")
+    return draw(name, folder, source)
+
+
+def redraw(profile: str | Path) -> list[Path]:
+    """Draw all figures of a profile anew from what `save` left; return the paths of the SVG files.
+
+    Raises ValueError or FileNotFoundError, in one line that names the file, when one is missing or has changed.
+    """
+    folder = figures_dir(load_settings(profile))
+    provenance = read_provenance(folder)
+    names = [name for name in FIGURES if name in provenance]
+    for name in names:
+        check(folder, provenance[name]["sha256"])
+    for name in names:
+        draw(name, folder, provenance[name])
+    return [folder / f"{name}.svg" for name in names]
+
+
+def draw(name: str, folder: Path, source: dict[str, Any]) -> Figure:
+    """Draw one figure from its saved rows and images and write it in three formats, `source` in their metadata."""
+    plot = FIGURES[name]
+    rows = read_table(folder / f"{name}.csv")
+    sheet = folder / f"{name}_images.png"
+    images = [read_images(sheet, rows)] if sheet.name in source["sha256"] else []
+    with plt.style.context(STYLE, after_reset=True):  # neither a matplotlibrc nor a notebook changes the bytes
+        try:
+            figure = plot.draw(rows, *images)
+        except KeyError as column:
+            raise ValueError(f"{folder / name}.csv has no column {column}; run its notebook again") from None
+        if source["profile"] == "smoke":
+            figure.text(0.5, 0.5, "smoke profile: not a result", color="#bbbbbb", fontsize=20, ha="center", rotation=20)
+        comment = json.dumps({**{key: source[key] for key in source if key != "sha256"}, "claims": plot.claims})
+        metadata = {
+            "svg": {"Title": plot.caption, "Description": comment, **NO_DATES["svg"]},
+            "pdf": {"Title": plot.caption, "Keywords": comment, **NO_DATES["pdf"]},
+            "png": {"Title": plot.caption, "Comment": comment, "Software": None},
+        }
+        for kind, fields in metadata.items():
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=kind, metadata=fields)
+            atomic_write(folder / f"{name}.{kind}", buffer.getvalue())
+    plt.close(figure)
+    return figure
+
+
+def check(folder: Path, digests: dict[str, str]) -> None:
+    """Raise FileNotFoundError or ValueError for the first file of a figure that is missing or was changed."""
+    for file, digest in digests.items():
+        if not (folder / file).exists():
+            raise FileNotFoundError(f"{folder / file} is missing; run its notebook again")
+        if hashlib.sha256((folder / file).read_bytes()).hexdigest() != digest:
+            raise ValueError(f"{folder / file} is damaged or was changed by hand; run its notebook again")
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """What made the results of each figure of a profile. Raises FileNotFoundError, or ValueError for a damaged file."""
+    path = folder / PROVENANCE
+    if not path.exists():
+        raise FileNotFoundError(f"no figures in {folder}; python -m lora_distill reproduce makes them")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def save_table(path: Path, rows: list[dict]) -> None:
+    """Rows of one shape as CSV."""
+    atomic_write(path, table(rows))
+
+
+def table(rows: list[dict]) -> str:
+    """Rows of one shape as the text of a CSV file."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
+def read_table(path: Path) -> list[dict]:
+    """Rows of a CSV file, numbers as numbers, True and False as such, None for what is empty."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{key: _value(text) for key, text in row.items()} for row in csv.DictReader(file)]
+
+
+def _value(text: str) -> Any:
+    if text in WORDS:
+        return WORDS[text]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def grid_rows(labels: list[str], captions: list[str]) -> list[dict]:
+    """The table of a grid of images, line by line: a label for every line, a caption for every column."""
+    return [
+        {"row": label, "column": column, "caption": caption}
+        for label in labels
+        for column, caption in enumerate(captions)
+    ]
+
+
+def image_sheet(images: np.ndarray, lines: int) -> bytes:
+    """Images (n, h, w, 3) uint8 side by side in so many lines, as PNG."""
+    n, h, w, _ = images.shape
+    sheet = images.reshape(lines, n // lines, h, w, 3).transpose(0, 2, 1, 3, 4).reshape(lines * h, -1, 3)
+    buffer = io.BytesIO()
+    Image.fromarray(sheet).save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def read_images(path: Path, rows: list[dict]) -> np.ndarray:
+    """The images of a sheet that `image_sheet` made, one a row of the table, (n, h, w, 3) uint8."""
+    lines = len(grouped(rows, "row"))
+    columns = len(rows) // lines
+    sheet = np.asarray(Image.open(path).convert("RGB"))
+    h, w = sheet.shape[0] // lines, sheet.shape[1] // columns
+    return sheet.reshape(lines, h, columns, w, 3).transpose(0, 2, 1, 3, 4).reshape(-1, h, w, 3)
+
+
+def interval(proportion: Any) -> dict[str, float]:
+    """The columns low, high and n of a `metrics.Proportion`, from which error bars are drawn."""
+    low, high = proportion.interval
+    return {"low": low, "high": high, "n": proportion.count}

@@ -1,0 +1,261 @@
+"""The experiments of both works: guided distillation, a full LCM, LCM-LoRA, a LoRA that mimics the LCM, a fine-tune.
+
+One frozen W0 is teacher and base of every adapter; only the conventional full copy and the full LCM are second UNets.
+Each recipe trains in a folder named by a key of all that decides its result, so that only like continues like.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+
+from lora_distill.adapters import adapter_names, add_adapter, plain_copy, save_adapter
+from lora_distill.data.encoded import EncodedImages, consistency_batches, image_batches
+from lora_distill.data.teacher import noised_batches
+from lora_distill.pipeline import adapter_dtype, encode_prompts, fingerprint, with_unet
+from lora_distill.settings import Settings
+from lora_distill.storage import cache_key, digest
+from lora_distill.train.loop import Schedule, train
+from lora_distill.train.objectives import ConsistencyDistillation, ConsistencyMimicry, Denoising, GuidanceDistillation
+
+RECIPE = 1  # version of what the recipes, the loop and the objectives train: raise it when a result changes
+W_EMBEDDING = 256  # features of w that a full LCM takes, as in the public one
+Milestones = tuple[int, Callable[[int, StableDiffusionPipeline], dict]]
+
+
+# ---------------------------------------------------------------------------------------------- guided distillation
+
+
+def distil_lora(
+    pipe: StableDiffusionPipeline,
+    teacher: dict[str, Tensor],
+    settings: Settings,
+    folder: Path,
+    name: str = "student",
+    each: Milestones | None = None,
+) -> list[dict]:
+    """The paper's method: W0 alone is the teacher, W0 with the adapter `name` the student; return the log.
+
+    `each = (n, measure)` puts `measure(step, pipe)` into the log every n steps.
+    """
+    if name in adapter_names(pipe.unet):
+        pipe.unet.delete_adapters(name)
+    add_adapter(
+        pipe.unet,
+        name,
+        rank=settings.lora_rank,
+        alpha=settings.lora_alpha,
+        targets=settings.lora_targets,
+        seed=settings.seed,
+        dtype=adapter_dtype(pipe, settings.mixed_precision),
+    )
+    lora = {"rank": settings.lora_rank, "alpha": settings.lora_alpha, "targets": settings.lora_targets}
+    plan = schedule(settings, settings.learning_rate)
+    log = _distil("lora", pipe, pipe.unet, teacher, settings, plan, folder, each, **lora)
+    save_adapter(pipe.unet, name, lora_file(folder, name))
+    return log
+
+
+def distil_full_copy(
+    pipe: StableDiffusionPipeline,
+    teacher: dict[str, Tensor],
+    settings: Settings,
+    folder: Path,
+    each: Milestones | None = None,
+) -> tuple[StableDiffusionPipeline, list[dict]]:
+    """The conventional method: a second UNet, a full copy, learns from the first; return its pipeline and the log."""
+    pipe.unet.requires_grad_(False)  # adapters that were trained on it before included
+    student = plain_copy(pipe.unet)
+    plan = schedule(settings, settings.full_learning_rate)
+    log = _distil("full copy", pipe, student, teacher, settings, plan, folder, each)
+    return with_unet(pipe, student.requires_grad_(False)), log
+
+
+# ---------------------------------------------------------------------------------------------- the slides' phases
+
+
+def train_lcm(
+    pipe: StableDiffusionPipeline,
+    images: EncodedImages,
+    settings: Settings,
+    folder: Path,
+    each: Milestones | None = None,
+) -> tuple[StableDiffusionPipeline, list[dict]]:
+    """Phase 2: all weights of a copy become a consistency function of w ~ U[w_min, w_max]; its pipeline and the log."""
+    pipe.unet.requires_grad_(False)  # adapters that were trained on it before included
+    student = plain_copy(pipe.unet, time_cond_proj_dim=W_EMBEDDING)
+    objective = _consistency(pipe, student, settings)
+    draw_batch = _batches(pipe, images, settings, settings.w_min, settings.w_max)
+    plan = _plan(settings, settings.lcm_learning_rate)
+    lcm_pipe = with_unet(pipe, student)
+    log = fit("lcm", objective, draw_batch, lcm_pipe, plan, folder, each, **_key(pipe, images, settings))
+    student.requires_grad_(False)
+    return lcm_pipe, log
+
+
+def train_lcm_lora(
+    pipe: StableDiffusionPipeline,
+    images: EncodedImages,
+    settings: Settings,
+    folder: Path,
+    name: str = "lcm_lora",
+    each: Milestones | None = None,
+) -> list[dict]:
+    """LCM-LoRA (Luo et al. 2023b): the adapter alone becomes the consistency function, at one fixed w."""
+    _new_adapter(pipe, name, settings.lcm_rank, settings.lcm_targets, settings)
+    objective = _consistency(pipe, pipe.unet, settings)
+    draw_batch = _batches(pipe, images, settings, settings.guidance_scale, settings.guidance_scale)
+    plan = _plan(settings, settings.lcm_lora_learning_rate)
+    return _fit_adapter(name, objective, draw_batch, pipe, plan, folder, each, **_key(pipe, images, settings))
+
+
+def mimic_lcm(
+    pipe: StableDiffusionPipeline,
+    lcm_pipe: StableDiffusionPipeline,
+    images: EncodedImages,
+    settings: Settings,
+    folder: Path,
+    name: str = "mimic",
+    each: Milestones | None = None,
+) -> list[dict]:
+    """Phase 3: the adapter learns the latents that a trained LCM predicts, by MSE + KL."""
+    _new_adapter(pipe, name, settings.lcm_rank, settings.lcm_targets, settings)
+    weights = {"mse_weight": settings.mse_weight, "kl_weight": settings.kl_weight}
+    objective = ConsistencyMimicry(pipe.unet, lcm_pipe.unet, pipe.scheduler, **weights)
+    draw_batch = _batches(pipe, images, settings, settings.guidance_scale, settings.guidance_scale)
+    plan = replace(_plan(settings, settings.lcm_lora_learning_rate), ema_decay=0.0)
+    key = {**_key(pipe, images, settings), **weights, "lcm": digest(lcm_pipe.unet.state_dict())}
+    return _fit_adapter(name, objective, draw_batch, pipe, plan, folder, each, **key)
+
+
+def finetune_lora(
+    pipe: StableDiffusionPipeline,
+    images: EncodedImages,
+    settings: Settings,
+    folder: Path,
+    rank: int,
+    targets: str,
+    name: str = "finetune",
+    each: Milestones | None = None,
+) -> list[dict]:
+    """The slides' baseline: an adapter of the denoising loss on the images."""
+    _new_adapter(pipe, name, rank, targets, settings)
+    objective = Denoising(pipe.unet, pipe.scheduler)
+    draw_batch = image_batches(images, pipe.scheduler.config.num_train_timesteps)
+    plan = replace(_plan(settings, settings.finetune_learning_rate), steps=settings.finetune_steps, ema_decay=0.0)
+    key = {"pipeline": fingerprint(pipe), "images": images.key, "rank": rank, "targets": targets}
+    return _fit_adapter(name, objective, draw_batch, pipe, plan, folder, each, **key)
+
+
+# ---------------------------------------------------------------------------------------------- what they share
+
+
+def lora_file(folder: Path, name: str) -> Path:
+    """Where a trained adapter is kept, for stock diffusers to load."""
+    return folder / f"{name}.safetensors"
+
+
+def _distil(
+    title: str,
+    pipe: StableDiffusionPipeline,
+    student: UNet2DConditionModel,
+    teacher: dict[str, Tensor],
+    settings: Settings,
+    plan: Schedule,
+    folder: Path,
+    each: Milestones | None,
+    **depends_on,
+) -> list[dict]:
+    w, empty_embeds = settings.guidance_scale, teacher["empty_embeds"]
+    objective = GuidanceDistillation(student, pipe.unet, pipe.scheduler, w, empty_embeds)
+    draw_batch = noised_batches(teacher, pipe.scheduler.config.num_train_timesteps)
+    depends_on |= {"teacher": digest(teacher), "guidance_scale": w}
+    return fit(title, objective, draw_batch, with_unet(pipe, student), plan, folder, each, **depends_on)
+
+
+def fit(
+    title: str,
+    objective: nn.Module,
+    draw_batch: Callable[[int, int, torch.Generator], dict[str, Tensor]],
+    student_pipe: StableDiffusionPipeline,
+    plan: Schedule,
+    folder: Path,
+    each: Milestones | None = None,
+    **depends_on,
+) -> list[dict]:
+    """Train in a folder of its own for all that decides the result, so that only like continues like; the log.
+
+    `depends_on` is what, beside the plan, makes the result another one.
+    """
+    key = cache_key(version=RECIPE, plan=repr(plan), **depends_on)
+    milestones = each and (each[0], lambda step: each[1](step, student_pipe))
+    run = folder / f"{title.replace(' ', '_')}-{key}"
+    return train(objective, draw_batch, plan, run, device=student_pipe.device, each=milestones, title=title)
+
+
+def schedule(settings: Settings, learning_rate: float) -> Schedule:
+    """The plan that the settings describe."""
+    return Schedule(
+        steps=settings.train_steps,
+        batch_size=settings.batch_size,
+        learning_rate=learning_rate,
+        seed=settings.seed,
+        warmup_steps=settings.warmup_steps,
+        gradient_accumulation=settings.gradient_accumulation,
+        max_grad_norm=settings.max_grad_norm,
+        weight_decay=settings.weight_decay,
+        ema_decay=settings.ema_decay,
+        mixed_precision=settings.mixed_precision,
+        log_every=settings.log_every,
+        checkpoint_every=settings.checkpoint_every,
+    )
+
+
+def _fit_adapter(
+    name: str,
+    objective: nn.Module,
+    draw_batch: Callable[[int, int, torch.Generator], dict[str, torch.Tensor]],
+    pipe: StableDiffusionPipeline,
+    plan: Schedule,
+    folder: Path,
+    each: Milestones | None,
+    **depends_on,
+) -> list[dict]:
+    log = fit(name, objective, draw_batch, pipe, plan, folder, each, **depends_on)
+    save_adapter(pipe.unet, name, lora_file(folder, name))
+    return log
+
+
+def _new_adapter(pipe: StableDiffusionPipeline, name: str, rank: int, targets: str, settings: Settings) -> None:
+    if name in adapter_names(pipe.unet):
+        pipe.unet.delete_adapters(name)
+    dtype = adapter_dtype(pipe, settings.mixed_precision)
+    add_adapter(pipe.unet, name, rank=rank, alpha=rank, targets=targets, seed=settings.seed, dtype=dtype)
+
+
+def _consistency(pipe: StableDiffusionPipeline, student, settings: Settings) -> ConsistencyDistillation:
+    empty_embeds = encode_prompts(pipe, [""])
+    return ConsistencyDistillation(
+        student, pipe.unet, pipe.scheduler, empty_embeds, settings.ddim_skip, settings.huber_c
+    )
+
+
+def _batches(pipe: StableDiffusionPipeline, images: EncodedImages, settings: Settings, w_min: float, w_max: float):
+    timesteps = pipe.scheduler.config.num_train_timesteps
+    return consistency_batches(image_batches(images, timesteps), timesteps, settings.ddim_skip, w_min, w_max)
+
+
+def _plan(settings: Settings, learning_rate: float) -> Schedule:
+    plan = schedule(settings, learning_rate)
+    size = settings.lcm_batch_size
+    return replace(plan, steps=settings.lcm_steps, batch_size=size, ema_decay=settings.lcm_ema_decay)
+
+
+def _key(pipe: StableDiffusionPipeline, images: EncodedImages, settings: Settings) -> dict:
+    """What decides the result of consistency training beside its plan."""
+    names = ("guidance_scale", "w_min", "w_max", "ddim_skip", "huber_c", "lcm_rank", "lcm_targets")
+    values = {name: getattr(settings, name) for name in names}
+    return {"pipeline": fingerprint(pipe), "images": images.key, **values}

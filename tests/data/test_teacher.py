@@ -1,0 +1,91 @@
+"""Prompts, and the cache of what the frozen teacher made: found again for the same inputs, and for no others."""
+
+import numpy as np
+import pytest
+import torch
+
+from lora_distill.data import scenes
+from lora_distill.data.teacher import noised_batches, scene_prompts, teacher_set, training_captions
+from lora_distill.pipeline import encode_prompts
+from lora_distill.sampling import Sampler, initial_noise, sample
+from lora_distill.storage import cache_key, cached
+
+PROMPTS = ["a lion left of a bus on a blue background", "a crown right of a cactus, green"]
+GUIDED = Sampler(2, 3.0)
+
+
+def test_a_prompt_is_one_of_the_five_captions_of_its_scene():
+    prompts = scene_prompts("noto", "val", 50, seed=3)
+    rng = np.random.default_rng([3, 1])
+    for scene, caption in zip(prompts.scenes, prompts.captions, strict=True):
+        assert caption in scenes.captions(scene, rng) and rng.integers(5) in range(5)
+    assert len(prompts) == 50 and scene_prompts("noto", "val", 50, seed=3) == prompts
+
+
+def test_training_captions_are_those_of_training_scenes():
+    assert training_captions("scenes", "noto", 20, seed=0) == scene_prompts("noto", "train", 20, seed=0).captions
+
+
+def test_the_key_of_a_cache_changes_with_each_part_and_not_with_their_order():
+    parts = {"a": 1, "b": [1, 2], "c": "x"}
+    assert cache_key(**dict(reversed(parts.items()))) == cache_key(**parts)
+    others = [{**parts, "a": 2}, {**parts, "b": [2, 1]}, {**parts, "c": "y"}, {**parts, "d": None}]
+    assert len({cache_key(**p) for p in [parts, *others]}) == 5
+
+
+def test_what_is_cached_is_made_once(tmp_path):
+    made = []
+
+    def make():
+        made.append(1)
+        return {"x": torch.arange(3)}
+
+    first, second = (cached(tmp_path, "thing", "key", make) for _ in range(2))
+    assert torch.equal(first["x"], second["x"]) and len(made) == 1
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:-3], lambda content: content[:-1] + b"\xff"])
+def test_a_damaged_cache_is_made_again(tmp_path, damage):
+    make = lambda: {"x": torch.arange(3)}  # noqa: E731
+    cached(tmp_path, "thing", "key", make)
+    path = tmp_path / "thing-key.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.warns(UserWarning, match=f"{path}.*made again"):
+        assert torch.equal(cached(tmp_path, "thing", "key", make)["x"], torch.arange(3))
+    assert torch.equal(cached(tmp_path, "thing", "key", lambda: 1 / 0)["x"], torch.arange(3))
+
+
+def test_the_teacher_set_is_what_the_guided_sampler_makes(bundle, tmp_path):
+    made = teacher_set(bundle, PROMPTS, GUIDED, 5, tmp_path)
+    embeds, empty = encode_prompts(bundle, PROMPTS), encode_prompts(bundle, [""])
+    assert torch.equal(made["prompt_embeds"], embeds) and torch.equal(made["empty_embeds"], empty)
+    assert torch.equal(made["latents"], sample(bundle, GUIDED, initial_noise(bundle, 2, 5), embeds, empty))
+
+
+def test_a_teacher_set_is_used_again_for_the_same_inputs_only(bundle, tmp_path):
+    def files(*changes):
+        teacher_set(*changes, tmp_path)
+        return len(list(tmp_path.iterdir()))
+
+    assert files(bundle, PROMPTS, GUIDED, 5) == files(bundle, PROMPTS, GUIDED, 5) == 1
+    assert files(bundle, PROMPTS[::-1], GUIDED, 5) == 2
+    assert files(bundle, PROMPTS, Sampler(2, 2.0), 5) == 3
+    assert files(bundle, PROMPTS, GUIDED, 6) == 4
+    bundle.scheduler.register_to_config(beta_end=0.013)
+    assert files(bundle, PROMPTS, GUIDED, 5) == 5
+    with torch.no_grad():
+        bundle.text_encoder.get_input_embeddings().weight[-1, 0] += 1
+    assert files(bundle, PROMPTS, GUIDED, 5) == 6
+
+
+def test_batches_pair_latents_with_their_own_prompts():
+    teacher = {"latents": torch.arange(8.0)[:, None, None, None].expand(8, 4, 2, 2)}
+    teacher["prompt_embeds"] = torch.arange(8.0)[:, None, None].expand(8, 5, 3)
+    draw = noised_batches(teacher, 1000)
+    batch = draw(0, 500, torch.Generator().manual_seed(0))
+    assert torch.equal(batch["latents"][:, 0, 0, 0], batch["prompt_embeds"][:, 0, 0])
+    assert batch["eps"].shape == (500, 4, 2, 2) and abs(batch["eps"].mean()) < 0.05
+    assert batch["latents"].unique().tolist() == list(range(8))
+    assert 0 <= batch["timesteps"].min() < 20 and 980 < batch["timesteps"].max() < 1000
+    again = draw(9, 500, torch.Generator().manual_seed(0))
+    assert all(torch.equal(batch[name], again[name]) for name in batch)

@@ -1,0 +1,316 @@
+"""The numbers that judge images, against independent plain computations on what is on disk."""
+
+import json
+from collections import Counter
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+
+from lora_distill.data import scenes
+from lora_distill.data.teacher import scene_prompts
+from lora_distill.judge.distances import frechet_distance, kernel_distance
+from lora_distill.judge.features import EfficientNetLite0, Features, extract
+from lora_distill.judge.judge import Judge, drawn, further_distances, load_images, save_images
+from lora_distill.judge.metrics import (
+    FrechetDistance,
+    Proportion,
+    Score,
+    clip_score,
+    compare,
+    fidelity,
+    inception_score,
+    latent_mse,
+    metric_name,
+    prompt_alignment,
+    psnr,
+    real_floor,
+)
+from lora_distill.pipeline import load_pipeline
+from lora_distill.sampling import Sampler
+
+
+def test_wilsons_interval_has_the_bounds_that_solve_its_equation():
+    """|p - bound| = z sqrt(bound (1 - bound) / n), by definition."""
+    proportion = Proportion(0.93, 200)
+    for bound in proportion.interval:
+        assert abs(0.93 - bound) == pytest.approx(1.959964 * (bound * (1 - bound) / 200) ** 0.5, rel=1e-9)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_the_interval_of_all_or_nothing_is_not_a_point(value):
+    low, high = Proportion(value, 50).interval
+    assert 0 <= low < high <= 1 and high - low == pytest.approx(3.84146 / (50 + 3.84146), rel=1e-3)
+
+
+def test_a_proportion_reads_as_one_line():
+    assert str(Proportion(0.5, 100)) == "50.0 % (40.4 to 59.6, N = 100)"
+
+
+def test_alignment_is_1_for_the_scenes_that_were_drawn_and_0_for_others():
+    shown = scenes.sample_scenes("noto", "val", 20, seed=0)
+    images = np.stack([scenes.draw(s) for s in shown])
+    assert all(p.value == 1 and p.count == 20 for p in prompt_alignment(images, shown).values())
+    others = [s for s in scenes.sample_scenes("noto", "val", 200, seed=1)][-20:]
+    assert prompt_alignment(images, others)["all"].value == 0
+
+
+def test_alignment_of_saved_images_is_the_count_of_what_they_were_drawn_to_show(tmp_path):
+    """PNGs that show what was asked, or something else in one known attribute; counted from their labels alone."""
+    asked = scenes.sample_scenes("noto", "val", 12, seed=4)
+    other_colour = {"blue": "pink"}
+    shown = [
+        scene if i % 4 == 0 else
+        replace(scene, style="fluent") if i % 4 == 1 else
+        replace(scene, background=other_colour.get(scene.background, "blue")) if i % 4 == 2 else
+        replace(scene, first=scene.second, second=scene.first)
+        for i, scene in enumerate(asked)
+    ]  # fmt: skip
+    for i, (scene, prompt) in enumerate(zip(shown, asked, strict=True)):
+        Image.fromarray(scenes.draw(scene)).save(tmp_path / f"{i:02}.png")
+        (tmp_path / f"{i:02}.json").write_text(json.dumps({"shown": scene.as_dict(), "asked": prompt.as_dict()}))
+
+    count = Counter()
+    for path in tmp_path.glob("*.json"):
+        shows, asks = json.loads(path.read_text()).values()
+        same = {key: shows[key] == asks[key] for key in shows}
+        count["objects"] += sorted([shows["first"], shows["second"]]) == sorted([asks["first"], asks["second"]])
+        count["relation"] += same["first"] and same["second"] and same["axis"]
+        count["background"] += same["background"]
+        count["style"] += same["style"]
+        count["all"] += all(same[key] for key in ("first", "second", "axis", "background", "style"))
+    assert count == {"objects": 12, "relation": 9, "background": 9, "style": 9, "all": 3}
+
+    images = np.stack([np.asarray(Image.open(path)) for path in sorted(tmp_path.glob("*.png"))])
+    measured = prompt_alignment(images, asked)
+    assert {name: round(measured[name].value * 12) for name in count} == count
+
+
+# ---------------------------------------------------------------------------------------------- distances
+
+
+@pytest.fixture(scope="module")
+def features():
+    """Of three sets of images: noto, other noto and fluent, 120 each."""
+    network = EfficientNetLite0()
+    draws = {"reference": ("noto", 0), "noto": ("noto", 1), "fluent": ("fluent", 0)}
+    return {name: extract(network, drawn(style, "val", 120, seed)) for name, (style, seed) in draws.items()}
+
+
+def plain_frechet(a, b):
+    """|mean difference|^2 + tr(A + B - 2 (A B)^1/2), the trace by the eigenvalues of A B."""
+    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    root = np.sqrt(np.maximum(np.linalg.eigvals(cov_a @ cov_b).real, 0)).sum()
+    return ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * root
+
+
+def test_the_distance_is_frechets_on_features_of_saved_images(features, tmp_path):
+    """The network called by hand on PNGs that were read back, and the formula in plain numpy."""
+    network = EfficientNetLite0()
+
+    def rows_from_disk(name, images):
+        for i, image in enumerate(images):
+            Image.fromarray(image).save(tmp_path / f"{name}{i:03}.png")
+        arrays = np.stack([np.asarray(Image.open(path)) for path in sorted(tmp_path.glob(f"{name}*.png"))])
+        with torch.no_grad():
+            rows = network(torch.from_numpy(arrays).permute(0, 3, 1, 2), ["block10"])["block10"]
+        np.save(tmp_path / f"{name}.npy", rows.double().numpy())
+        return np.load(tmp_path / f"{name}.npy")
+
+    images = drawn("fluent", "val", 120, seed=0)
+    expected = plain_frechet(rows_from_disk("a", images), rows_from_disk("b", drawn("noto", "val", 120, seed=0)))
+    assert compare(features["fluent"], features["reference"])["FD-EfficientNet-Lite0"].value == pytest.approx(
+        expected, rel=1e-4
+    )
+
+
+def plainly_read(image: np.ndarray) -> tuple:
+    """(style, first, second, axis, background) of an image, each sprite compared with each window of it in numpy."""
+    background = np.sort(np.concatenate([image[:2], image[-2:]]).reshape(-1, 3), axis=0)[(4 * 64 - 1) // 2]
+    name = min(scenes.BACKGROUNDS, key=lambda name: np.linalg.norm(background - np.array(scenes.BACKGROUNDS[name])))
+    left = (image - background.astype(float)) / 255
+    size = scenes.SPRITE_SIZE
+    windows = np.lib.stride_tricks.sliding_window_view(left, (size, size, 3)).reshape(65 - size, 65 - size, -1)
+    errors = {}
+    for style in scenes.STYLES:
+        for kind, rgba in zip(scenes.KINDS, scenes.sprites(style).astype(float), strict=True):
+            sprite = (rgba[..., :3] - rgba[..., 3:] * np.array(scenes.BACKGROUNDS[name]) / 255).ravel()
+            squares = (windows**2).sum(-1) - 2 * windows @ sprite + (sprite**2).sum()
+            errors[style, kind] = squares / (sprite**2).sum()
+    seen = []
+    for _ in range(2):
+        best = min(errors, key=lambda sprite: errors[sprite].min())
+        y, x = np.unravel_index(errors[best].argmin(), errors[best].shape)
+        if errors[best].min() <= 0.35:
+            seen.append((*best, int(x), int(y)))
+        for error in errors.values():
+            error[max(0, y - size + 6) : y + size - 5, max(0, x - size + 6) : x + size - 5] = np.inf
+    if len(seen) < 2:
+        return (None,) * 4 + (name,)
+    (_, _, x0, y0), (_, _, x1, y1) = seen
+    axis = "horizontal" if abs(x1 - x0) > abs(y1 - y0) else "vertical"
+    first, second = sorted(seen, key=lambda sprite: sprite[2 if axis == "horizontal" else 3])
+    return first[0] if first[0] == second[0] else None, first[1], second[1], axis, name
+
+
+def test_the_numbers_of_a_run_follow_from_the_images_that_it_saved(bundle, tmp_path):
+    """What the judge said of a sampler, counted and computed again by plain code from the file of its images."""
+    prompts, real = scene_prompts("noto", "test", 10, seed=0), drawn("noto", "test", 150, seed=1)
+    said = Judge(bundle, prompts, real)(Sampler(4), seed=0)
+    save_images(tmp_path, "02_x", {"teacher": [said]})
+    (images,) = load_images(tmp_path, "02_x")["teacher"]
+
+    read = [plainly_read(image) for image in images]
+    asked = [(scene.style, scene.first, scene.second, scene.axis, scene.background) for scene in prompts.scenes]
+    count = sum(one == other for one, other in zip(read, asked, strict=True))
+    assert 0 < count < 10 and said.all_correct.value == count / 10
+
+    network = EfficientNetLite0()
+    with torch.no_grad():
+        rows, others = (
+            network(torch.from_numpy(array).permute(0, 3, 1, 2), ["block10"])["block10"].double().numpy()
+            for array in (images, real)
+        )
+    assert said.frechet_distance == pytest.approx(plain_frechet(rows, others), rel=1e-4)
+
+
+def test_further_distances_are_those_of_each_seed_on_average():
+    reference = drawn("noto", "val", 40, seed=0)
+    seeds = [drawn("fluent", "val", 40, seed=i) for i in (1, 2)]
+    rows = further_distances({"base": seeds}, reference, {"EfficientNet-Lite0": ""})
+    by_metric = {row["metric"]: row for row in rows}
+    network = EfficientNetLite0()
+    features = [extract(network, images) for images in seeds]
+    values = [compare(one, extract(network, reference))["KID-EfficientNet-Lite0"].value for one in features]
+    found = by_metric["KID-EfficientNet-Lite0"]
+    assert (found["value"], found["sd"]) == pytest.approx((np.mean(values), np.std(values)))
+    assert (found["method"], found["n"], found["seeds"], found["reference_n"]) == ("base", 40, 2, 40)
+    assert by_metric.keys() >= {"FD-EfficientNet-Lite0", "recall-EfficientNet-Lite0"}
+
+
+def test_a_distance_to_a_fixed_reference_can_be_asked_again(features):
+    distance = FrechetDistance(drawn("noto", "val", 30, seed=0))
+    images = drawn("fluent", "val", 30, seed=0)
+    expected = frechet_distance(features["fluent"].frechet[:30], features["reference"].frechet[:30])
+    assert distance.name == "FD-EfficientNet-Lite0"
+    assert distance(images) == pytest.approx(expected, rel=1e-3) and distance(images) == distance(images)
+    assert distance(drawn("noto", "val", 30, seed=0)) == pytest.approx(0, abs=1e-3 * expected)
+
+
+def test_the_reference_is_kept_on_disk_where_a_folder_is_given(tmp_path):
+    images = drawn("noto", "val", 4, seed=0)
+    assert FrechetDistance(images, cache_dir=tmp_path)(images) == FrechetDistance(images, cache_dir=tmp_path)(images)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
+
+
+def test_another_style_is_farther_than_the_floor_by_every_measure(features):
+    floor = real_floor(features["noto"], features["reference"], count=100)
+    other = compare(features["fluent"][:100], features["reference"])
+    assert floor.keys() == other.keys() and all(score.count == 100 for score in floor.values())
+    for name, score in other.items():
+        farther = -1 if name.startswith(("precision", "recall")) else 1
+        assert farther * score.value > farther * floor[name].value, name
+    assert other["FD-EfficientNet-Lite0"].value > 2 * floor["FD-EfficientNet-Lite0"].value
+    with pytest.raises(ValueError, match="floor at N = 121 needs as many real images beside the reference, got 120"):
+        real_floor(features["noto"], features["reference"], count=121)
+
+
+def test_every_score_has_its_extractor_in_its_name_and_its_n(features):
+    scores = compare(features["noto"][:50], features["reference"], resamples=20)
+    assert list(scores) == [f"{m}-EfficientNet-Lite0" for m in ("FD", "KID", "precision", "recall")]
+    assert all(s.name == name and (s.count, s.reference_count) == (50, 120) for name, s in scores.items())
+    for name in ("FD-EfficientNet-Lite0", "KID-EfficientNet-Lite0"):
+        assert scores[name].low < scores[name].value < scores[name].high
+    assert inception_score(features["noto"]).name == "IS-EfficientNet-Lite0"
+    assert asdict(Score("FD", 1.0, 5)).keys() == {"name", "value", "count", "reference_count", "low", "high"}
+    assert str(Score("FD-X", 6.54321, 50, 120, 5.0, 8.0)) == "FD-X 6.543 (5 to 8), N = 50"
+
+
+def test_only_inceptions_distance_is_called_fid():
+    assert [metric_name(m, "Inception") for m in ("FD", "KID", "IS", "precision")] == [
+        *("FID", "KID", "IS"),
+        "precision-Inception",
+    ]
+    assert metric_name("FD", "DINOv2") == "FD-DINOv2"
+
+
+def test_the_kernel_distance_takes_the_head_and_manifolds_do_too(features):
+    swapped = Features("EfficientNet-Lite0", features["fluent"].rows | {"block10": features["noto"].frechet})
+    scores = compare(swapped, features["reference"])
+    kernel = kernel_distance(features["fluent"].kernel, features["reference"].kernel)
+    assert scores["KID-EfficientNet-Lite0"].value == pytest.approx(kernel)
+    assert scores["FD-EfficientNet-Lite0"] == compare(features["noto"], features["reference"])["FD-EfficientNet-Lite0"]
+
+
+def test_clips_embeddings_are_compared_by_cmmd():
+    rows = {"image_embeds": torch.randn(9, 8, generator=torch.Generator().manual_seed(0))}
+    other = {"image_embeds": -rows["image_embeds"]}
+    scores = compare(Features("CLIP", rows), Features("CLIP", other), resamples=5)
+    assert list(scores) == ["CMMD", "precision-CLIP", "recall-CLIP"] and scores["CMMD"].low < scores["CMMD"].high
+    with pytest.raises(ValueError, match="features of CLIP cannot be compared with those of DINOv2"):
+        compare(Features("CLIP", rows), Features("DINOv2", {"cls": rows["image_embeds"]}))
+
+
+def test_clip_score_is_the_mean_cosine_of_images_and_captions(tmp_path):
+    """On a CLIP with random weights, and the bundled pipeline's tokenizer, against the model called by hand."""
+    torch.manual_seed(0)
+    tokenizer = load_pipeline("bundled").tokenizer
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = size | {
+        "vocab_size": len(tokenizer),
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+    }
+    vision = size | {"image_size": 64, "patch_size": 16}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).eval()
+    model.visual_projection.weight.data.neg_()  # with these weights the cosines are below 0, where torchmetrics cuts
+    model.save_pretrained(tmp_path)
+    square = {"height": 64, "width": 64}
+    processor = CLIPProcessor(CLIPImageProcessor(size={"shortest_edge": 64}, crop_size=square), tokenizer)
+    processor.save_pretrained(tmp_path)
+    images, captions = (
+        drawn("noto", "val", 3, seed=0),
+        ["a lion left of a bus", "a crown", "on pink, an owl over a car"],
+    )
+
+    score = clip_score([images[:2], images[2:]], captions, tmp_path)
+    inputs = processor(text=captions, images=list(images), return_tensors="pt", padding=True)
+    with torch.no_grad():
+        output = model(**inputs)
+    cosines = torch.nn.functional.cosine_similarity(output.image_embeds, output.text_embeds)
+    assert score.value == pytest.approx(100 * float(cosines.mean()), abs=1e-3) and score.count == 3
+    with pytest.raises(ValueError, match="3 images and 4 captions"):
+        clip_score([images], [*captions, "one more"], tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------- fidelity
+
+
+def test_psnr_is_ten_log_of_the_squared_peak_over_the_error():
+    images = np.zeros((2, 4, 4, 3), np.uint8)
+    assert psnr(images, images + 5) == pytest.approx(20 * np.log10(255 / 5)) and psnr(images, images) == float("inf")
+    with pytest.raises(ValueError, match="differ in shape"):
+        psnr(images, images[:1])
+
+
+def test_the_error_of_latents_is_the_mean_of_squares():
+    latents = torch.arange(32.0).reshape(2, 4, 2, 2)
+    assert latent_mse(latents, latents + 3) == pytest.approx(9)
+    with pytest.raises(ValueError, match="differ in shape"):
+        latent_mse(latents, latents[:1])
+
+
+def test_fidelity_compares_with_the_teacher_image_by_image_and_as_a_set(features):
+    teacher = drawn("noto", "val", 120, seed=0)
+    images = np.clip(teacher.astype(int) + 4, 0, 255).astype(np.uint8)
+    latents = torch.zeros(120, 4, 8, 8)
+    scores = fidelity(images, teacher, features["noto"], features["reference"], latents, latents + 2)
+    error = np.mean((images.astype(float) - teacher) ** 2)
+    assert scores["PSNR to teacher"].value == pytest.approx(10 * np.log10(255**2 / error))
+    assert scores["latent MSE to teacher"].value == 4
+    expected = compare(features["noto"], features["reference"])["FD-EfficientNet-Lite0"].value
+    assert scores["FD-EfficientNet-Lite0 to teacher"].value == expected
+    assert all(score.count == 120 for score in scores.values())

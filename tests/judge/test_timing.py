@@ -1,0 +1,157 @@
+"""Seconds per image: what the timer holds and in which turns, on a clock whose every second is known."""
+
+import csv
+
+import pytest
+import torch
+
+from lora_distill.judge import timing
+from lora_distill.judge.timing import compare_times, runtime, saving_bound, time_grid, time_samplers
+from lora_distill.pipeline import load_pipeline, with_unet
+from lora_distill.publish.figures import save_table
+from lora_distill.sampling import Sampler, initial_noise, sample
+
+PROMPTS = ["a lion", "an owl", "a bus"]
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return load_pipeline("bundled")
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time passes only in the three parts: 1 s a prompt, 10 s a UNet pass and image, 100 s a decoded image.
+
+    The calls of sampling are noted; in each one everything takes longer by the factor `slower` of its number.
+    """
+
+    class Clock:
+        seconds, calls, slower = 0.0, [], {}
+
+        def factor(self):
+            return self.slower.get(len(self.calls), 1)
+
+    clock = Clock()
+
+    def encode(pipe, prompts):
+        clock.seconds += len(prompts) * clock.factor()
+        return torch.zeros(len(prompts), 24, 128)
+
+    def draw(pipe, sampler, noise, prompt_embeds, empty_embeds, generators):
+        clock.calls.append((sampler, tuple(noise.shape), empty_embeds is not None))
+        clock.seconds += 10 * len(noise) * sampler.steps * (2 if sampler.guidance_scale != 1 else 1) * clock.factor()
+        return noise
+
+    def decode(pipe, latents):
+        clock.seconds += 100 * len(latents) * clock.factor()
+
+    monkeypatch.setattr(timing, "encode_prompts", encode)
+    monkeypatch.setattr(timing, "sample", draw)
+    monkeypatch.setattr(timing, "decode_latents", decode)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock.seconds)
+    return clock
+
+
+def test_parts_are_timed_apart_and_per_image(pipe, clock):
+    one, two = Sampler(3), Sampler(3, 2.0)
+    timings = time_samplers({"one": (pipe, one), "two": (pipe, two)}, PROMPTS[:2], repeats=2)
+    assert timings["one"] == timing.Timing([1.0] * 2, [30.0] * 2, [100.0] * 2)
+    assert timings["two"] == timing.Timing([1.5] * 2, [60.0] * 2, [100.0] * 2), 'guidance encodes "" too'
+    assert timings["two"].unet_share == 60 / 161.5
+
+
+def test_contestants_take_turns_and_what_warms_up_is_not_counted(pipe, clock):
+    one, two = Sampler(1), Sampler(2)
+    clock.slower = dict.fromkeys(range(4), 1000)
+    timings = time_samplers({"one": (pipe, one), "two": (pipe, two)}, PROMPTS[:1], repeats=3, warm_ups=2)
+    assert [sampler for sampler, *_ in clock.calls] == [one, two] * 5
+    assert timings["one"].unet == [10.0] * 3 and timings["two"].unet == [20.0] * 3
+
+
+def test_a_grid_has_a_row_a_contestant_batch_and_resolution_and_is_a_table(pipe, clock, tmp_path):
+    clock.slower = {
+        10: 3
+    }  # the tenth sampling call, the second repeat of the last batch and resolution, from its VAE on
+    guided = {"two passes": (pipe, Sampler(3, 2.0))}
+    rows = time_grid(guided, PROMPTS, batch_sizes=[1, 4], resolutions=[64, 32], repeats=2)
+    assert [(row["resolution"], row["batch"]) for row in rows] == [(64, 1), (64, 4), (32, 1), (32, 4)]
+    assert [shape for _, shape, _ in clock.calls[::3]] == [(1, 4, 8, 8), (4, 4, 8, 8), (1, 4, 4, 4), (4, 4, 4, 4)]
+    assert rows[0] == {
+        "sampler": "two passes", "resolution": 64, "batch": 1,
+        "steps": 3, "unet_passes": 6, "device": "cpu", "dtype": "float32", "runtime": "PyTorch",
+        "threads": torch.get_num_threads(),
+        "seconds": 162.0, "least": 162.0, "greatest": 162.0, "text_encoder": 2.0, "unet": 60.0, "vae": 100.0,
+        "repeats": 2, "warm_ups": 1,
+    }  # fmt: skip
+    save_table(tmp_path / "times.csv", rows)
+    with (tmp_path / "times.csv").open() as file:
+        assert [float(row["seconds"]) for row in csv.DictReader(file)] == [row["seconds"] for row in rows]
+
+
+def test_a_row_has_the_median_and_the_spread_of_its_repeats(pipe, clock):
+    clock.slower = {2: 3, 3: 2}  # from the VAE of the second call, which is the first repeat, to the third's UNet
+    row = time_grid({"one pass": (pipe, Sampler(1))}, PROMPTS, [1], [64], repeats=3)[0]
+    # repeats: text 1, 1 x 3, 1 x 2; UNet 10 x 3, 10 x 2, 10; VAE 100 x 3, 100 x 2, 100
+    assert (row["least"], row["seconds"], row["greatest"]) == (112.0, 223.0, 331.0)
+    assert (row["text_encoder"], row["unet"], row["vae"]) == (2.0, 20.0, 200.0)
+
+
+def test_real_times_of_every_resolution_add_up(pipe):
+    rows = time_grid({"one": (pipe, Sampler(1)), "two": (pipe, Sampler(1, 2.0))}, PROMPTS, [2], [32, 64], repeats=1)
+    for row in rows:
+        parts = row["text_encoder"] + row["unet"] + row["vae"]
+        assert 0 < parts == pytest.approx(row["seconds"])
+
+
+def test_another_resolution_is_another_latent_and_the_default_is_the_unets_own(pipe):
+    assert torch.equal(initial_noise(pipe, 2, seed=1), initial_noise(pipe, 2, seed=1, resolution=64))
+    assert initial_noise(pipe, 2, seed=1, resolution=128).shape == (2, 4, 16, 16)
+    with pytest.raises(ValueError, match="resolution: expected a multiple of 8 for this VAE, got 60"):
+        initial_noise(pipe, 1, seed=0, resolution=60)
+
+
+def test_one_pass_needs_no_empty_prompt(pipe):
+    noise, embeds = initial_noise(pipe, 1, seed=1), torch.randn(1, 24, pipe.unet.config.cross_attention_dim)
+    with_it = sample(pipe, Sampler(2), noise, embeds, torch.zeros_like(embeds))
+    assert torch.equal(sample(pipe, Sampler(2), noise, embeds, None), with_it)
+
+
+def test_a_compiled_unet_is_told_apart_wrapped_or_in_place():
+    layer = torch.nn.Linear(2, 2)
+    assert runtime(layer) == "PyTorch" and runtime(torch.compile(layer)) == "torch.compile"
+    layer.compile(backend="eager")
+    assert runtime(layer) == "torch.compile"
+
+
+def test_rows_state_what_the_unet_runs_on(pipe, clock):
+    other = with_unet(pipe, load_pipeline("bundled").unet)
+    other.unet.compile()
+    rows = time_grid({"plain": (pipe, Sampler(1)), "compiled": (other, Sampler(1))}, PROMPTS, [1], [64], repeats=1)
+    assert [row["runtime"] for row in rows] == ["PyTorch", "torch.compile"]
+
+
+@pytest.mark.parametrize("f, rho", [(0.9, 0.5), (0.8, 0.66), (1.0, 1.0)])
+def test_the_bound_is_what_is_left_out_of_a_simulated_teacher(f, rho):
+    """A teacher of 100 s, f of it in forwards on 2B images that become forwards on B at rho times the price."""
+    forwards, rest = 100 * f, 100 * (1 - f)
+    student = forwards * rho + rest
+    assert saving_bound(f, rho) == pytest.approx(1 - student / 100)
+
+
+@pytest.mark.parametrize("f, rho, says", [(1.2, 0.5, "unet_share"), (-0.1, 0.5, "unet_share"), (0.5, 0.0, "rho")])
+def test_shares_and_ratios_that_cannot_be_are_refused(f, rho, says):
+    with pytest.raises(ValueError, match=says):
+        saving_bound(f, rho)
+
+
+def test_savings_stand_beside_the_bound_of_the_measured_times():
+    rows = [
+        {"sampler": name, "resolution": 64, "batch": 8, "steps": steps, "seconds": seconds, "unet": unet}
+        for name, steps, seconds, unet in (("guided", 25, 2.0, 1.6), ("one pass", 25, 1.5, 1.1), ("few", 4, 0.5, 0.1))
+    ]
+    guided, one_pass, few = compare_times(rows, "guided", {64: {8: 0.6, 16: 1.0}})
+    assert guided["saving_percent"] == 0 and one_pass["saving_percent"] == 25
+    assert one_pass["unet_share"] == 0.8 and one_pass["rho"] == 0.6
+    assert one_pass["bound_percent"] == pytest.approx(80 * 0.4)
+    assert few["saving_percent"] == 75 and few["bound_percent"] is None

@@ -1,0 +1,320 @@
+"""The ledger of claims: every verdict that a rule names can come out, and what is wrong is said in one line."""
+
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+from lora_distill.publish import claims
+from lora_distill.publish.claims import ClaimsError
+from lora_distill.publish.figures import save_table
+from lora_distill.publish.registry import FIGURES
+
+LEDGER = {claim.id: claim for claim in claims.load()}
+
+# Numbers that make a claim reproduced, then what to change of them for the other verdicts.
+HALF = {"batch_1": 60, "batch_16": 50}, {"partly": {"batch_16": 49.9}, "not reproduced": {"batch_1": 49, "batch_16": 9}}
+KEPT = (
+    {"teacher": 80, "teacher_sd": 0.3, "student": 80.5, "student_sd": 0.4, "unguided": 100},
+    {"too_coarse": {"student": 82.5}, "not reproduced": {"student": 83.5}},
+)
+AGAINST_COPY = (
+    {"copied": 80, "copied_sd": 0.3, "student": 80.5, "student_sd": 0.4, "teacher": 80, "unguided": 100},
+    {"too_coarse": {"student": 82.5}, "not reproduced": {"student": 83.5}},
+)
+ORDER_OF_LCM = {"lcm_8k": 93, "lcm_8k_sd": 0.8, "lcm_30k": 90, "lcm_30k_sd": 0.6}
+CASES = {
+    "inference-time-40-percent": (
+        {
+            "saving_percent": 43,
+            "least_percent": 40,
+            "student_slowest": 0.5,
+            "teacher_fastest": 0.9,
+            "in_pytorch_percent": 30,
+        },
+        {"partly": {"least_percent": 39.9}, "not reproduced": {"student_slowest": 0.91}},
+    ),
+    "memory-half-training": HALF,
+    "memory-half-inference": HALF,
+    "memory-half-before-distillation": HALF,
+    "memory-half-sharing": ({**HALF[0], "most": 60}, HALF[1]),
+    "conventional-raises-memory": (
+        {"full_1": 17, "full_16": 32, "distillation_1": 20, "distillation_16": 35},
+        {"partly": {"distillation_16": 32.2}, "not reproduced": {"distillation_1": 17, "distillation_16": 32}},
+    ),
+    "quality-kept": KEPT,
+    "alignment-kept": (
+        {"teacher": 98, "teacher_sd": 0.3, "student": 97.5, "student_sd": 0.4, "unguided": 78},
+        {"too_coarse": {"student": 95.5}, "not reproduced": {"student": 94.5}},
+    ),
+    "finetune-fid-below-base": (
+        {"base": 90, "base_sd": 0.8, "rank_4": 87, "rank_4_sd": 0.6, "rank_16": 80, "rank_16_sd": 0.6},
+        {
+            "partly": {"rank_4": 88.1},
+            "too_coarse": {"rank_4": 88.1, "rank_16": 88.1},
+            "not reproduced": {"rank_4": 91, "rank_16": 91},
+        },
+    ),
+    "lcm-lora-fid-above-base": (
+        {"base": 80, "base_sd": 0.8, **ORDER_OF_LCM},
+        {
+            "partly": {"lcm_30k": 81.9},
+            "too_coarse": {"lcm_8k": 81.9, "lcm_30k": 81.9},
+            "not reproduced": {"lcm_8k": 79, "lcm_30k": 79},
+        },
+    ),
+    "larger-data-better": (ORDER_OF_LCM, {"too_coarse": {"lcm_30k": 91.1}, "not reproduced": {"lcm_30k": 93.5}}),
+    "lcm-lora-2-4-times-faster": (
+        {"base": 0.27, "base_fastest": 0.26, "lcm": 0.1, "lcm_slowest": 0.105},
+        {"partly": {"base_fastest": 0.25}, "not reproduced": {"base_fastest": 0.1}},
+    ),
+    "larger-data-faster": (
+        {"small": 0.1, "small_fastest": 0.09, "large": 0.08, "large_slowest": 0.085},
+        {"not reproduced": {"large_slowest": 0.091}},
+    ),
+    "memory-training-on-gpu": (
+        {"conventional_1": 20, "conventional_16": 36, "shared_1": 6, "shared_16": 18},
+        {"partly": {"shared_16": 24}, "not reproduced": {"shared_1": 11, "shared_16": 24}},
+    ),
+    "memory-inference-on-gpu": (
+        {"guided_1": 2, "guided_16": 4, "one_pass_1": 1, "one_pass_16": 2},
+        {"partly": {"one_pass_1": 1.9}, "not reproduced": {"one_pass_1": 1.9, "one_pass_16": 2.8}},
+    ),
+    "memory-account-is-true": (
+        {"simulated_least": 0.99, "simulated_most": 1.01, "measured_least": 0.96, "measured_most": 1.04},
+        {"partly": {"measured_most": 1.06}, "not reproduced": {"simulated_least": 0.9}},
+    ),
+    "distance-against-standard-distillation": AGAINST_COPY,
+    "inception-score-kept": (
+        {"teacher": 10, "teacher_sd": 0.03, "student": 9.9, "student_sd": 0.04},
+        {"too_coarse": {"student": 9.45}, "not reproduced": {"student": 9.3}},
+    ),
+    "alignment-against-standard-distillation": (
+        {"copied": 98, "copied_sd": 0.3, "student": 97.5, "student_sd": 0.4, "teacher": 98, "unguided": 78},
+        {"too_coarse": {"student": 95.5}, "not reproduced": {"student": 94.5}},
+    ),
+    "time-over-batch-and-resolution": (
+        {"least": 40, "middle": 42, "most": 45},
+        {"partly": {"least": 39.9}, "not reproduced": {"least": 30, "middle": 35, "most": 39.9}},
+    ),
+    "time-against-standard-distillation": (
+        {"copied": 0.1, "copied_slowest": 0.11, "student": 0.105, "student_fastest": 0.1},
+        {"partly": {"student_fastest": 0.111}, "not reproduced": {"student": 0.121}},
+    ),
+    "lcm-lora-time-over-batch-and-resolution": (
+        {"least_saved": 60, "most_saved": 90},
+        {"partly": {"least_saved": 58}, "not reproduced": {"least_saved": 30, "most_saved": 58}},
+    ),
+    "lcm-lora-alignment": (
+        {"base": 98, "base_sd": 0.3, "lcm": 97.5, "lcm_sd": 0.4, "untrained": 78},
+        {"too_coarse": {"lcm": 95.5}, "not reproduced": {"lcm": 94.5}},
+    ),
+    "lcm-lora-against-untrained": (
+        {"untrained": 90, "untrained_sd": 0.8, "lcm": 93, "lcm_sd": 0.6},
+        {"too_coarse": {"lcm": 91.9}, "not reproduced": {"lcm": 88.5}},
+    ),
+}
+RULED = [(name, verdict, base | more) for name, (base, others) in CASES.items()
+         for verdict, more in [("reproduced", {}), *others.items()]]  # fmt: skip
+
+
+def write_tables(claim, values: dict[str, float], folder: Path) -> None:
+    """Tables in which a claim's quantities have these values; min, median and max of a column become three rows."""
+    tables = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    for name, q in claim.measured.items():
+        place = folder.parent / (q.profile or folder.name) / f"{q.table}.csv"
+        tables[place][tuple(q.where.items())][q.column].append(values[name])
+    for path, places in tables.items():
+        rows = []
+        for where, columns in places.items():
+            for i in range(max(map(len, columns.values()))):
+                rows.append(dict(where) | {name: column[i] for name, column in columns.items() if i < len(column)})
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        save_table(path, [{name: row.get(name) for name in names} for row in rows])
+
+
+@pytest.mark.parametrize(("name", "verdict", "values"), RULED, ids=[f"{n}-{v}" for n, v, _ in RULED])
+def test_every_verdict_can_come_out(name, verdict, values, tmp_path):
+    write_tables(LEDGER[name], values, tmp_path / "cpu")
+    judged = claims.judge(LEDGER[name], tmp_path / "cpu")
+    assert judged.verdict == verdict.replace("too_coarse", "not testable here"), (judged.why, judged.quantities)
+    assert judged.here.endswith(": too coarse to tell") == (verdict == "too_coarse")
+    assert judged.quantities.items() >= values.items() and judged.here and judged.why
+
+
+def test_every_rule_has_its_cases():
+    assert CASES.keys() == {name for name, claim in LEDGER.items() if not claim.not_testable}
+    for name, (_, others) in CASES.items():
+        assert {"reproduced", *others} == {*LEDGER[name].rules, "not reproduced"}, name
+
+
+def test_every_quantity_is_used():
+    for claim in LEDGER.values():
+        text = " ".join([*claim.derived.values(), *claim.rules.values(), claim.here])
+        assert not [name for name in claim.measured | claim.derived if not re.search(rf"\b{name}\b", text)], claim.id
+
+
+def test_quality_is_ruled_with_its_spread():
+    spreads = {"all_correct": "all_correct_sd", "alignment": "alignment_sd", "content": "content_sd"}
+    spreads = {f"{name}_percent": sd for name, sd in spreads.items()}
+    spreads |= {
+        "fd_efficientnet_lite0": "fd_efficientnet_lite0_sd",
+        "is_efficientnet_lite0": "is_efficientnet_lite0_sd",
+    }
+    for claim in LEDGER.values():
+        columns = {q.column for q in claim.measured.values()}
+        assert columns >= {spreads[column] for column in columns & spreads.keys()}, claim.id
+
+
+def test_a_fresh_clone_has_nothing_to_test(tmp_path):
+    verdicts = claims.ledger(tmp_path / "cpu")
+    assert {v.verdict for v in verdicts} == {"not testable here"} and all(v.why for v in verdicts)
+    assert claims.summary(verdicts).endswith(f"{len(LEDGER)} not testable here")
+
+
+class TestTables:
+    claim = LEDGER["quality-kept"]
+    path = "02_quality.csv"
+
+    @pytest.fixture
+    def folder(self, tmp_path):
+        write_tables(self.claim, KEPT[0], tmp_path / "cpu")
+        return tmp_path / "cpu"
+
+    def change(self, folder: Path, old: str, new: str) -> None:
+        text = (folder / self.path).read_text()
+        assert old in text
+        (folder / self.path).write_text(text.replace(old, new))
+
+    def test_a_row_that_is_not_there(self, folder):
+        self.change(folder, "LoRA student", "another student")
+        verdict = claims.judge(self.claim, folder)
+        assert verdict.verdict == "not testable here"
+        assert verdict.here == "no fd_efficientnet_lite0 in 02_quality.csv for method LoRA student"
+
+    def test_an_empty_value(self, folder):
+        self.change(folder, "80.5", "")
+        assert claims.judge(self.claim, folder).verdict == "not testable here"
+
+    @pytest.mark.parametrize(
+        ("old", "new", "message"),
+        [
+            (
+                "lite0_sd",
+                "lite0_spread",
+                "has no column 'fd_efficientnet_lite0_sd'; it has method, fd_efficientnet_lite0, fd_",
+            ),
+            ("80.5", "much", "02_quality.csv: fd_efficientnet_lite0, method LoRA student: expected numbers"),
+            ("no guidance", "LoRA student", "02_quality.csv: 2 rows for method LoRA student; one was expected"),
+            ("80.5", "80.5,1,2", "02_quality.csv is no table: "),
+        ],
+    )
+    def test_a_malformed_table_is_named(self, folder, old, new, message):
+        self.change(folder, old, new)
+        with pytest.raises(ClaimsError) as error:
+            claims.judge(self.claim, folder)
+        assert message in str(error.value) and str(folder) in str(error.value) and "\n" not in str(error.value)
+
+    @pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00"])
+    def test_a_damaged_table_is_named(self, folder, content):
+        (folder / self.path).write_bytes(content)
+        with pytest.raises(ClaimsError, match=r"02_quality\.csv is no table"):
+            claims.judge(self.claim, folder)
+
+
+ENTRY = """
+- id: some-claim
+  work: paper
+  statement: It is faster.
+  source: abstract
+  stated: 40 %
+  measured:
+    saving: {table: 02_seconds, where: {threads: 1}, column: saving_percent}
+  derived:
+    left: 100 - saving
+  here: "{{ saving }} %"
+  verdicts:
+    reproduced: left < 60
+"""
+
+
+class TestFile:
+    def read(self, tmp_path: Path, text: str):
+        path = tmp_path / "claims.yaml"
+        path.write_text(text)
+        return claims.load(path)
+
+    def test_a_claim_as_it_should_be(self, tmp_path):
+        (claim,) = self.read(tmp_path, ENTRY)
+        assert claim.measured["saving"].where == {"threads": 1} and claim.rules == {"reproduced": "left < 60"}
+
+    @pytest.mark.parametrize(
+        ("old", "new", "message"),
+        [
+            ("  source: abstract\n", "", "claim some-claim: source: field required"),
+            ("statement", "statment", "claim some-claim: statment: unknown key; did you mean 'statement'?"),
+            ("  here", "  notse: x\n  here", "claim some-claim: notse: unknown key; did you mean 'notes'?"),
+            ("where", "were", "claim some-claim: measured.saving.were: unknown key; did you mean 'where'?"),
+            ("reproduced", "reproducd",
+             "claim some-claim: verdicts.reproducd: unknown key; did you mean 'reproduced'?"),
+            ("threads: 1", "threads: [1]", "claim some-claim: measured.saving.where.threads"),
+            ("work: paper", "work: book", "claim some-claim: work: input should be 'paper', 'slides' or 'readers'"),
+            ("id: some-claim", "id: some claim", "claim some claim: id: string should match"),
+            ("left < 60", "left <", "claim some-claim: verdicts.reproduced: 'left <' is no expression"),
+            ("left < 60", "lft < 60",
+             "claim some-claim: verdicts.reproduced: 'lft' is no quantity; there are left, saving"),
+            ("100 - saving", "100 - left", "claim some-claim: derived.left: 'left' is no quantity; there are saving"),
+            ("left: 100", "saving: 100", "claim some-claim: derived.saving: is measured already"),
+            ("{{ saving }}", "{{ svaing }}", "claim some-claim: here: 'svaing' is no quantity"),
+            ("{{ saving }}", "{{ saving", "claim some-claim: here: '{{ saving %' is no text with expressions"),
+            ("  here", "  not_testable: why\n  here", "claim some-claim: not_testable: needed where"),
+            ("  verdicts:\n    reproduced: left < 60\n", "", "claim some-claim: not_testable: needed where"),
+            ("\n- id", "\nclaims:\n- id", "expected a list of claims"),
+            ("paper", "{", "is not YAML"),
+        ],
+    )  # fmt: skip
+    def test_what_is_wrong_is_one_line(self, tmp_path, old, new, message):
+        assert old in ENTRY
+        with pytest.raises(ClaimsError) as error:
+            self.read(tmp_path, ENTRY.replace(old, new, 1))
+        assert str(error.value).startswith("claims.yaml") and message in str(error.value)
+        assert "\n" not in str(error.value)
+
+    def test_an_id_is_there_once(self, tmp_path):
+        with pytest.raises(ClaimsError, match="claim some-claim: id: is there twice"):
+            self.read(tmp_path, ENTRY + ENTRY)
+
+    @pytest.mark.parametrize("rule", ["().__class__.__mro__", "saving / (saving - saving)", "saving > 'x'"])
+    def test_a_rule_can_only_calculate(self, tmp_path, rule):
+        (claim,) = self.read(tmp_path, ENTRY.replace("left < 60", rule))
+        save_table(tmp_path / "02_seconds.csv", [{"threads": 1, "saving_percent": 40}])
+        with pytest.raises(ClaimsError, match=r"claim some-claim: verdicts\.reproduced: "):
+            claims.judge(claim, tmp_path)
+
+
+class TestLedgerAsText:
+    @pytest.fixture
+    def verdicts(self, tmp_path):
+        for name in ("memory-half-training", "quality-kept"):
+            write_tables(LEDGER[name], CASES[name][0], tmp_path / "cpu")
+        return [claims.judge(LEDGER[name], tmp_path / "cpu") for name in ("memory-half-training", "slides-fid-values")]
+
+    def test_table(self, verdicts):
+        table = claims.as_table(verdicts)
+        assert "| 50 % less | 60 % less at batch 1, 50 % at batch 16 | reproduced |" in table
+        assert table.endswith("2 claims: 1 reproduced, 0 partly, 0 not reproduced, 1 not testable here.")
+
+    def test_rows(self, verdicts, tmp_path):
+        ruled, untested = claims.as_rows(verdicts)
+        assert ruled.keys() == untested.keys() and ruled["quantities"] == "batch_1 = 60; batch_16 = 50"
+        assert untested["here"] == untested["why"] == LEDGER["slides-fid-values"].not_testable
+
+    def test_lines(self, verdicts):
+        text = claims.as_text(verdicts)
+        assert "memory-half-training: reproduced\n" in text and "rule holds: batch_1 >= 50 and batch_16 >= 50" in text
+
+
+def test_every_claim_that_a_figure_bears_on_is_in_the_ledger():
+    known = {claim.id for claim in claims.load()}
+    assert {claim for plot in FIGURES.values() for claim in plot.claims} <= known

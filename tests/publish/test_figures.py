@@ -1,0 +1,177 @@
+"""Figures on disk: the same bytes from the same numbers, provenance inside, a mark on what is no result."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from PIL import Image
+
+from lora_distill import settings
+from lora_distill.judge.metrics import Proportion
+from lora_distill.publish import figures
+from lora_distill.publish.registry import FIGURES
+from lora_distill.settings import Settings
+
+ROOT = Path(__file__).parents[2]
+COMMITTED = [ROOT / "figures" / profile for profile in ("cpu", "full")]
+ROWS = [{"timestep": 19, "relative_difference": 0.25}, {"timestep": 89, "relative_difference": 0.5}]
+GRID = figures.grid_rows(["w = 1", "w = 3"], ["a lion, 5 $", "a bus\nand a tree", "an owl"])
+IMAGES = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)
+KINDS = ("svg", "pdf", "png")
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A repository with the profiles cpu and smoke and no figures."""
+    (tmp_path / "params").mkdir()
+    for profile in ("cpu", "smoke"):
+        (tmp_path / "params" / f"{profile}.yaml").write_text(f"profile: {profile}\n")
+    monkeypatch.setattr(settings, "PACKAGE", tmp_path / "lora_distill")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def written(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    """The command line in a fresh process, on the figures below `cwd`."""
+    code = (
+        "import sys; from pathlib import Path; from lora_distill import __main__, settings\n"
+        "settings.PACKAGE = Path.cwd() / 'lora_distill'\n"
+        "try: __main__.main()\n"
+        "finally: print(sorted({'torch', 'diffusers'} & sys.modules.keys()))"
+    )
+    return subprocess.run([sys.executable, "-c", code, *arguments], cwd=cwd, capture_output=True, text=True)
+
+
+def test_a_figure_is_written_in_three_formats_with_its_numbers(checkout):
+    figures.save("02_difference", Settings(), ROWS)
+    assert written(checkout / "figures" / "cpu").keys() == {
+        "provenance.json", *(f"02_difference.{kind}" for kind in ("csv", *KINDS))
+    }  # fmt: skip
+    assert figures.read_table(checkout / "figures" / "cpu" / "02_difference.csv") == ROWS
+
+
+def test_the_same_numbers_give_the_same_bytes_in_a_fresh_process_without_torch(checkout):
+    figures.save("02_difference", Settings(), ROWS)
+    figures.save("02_guidance_grid", Settings(), GRID, IMAGES)
+    folder = checkout / "figures" / "cpu"
+    first = written(folder)
+    for name in ("02_difference", "02_guidance_grid"):
+        for kind in KINDS:
+            (folder / f"{name}.{kind}").unlink()
+    done = command("figures", "--profile", "cpu", cwd=checkout)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["figures/cpu/02_guidance_grid.svg", "figures/cpu/02_difference.svg", "[]"]
+    assert written(folder) == first
+
+
+def test_neither_matplotlibrc_nor_notebook_changes_a_figure(checkout):
+    figures.save("02_difference", Settings(), ROWS)
+    first = written(checkout / "figures" / "cpu")
+    with plt.rc_context({"font.size": 20, "svg.hashsalt": None, "figure.dpi": 50}):
+        figures.redraw("cpu")
+    assert written(checkout / "figures" / "cpu") == first
+
+
+def test_the_figure_is_shown_once(checkout):
+    figure = figures.save("02_difference", Settings(), ROWS)
+    assert figure.axes and not plt.get_fignums()
+
+
+def test_provenance_is_that_of_the_results(checkout, monkeypatch):
+    monkeypatch.setattr(figures, "git_commit", lambda: "then")
+    figures.save("02_same_noise", Settings(), GRID, IMAGES)
+    monkeypatch.setattr(figures, "git_commit", lambda: "now")
+    figures.save("02_difference", Settings(), ROWS)
+    figures.redraw("cpu")
+    image = Image.open(checkout / "figures" / "cpu" / "02_same_noise.png")
+    comment = json.loads(image.text["Comment"])
+    assert comment.keys() == {"profile", "params", "commit", "device", "claims"}
+    assert (comment["commit"], comment["profile"]) == ("then", "cpu")
+    assert comment["claims"] == list(FIGURES["02_same_noise"].claims)
+    assert image.text["Title"] == FIGURES["02_same_noise"].caption
+
+
+def test_what_smoke_draws_is_marked_as_no_result(checkout):
+    smoke = figures.save("02_difference", Settings(profile="smoke"), ROWS)
+    assert [text.get_text() for text in smoke.texts] == ["smoke profile: not a result"]
+    assert not figures.save("02_difference", Settings(), ROWS).texts
+
+
+def test_images_are_kept_as_they_are(checkout):
+    figures.save("02_guidance_grid", Settings(), GRID, IMAGES)
+    sheet = checkout / "figures" / "cpu" / "02_guidance_grid_images.png"
+    assert Image.open(sheet).size == (3 * 8, 2 * 8)
+    assert np.array_equal(figures.read_images(sheet, GRID), IMAGES)
+
+
+@pytest.mark.parametrize("name", ["02_difference.csv", "02_guidance_grid_images.png"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.unlink(), "is missing"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-9]), "is damaged or was changed by hand"),
+        (lambda path: path.write_bytes(b""), "is damaged or was changed by hand"),
+    ],
+    ids=["missing", "cut", "empty"],
+)
+def test_damaged_files_are_named_before_anything_is_drawn(checkout, monkeypatch, name, damage, message):
+    monkeypatch.setattr(figures, "draw", lambda *_: None)
+    figures.save("02_difference", Settings(), ROWS)
+    figures.save("02_guidance_grid", Settings(), GRID, IMAGES)
+    damage(checkout / "figures" / "cpu" / name)
+    with pytest.raises((ValueError, FileNotFoundError), match=f"{name} {message}"):
+        figures.redraw("cpu")
+
+
+def test_bad_input_is_one_line(checkout):
+    for profile, message in (("cpu", "no figures in"), ("nope", "no profile 'nope'")):
+        done = command("figures", "--profile", profile, cwd=checkout)
+        assert done.returncode == 2 and done.stderr.startswith(message) and done.stderr.count("\n") == 1, done.stderr
+    (checkout / "figures" / "cpu").mkdir(parents=True)
+    (checkout / "figures" / "cpu" / "provenance.json").write_text('{"02_diff')
+    with pytest.raises(ValueError, match=r"provenance\.json is damaged"):
+        figures.redraw("cpu")
+
+
+def test_rows_that_a_figure_cannot_draw(checkout):
+    with pytest.raises(ValueError, match=r"02_difference.csv has no column 'relative_difference'"):
+        figures.save("02_difference", Settings(), [{"timestep": 1}])
+    with pytest.raises(ValueError, match="no figure '02_nothing'"):
+        figures.save("02_nothing", Settings(), ROWS)
+
+
+def test_values_come_back_as_they_were(tmp_path):
+    row = {"text": "a, b\nc", "count": 3, "share": 0.1 + 0.2, "tiny": 1e-12, "yes": True, "no": False, "none": None}
+    figures.save_table(tmp_path / "rows.csv", [row])
+    assert figures.read_table(tmp_path / "rows.csv") == [row]
+
+
+def test_the_interval_is_wilsons():
+    proportion = Proportion(0.8, 10)
+    assert figures.interval(proportion) == dict(zip(("low", "high", "n"), (*proportion.interval, 10), strict=True))
+
+
+@pytest.mark.parametrize("committed", COMMITTED, ids=lambda folder: folder.name)
+def test_committed_figures_are_those_of_the_list(committed):
+    """All figures of every notebook that was run, and nothing that no longer is one."""
+    drawn = {path.stem for path in committed.glob("*.svg")}
+    assert drawn == figures.read_provenance(committed).keys()
+    assert drawn == {name for name in FIGURES if name[:2] in {each[:2] for each in drawn}}
+
+
+@pytest.mark.parametrize("committed", COMMITTED, ids=lambda folder: folder.name)
+def test_committed_figures_can_be_drawn_again(checkout, committed):
+    folder = checkout / "figures" / "cpu"
+    folder.mkdir(parents=True)
+    for path in committed.iterdir():
+        if path.suffix in {".csv", ".json"} or path.stem.endswith("_images"):
+            (folder / path.name).write_bytes(path.read_bytes())
+    assert len(figures.redraw("cpu")) == len(list(committed.glob("*.svg")))

@@ -1,0 +1,145 @@
+"""What each figure shows: axes with labels, a legend where there are several curves, every row and every image."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from lora_distill.memory import schemes
+from lora_distill.publish import plots_memory
+from lora_distill.publish.figures import STYLE, grid_rows
+from lora_distill.publish.registry import FIGURES
+from lora_distill.publish.style import image_grid
+
+SHARE = {"low": 0.4, "high": 0.6, "n": 100}
+TERMS = {f"{term}_gb": 1.0 for term in plots_memory.COLOURS}
+DISTANCE = {f"fd_efficientnet_lite0{end}": value for end, value in (("", 90.0), ("_low", 88.0), ("_high", 92.0))}
+QUALITY = {"all_correct": 0.5, **DISTANCE, **SHARE}
+ROWS = {
+    "00_loss": [{"stage": s, "step": i, "loss": 1 / i} for s in ("vae_crops", "unet") for i in (1, 2)],
+    "00_guidance": [
+        {"guidance_scale": w, "attribute": a, "correct": 0.5, **SHARE}
+        for w, a in ((1.0, "all"), (2.0, "all"), (1.0, "objects"), (None, "VAE"))
+    ],
+    "01_schemes": [{"label": s, "batch": b, "checkpointing": b > 1, **TERMS} for b in (1, 16) for s in "ab"],
+    "01_sharing": [
+        {"precision": p, "checkpointing": c, "batch": b, "separate_gb": 2.0, "shared_gb": 1.5}
+        for p in ("float32", "16-bit") for c in (False, True) for b in (1, 2)
+    ],
+    "01_inference": [{"label": s, "images": n, **TERMS} for n in (1, 16) for s in "ab"],
+    "01_three_ways": [
+        {"unet": u, "simulation_gb": 1.0, "measured_gb": m, "account_to_simulation": 1.01, "account_to_measured": m}
+        for u, m in (("SD 1.5", None), ("bundled", 1.2))
+    ],
+    "02_guidance_curve": [{"guidance_scale": w, "teacher_guidance_scale": 3.0, **QUALITY} for w in (1.0, 3.0)],
+    "02_difference": [{"timestep": t, "relative_difference": 0.1} for t in (1, 2)],
+    "02_loss": [{"method": m, "step": i, "loss": 0.1} for m in "ab" for i in (1, 2)],
+    "02_quality_against_steps": [
+        {"method": m, "step": i, **QUALITY} for m, i in (("a", 0), ("a", 1), ("teacher", None))
+    ],
+    "02_rho": [
+        {"runtime": r, "threads": t, "batch": b, "unet_seconds": 0.1 * b}
+        for r in ("PyTorch", "ONNX Runtime") for t in (1, 2) for b in (1, 2, 4)
+    ],
+    "02_seconds_per_image": [
+        {"runtime": "PyTorch", "threads": t, "method": m, "seconds_an_image": 0.3,
+         "lowest": 0.2, "highest": 0.4, "saving_percent": 20.0,
+         "text_encoder_seconds": 0.1, "unet_seconds": 0.1, "vae_seconds": 0.1, "batch": 8, "repeats": 5}
+        for t in (1, 2) for m in "ab"
+    ],
+    "03_loss": [{"method": m, "step": i, "loss": 0.1} for m in "ab" for i in (1, 2)],
+    "03_quality_against_passes": [
+        {"method": m, "unet_passes": n, "content": 0.5, "trained": m == "b", **SHARE}
+        for m, n in (("a", 1), ("a", 2), ("b", 1), ("b", 2), ("teacher", 50))
+    ],
+    "04_distance": [
+        {"source": s, "method": m, "distance": d, "sd": sd, "floor": f, "metric": "FD",
+         "n": sd and 60, "seeds": sd and 3}
+        for s, m, d, sd, f in (("slides", "a", None, None, None), ("slides", "b", 20.0, None, None),
+                               ("here", "a", 90.0, 2.0, 30.0), ("here", "b", 80.0, 1.0, 30.0))
+    ],
+    "04_speed": [{"source": s, "method": m, "seconds": t} for s in ("slides", "here") for m, t in (("a", 2), ("b", 1))],
+    "04_pareto": [
+        {"method": m, "unet_passes": n, "content": 0.5, "trained": m == "b", **SHARE}
+        for m, n in (("a", 1), ("b", 2), ("b", 4))
+    ],
+    "04_saving": [
+        {"resolution": r, "batch": b, "method": m, "saving_percent": 30.0, "bound_percent": 35.0,
+         "seconds_an_image": 0.7, "lowest": 0.6, "highest": 0.8}
+        for r in (64, 96) for b in (1, 4) for m in "ab"
+    ],
+}  # fmt: skip
+WITHOUT_LEGEND = {"00_loss", "02_difference", "04_speed"}  # a single curve a panel, or bars with their names
+
+
+@pytest.fixture(autouse=True)
+def style():
+    with plt.style.context(STYLE, after_reset=True):
+        yield
+    plt.close("all")
+
+
+def test_every_figure_is_tested_here():
+    assert ROWS.keys() == {name for name, plot in FIGURES.items() if plot.draw is not image_grid}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_axes_are_labelled(name):
+    figure = FIGURES[name].draw(ROWS[name])
+    figure.draw_without_rendering()
+    bottom = [ax for ax in figure.axes if ax.get_subplotspec().is_last_row()]
+    assert all(ax.get_xlabel() for ax in bottom)
+    bars = {label.get_text() for ax in figure.axes for label in ax.get_yticklabels()}
+    assert any(ax.get_ylabel() for ax in figure.axes) or {"a", "b"} <= bars
+    assert any([*figure.legends, *(ax.get_legend() for ax in figure.axes)]) == (name not in WITHOUT_LEGEND)
+    assert all(ax.has_data() for ax in figure.axes)
+
+
+def test_names_and_captions():
+    assert list(FIGURES) == sorted(FIGURES, key=lambda name: name[:2])
+    assert all(plot.caption[0].isupper() and not plot.caption.endswith(".") for plot in FIGURES.values())
+    assert all(isinstance(plot.claims, tuple) for plot in FIGURES.values())
+
+
+def test_the_front_is_the_best_that_so_many_evaluations_buy():
+    rows = [{"method": m, "unet_passes": n, "content": c, "trained": False, **SHARE}
+            for m, n, c in (("a", 1, 0.3), ("b", 2, 0.5), ("a", 4, 0.4), ("b", 8, 0.9))]  # fmt: skip
+    ax = FIGURES["04_pareto"].draw(rows).axes[0]
+    (front,) = [line for line in ax.lines if line.get_drawstyle() == "steps-post"]
+    assert front.get_xydata().tolist() == [[1, 30], [2, 50], [4, 50], [8, 90]]
+
+
+def test_the_terms_of_memory_have_colours():
+    assert tuple(plots_memory.COLOURS) == schemes.TERMS
+
+
+def test_nothing_lies_outside_the_axes_of_the_account():
+    rows = [row | {"account_to_simulation": 1.3} for row in ROWS["01_three_ways"]]
+    low, high = FIGURES["01_three_ways"].draw(rows).axes[0].get_ylim()
+    assert low < -30 and high > 30
+
+
+def texts(figure) -> list[str]:
+    return [text.get_text() for text in figure.axes[0].texts if text.get_text()]
+
+
+class TestImageGrid:
+    def test_every_image_is_shown_under_its_caption_and_beside_its_label(self):
+        images = np.arange(6, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8)
+        figure = image_grid(grid_rows(["drawn", "VAE"], ["one", "two", "three"]), images)
+        assert [int(image.get_array()[0, 0, 0]) for image in figure.axes[0].images] == [0, 1, 2, 3, 4, 5]
+        assert texts(figure) == ["one", "two", "three", "drawn", "VAE"]
+
+    def test_captions_of_other_images_are_written(self):
+        rows = [{"row": None, "column": 0, "caption": "one"}, {"row": "b", "column": 0, "caption": "two"}]
+        assert texts(image_grid(rows, np.zeros((2, 4, 4, 3), np.uint8))) == ["one", "two", "b"]
+
+    def test_long_captions_and_formulas_are_no_trouble(self):
+        caption = "a man in a shirt that says $ 5 and $ 6 walks " + "past a dog " * 20
+        figure = image_grid([{"row": None, "column": 0, "caption": caption}], np.zeros((1, 4, 4, 3), np.uint8))
+        figure.draw_without_rendering()
+        (text,) = texts(figure)
+        assert text.count("\n") == 4 and text.endswith("…")
+
+    def test_a_line_that_is_not_full(self):
+        with pytest.raises(ValueError, match="3 images do not fill 2 lines"):
+            image_grid(grid_rows(["a", "b"], ["x", "y"])[:3], np.zeros((3, 4, 4, 3), np.uint8))
