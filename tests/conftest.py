@@ -1,5 +1,8 @@
 """What several tests need: a UNet of Stable Diffusion's kind that is small enough to train in a blink."""
 
+import gc
+import warnings
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -30,6 +33,14 @@ def moved(unet, name, seed=3, **options):
         for p in parameters:
             p.copy_(0.2 * torch.randn(p.shape, generator=generator))
     return parameters
+
+
+def live_bytes() -> int:
+    """Bytes of all tensors that Python can reach at this moment, each storage once; no garbage is collected first."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of deprecated things that merely exist
+        tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 @pytest.fixture

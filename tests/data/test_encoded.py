@@ -75,9 +75,13 @@ class TestViews:
         shape = views(photograph(0, width, height), Framing(64, random_crops=3, mirror=True), 0).shape
         assert shape == (3, 2, 3, 64, 64)
 
-    def test_any_mode_becomes_colour(self):
-        for mode in ("L", "RGBA", "CMYK", "P", "1"):
-            assert views(photograph(0).convert(mode), SQUARE, 0).shape == (1, 1, 3, 64, 64)
+    @pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P", "1"])
+    def test_any_mode_becomes_the_colours_that_it_shows(self, mode):
+        picture = photograph(0).convert(mode)
+        colour = views(picture.convert("RGB"), SQUARE, 0)
+        assert torch.equal(views(picture, SQUARE, 0), colour) and colour.shape == (1, 1, 3, 64, 64)
+        grey = mode in ("L", "1")
+        assert torch.equal(colour[0, 0, 0], colour[0, 0, 2]) is grey, "grey stays grey, colour stays colour"
 
     def test_the_second_view_is_the_first_one_mirrored(self):
         plain, mirrored = views(photograph(0), MIRRORED, 0)[0]

@@ -1,11 +1,11 @@
 """The experiment of notebook 02 in small: one W0 in the LoRA run, a second UNet only in the conventional one."""
 
-import gc
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import live_bytes
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from lora_distill.adapters import adapter_names, add_adapter, merged_copy, parameter_counts, role
@@ -33,18 +33,22 @@ def teacher(bundle, tmp_path):
     return teacher_set(bundle, prompts.captions, Sampler(2, 3.0), 0, tmp_path / "cache")
 
 
-def unets_in_memory() -> int:
-    gc.collect()
-    return sum(isinstance(thing, UNet2DConditionModel) for thing in gc.get_objects())
+def test_the_lora_run_holds_one_w0_and_the_conventional_run_four_more(bundle, teacher, tmp_path):
+    """Between two updates: the copy and Adam's two moments of it; while training, gradients of its size besides."""
+    w0 = sum(p.nbytes for p in bundle.unet.parameters())
+    taken = []
 
+    def measure(step, pipe):
+        taken.append(live_bytes() - before)
+        return {}
 
-def test_the_lora_run_holds_one_unet_and_the_conventional_run_two(bundle, teacher, tmp_path):
-    before = unets_in_memory()
-    distil_lora(bundle, teacher, SETTINGS, tmp_path)
-    assert unets_in_memory() == before
-    student_pipe, _ = distil_full_copy(bundle, teacher, SETTINGS, tmp_path)
-    assert unets_in_memory() == before + 1
-    assert student_pipe.unet is not bundle.unet
+    before = live_bytes()
+    distil_lora(bundle, teacher, SETTINGS, tmp_path, each=(2, measure))
+    assert max(taken) < 0.1 * w0
+    taken.clear()
+    before = live_bytes()
+    distil_full_copy(bundle, teacher, SETTINGS, tmp_path, each=(2, measure))
+    assert 2.9 * w0 < max(taken) < 3.1 * w0
 
 
 def test_w0_is_untouched_and_at_most_5_percent_are_trained(bundle, teacher, tmp_path):

@@ -1,0 +1,112 @@
+"""Small fixed runs give the numbers that were recorded for the version of the code that makes them.
+
+Keys of caches and trainings hold a version number instead of a digest of source code. Where a number here changes,
+what is kept in run folders is no longer what the code would make: raise that version, and record the new numbers.
+"""
+
+import pytest
+import torch
+
+from lora_distill.adapters import adapter_parameters
+from lora_distill.data import captioned, encoded, scenes, teacher
+from lora_distill.data.encoded import Framing, encode_images
+from lora_distill.judge import features, judge
+from lora_distill.judge.judge import Judge, drawn
+from lora_distill.pipeline import load_pipeline
+from lora_distill.sampling import Sampler
+from lora_distill.settings import Settings
+from lora_distill.train import recipes
+
+SETTINGS = Settings(
+    train_steps=2,
+    lcm_steps=2,
+    finetune_steps=2,
+    batch_size=2,
+    lcm_batch_size=2,
+    warmup_steps=1,
+    log_every=1,
+    lcm_rank=2,
+)
+TRAININGS = ("student", "full copy", "lcm", "mimic", "lcm_lora", "finetune")
+# of trainings: the losses of both updates and the norm of what was trained
+RECORDED = {
+    ("student", 1): [1.12611, 0.4372775, 38.71813],
+    ("full copy", 1): [1.12611, 0.3795415, 123.9487],
+    ("lcm", 1): [0.02865873, 0.02793829, 123.9466],
+    ("mimic", 1): [0.02329521, 0.002837902, 152.6259],
+    ("lcm_lora", 1): [0.02430024, 0.02281598, 152.6254],
+    ("finetune", 1): [0.4100285, 0.4745412, 54.70925],
+    ("teacher set", 1): [1.175804, 1.25997],
+    ("encoded", 1): [2.911279, 1.255807],
+    ("world", 1): [199.6696, 208.7241, 208.0107],
+    ("features", 1): [4.597781, 0.7533725, 2.330717],
+    ("judged", 1): [204.5395, 546.8399],
+}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A pipeline, two teacher images and four encoded drawings."""
+    folder = tmp_path_factory.mktemp("inputs")
+    pipe = load_pipeline("bundled")
+    captions = teacher.training_captions("scenes", "noto", 2, seed=0)
+    teacher_set = teacher.teacher_set(pipe, captions, Sampler(2, 3.0), 0, folder)
+    dataset = captioned.captioned_images("scenes/fluent/8k", "val", cache_dir=folder).select(range(4))
+    return pipe, teacher_set, encode_images(pipe, dataset, Framing(64), folder)
+
+
+def trained(name, inputs, folder):
+    """The losses of a recipe's two updates and the norm of its trained parameters."""
+    pipe, teacher_set, images = inputs
+    if name == "student":
+        log = recipes.distil_lora(pipe, teacher_set, SETTINGS, folder)
+    elif name == "full copy":
+        copy_pipe, log = recipes.distil_full_copy(pipe, teacher_set, SETTINGS, folder)
+    elif name == "finetune":
+        log = recipes.finetune_lora(pipe, images, SETTINGS, folder, rank=2, targets="attention")
+    elif name == "lcm_lora":
+        log = recipes.train_lcm_lora(pipe, images, SETTINGS, folder)
+    else:
+        copy_pipe, log = recipes.train_lcm(pipe, images, SETTINGS, folder)
+        if name == "mimic":
+            log = recipes.mimic_lcm(pipe, copy_pipe, images, SETTINGS, folder)
+    parameters = copy_pipe.unet.parameters() if name in ("full copy", "lcm") else adapter_parameters(pipe.unet, name)
+    norm = torch.stack([p.double().norm() for p in parameters]).norm()
+    return [*(row["loss"] for row in log), norm.item()]
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_a_training_is_the_recorded_one(inputs, tmp_path, name):
+    assert trained(name, inputs, tmp_path) == pytest.approx(RECORDED[name, recipes.RECIPE], rel=1e-4)
+
+
+def test_teacher_images_are_the_recorded_ones(inputs):
+    found = [inputs[1]["latents"].std().item(), inputs[1]["prompt_embeds"].std().item()]
+    assert found == pytest.approx(RECORDED["teacher set", teacher.TEACHER_SET], rel=1e-4)
+
+
+def test_encoded_images_are_the_recorded_ones(inputs):
+    arrays = inputs[2].posteriors, inputs[2].prompt_embeds
+    found = [float(array.astype("float64").std()) for array in arrays]
+    assert found == pytest.approx(RECORDED["encoded", encoded.ENCODED], rel=1e-3)
+
+
+def test_the_drawn_world_is_the_recorded_one():
+    sampled = captioned.split_scenes("fluent", "8k", "val", 0)[:3]
+    found = [float(scenes.draw(scene).mean()) for scene in sampled]
+    assert found == pytest.approx(RECORDED["world", captioned.WORLD], rel=1e-6)
+
+
+def test_features_are_the_recorded_ones():
+    extractor = features.load_extractor("EfficientNet-Lite0")
+    rows = features.extract(extractor, drawn("noto", "val", 2, seed=0)).rows
+    found = [rows[layer].std().item() for layer in extractor.layers]
+    assert found == pytest.approx(RECORDED["features", features.FEATURES], rel=1e-4)
+
+
+def test_what_is_judged_is_the_recorded_one(inputs):
+    quality = Judge(inputs[0], teacher.scene_prompts("noto", "val", 2, seed=0), drawn("noto", "val", 20, seed=1))(
+        Sampler(2, scheduler="lcm"), seed=0
+    )
+    found = [float(quality.images.mean()), quality.frechet_distance]
+    assert found == pytest.approx(RECORDED["judged", judge.JUDGED], rel=1e-3)
