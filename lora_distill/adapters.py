@@ -15,9 +15,9 @@ from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 
-from lora_distill.storage import DamagedFileError, atomic_write, digest
+from lora_distill.storage import DamagedFileError, digest, whole_file
 
 TARGETS = {
     "attention": ["to_q", "to_k", "to_v", "to_out.0"],
@@ -150,7 +150,8 @@ def save_adapter(unet: UNet2DConditionModel, name: str, path: Path, metadata: di
     config = {key: _jsonable(value) for key, value in unet.peft_config[name].to_dict().items()}
     packed = json.dumps({f"unet.{key}": value for key, value in config.items()}, sort_keys=True)
     fields = {"format": "pt", LORA_ADAPTER_METADATA_KEY: packed, "digest": digest(tensors)}
-    atomic_write(path, save(tensors, {**fields, **(metadata or {})}))
+    with whole_file(path) as temporary:
+        save_file(tensors, temporary, {**fields, **(metadata or {})})
 
 
 def _jsonable(value):
@@ -163,7 +164,8 @@ def export_kohya(unet: UNet2DConditionModel, name: str, path: Path) -> None:
     tensors = convert_state_dict_to_kohya({f"unet.{key}": value.detach().cpu() for key, value in state.items()})
     alpha = torch.tensor(float(unet.peft_config[name].lora_alpha))  # the conversion takes the rank for alpha
     tensors = {key: alpha.clone() if key.endswith(".alpha") else value for key, value in tensors.items()}
-    atomic_write(path, save({key: value.contiguous() for key, value in tensors.items()}, {"format": "pt"}))
+    with whole_file(path) as temporary:
+        save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, {"format": "pt"})
 
 
 def load_adapter(unet: UNet2DConditionModel, name: str, path: Path) -> dict[str, str]:

@@ -108,7 +108,7 @@ def save_array(path: Path, shape: tuple[int, ...], parts: Iterable[torch.Tensor]
         for part in parts:
             if not part.half().isfinite().all():
                 raise ValueError(f"{path.name}: values that float16 cannot hold")
-            file.write(part.half().cpu().numpy().tobytes())
+            file.write(part.half().cpu().contiguous().numpy())
 
 
 def map_array(path: Path) -> np.ndarray:

@@ -7,8 +7,9 @@ import PIL.Image
 import pytest
 import torch
 from datasets import Dataset, Features, Image, List, Value
+from diffusers.models.autoencoders.vae import Encoder
+from transformers import CLIPTextModel
 
-from lora_distill.data import encoded as encoding
 from lora_distill.data.captioned import captioned_images
 from lora_distill.data.encoded import LEFT_OR_RIGHT, Framing, encode_images, image_batches, views
 from lora_distill.pipeline import encode_prompts, load_pipeline
@@ -135,21 +136,31 @@ class TestEncoding:
         with pytest.raises(ValueError, match="resolution: expected a multiple of 8 for this VAE, got 60"):
             encoded(Framing(60))
 
-    def test_values_beyond_float16_are_refused_and_leave_no_file(self, bundle, dataset, tmp_path, monkeypatch):
-        monkeypatch.setattr(encoding, "_posteriors", lambda *_: iter([torch.full((1,), torch.nan)]))
+    def test_values_beyond_float16_are_refused_and_leave_no_file(self, dataset, tmp_path):
+        pipe = load_pipeline("bundled")
+        pipe.vae.quant_conv.bias.fill_(1e6)
         with pytest.raises(ValueError, match=r"posteriors-\w+.npy: values that float16 cannot hold"):
-            encode_images(bundle, dataset, SQUARE, tmp_path)
+            encode_images(pipe, dataset, SQUARE, tmp_path)
         assert not list(tmp_path.iterdir())
 
 
 class TestCache:
     @pytest.fixture
     def made(self, monkeypatch):
-        """What has been encoded so far: "posteriors" and "captions", a word each time."""
+        """What has been encoded so far: "posteriors" and "captions", a word each time, in turn."""
         calls = []
-        for name, word in (("_posteriors", "posteriors"), ("encoded_prompts", "captions")):
-            make = getattr(encoding, name)
-            monkeypatch.setattr(encoding, name, lambda *args, make=make, word=word: calls.append(word) or make(*args))
+
+        def count(module, word):
+            forward = module.forward
+
+            def counted(self, *args, **kwargs):
+                calls.extend([word] if calls[-1:] != [word] else [])  # batches of one encoding count once
+                return forward(self, *args, **kwargs)
+
+            monkeypatch.setattr(module, "forward", counted)
+
+        count(Encoder, "posteriors")
+        count(CLIPTextModel, "captions")
         return calls
 
     def test_a_second_time_nothing_is_encoded(self, encoded, made):

@@ -116,7 +116,7 @@ def test_a_judge_that_was_cut_off_samples_only_what_it_has_not_sampled(bundle, t
     first = Judge(bundle, prompts, real, cache_dir=tmp_path)(Sampler(2), seed=0)
     again = Judge(bundle, prompts, real, cache_dir=tmp_path)
     other = scene_prompts("noto", "val", 5, seed=0)
-    monkeypatch.setattr("lora_distill.judge.judge.sample_in_batches", lambda *_: pytest.fail("sampled"))
+    monkeypatch.setattr(UNet2DConditionModel, "forward", lambda *_, **__: pytest.fail("sampled"))
     assert (again(Sampler(2), seed=0).images == first.images).all()
     changed = with_unet(bundle, UNet2DConditionModel.from_config(bundle.unet.config))
     for judge, sampler, seed, pipe in [
