@@ -44,7 +44,7 @@ def reproduce(profile: str | Path, *, force: bool = False, names: Sequence[str] 
     settings = load_settings(profile)
     folder = run_dir(settings)
     if force:
-        for kept in [path for path in folder.glob("*") if path.is_dir()]:
+        for kept in [path for path in folder.glob("*") if path.is_dir() and path != figures_dir(settings)]:
             shutil.rmtree(kept)
     started = now()
     notebooks = {path.stem: run(path, settings, folder, force=force) for path in select(all_notebooks(), names)}
