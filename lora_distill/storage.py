@@ -183,13 +183,10 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout, ending in -dirty where tracked files differ from it; None outside of git.
-
-    Figures do not count: a run draws them one after the other, and each is to name the code that made it.
-    """
+    """The commit of the checkout, ending in -dirty where tracked files differ from it; None outside of git."""
     try:
         commit = _git("rev-parse", "HEAD")
-        changes = _git("status", "--porcelain", "--untracked-files=no", "--", ":(top,exclude)figures")
+        changes = _git("status", "--porcelain", "--untracked-files=no")
     except FileNotFoundError:  # no git on this machine
         return None
     return f"{commit}-dirty" if changes else commit or None
