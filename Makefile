@@ -1,5 +1,5 @@
-# One command each: reproduce the series, test it, lint it, rewrite the outputs of the committed notebooks.
-#   make reproduce PROFILE=cpu FORCE=1      make test      make lint      make notebooks      make clean
+# One command each: reproduce the series, take a finished run's results into the repository, test, lint, tidy up.
+#   make reproduce PROFILE=cpu FORCE=1      make publish PROFILE=cpu      make test      make lint      make clean
 PYTHON  ?= python3
 PROFILE ?= cpu
 FORCE   ?=
@@ -12,15 +12,18 @@ ENV   := $(or $(VIRTUAL_ENV),$(CONDA),$(CURDIR)/.venv)
 RUN   := "$(ENV)/bin/python"
 STAMP := "$(ENV)/.lora_distill"
 
-.PHONY: reproduce test lint notebooks install clean
+.PHONY: reproduce publish test lint install clean
 
 reproduce: install
 	$(RUN) -m lora_distill reproduce --profile $(PROFILE) $(if $(FORCE),--force)
 
+publish: install
+	$(RUN) -m lora_distill publish --profile $(PROFILE)
+
 # nbval hands the name after --cov= on to the kernels, and hangs without one.
 test: install
 	$(RUN) -m pytest --cov=lora_distill --cov-report=
-	rm -rf runs/smoke figures/smoke
+	rm -rf runs/smoke
 	$(RUN) -m lora_distill prepare --profile smoke
 	$(RUN) -m pytest -x --nbval-lax --nbval-current-env build/notebooks \
 		--cov=lora_distill --cov-append --cov-report=term --cov-fail-under=85
@@ -28,9 +31,6 @@ test: install
 lint: install
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-
-notebooks: install
-	$(RUN) -m lora_distill notebooks
 
 # Installed anew when pyproject.toml is newer than the stamp, or when the stamp is another checkout's.
 install:
@@ -43,11 +43,11 @@ install:
 		set -e; \
 		$(RUN) -c 'import importlib.metadata as m; m.version("torch")' 2>/dev/null \
 			|| $(RUN) -m pip install torch==$(TORCH); \
-		$(RUN) -m pip install -e ".[test,dev]"; \
+		$(RUN) -m pip install -e ".[series,cpu,test,dev]"; \
 		echo "$(CURDIR)" > $(STAMP); \
 	fi
 
 # Leaves runs/ alone: it holds what took long to train.
 clean:
-	rm -rf build *.egg-info .coverage .pytest_cache .ruff_cache runs/smoke figures/smoke
+	rm -rf build *.egg-info .coverage .pytest_cache .ruff_cache runs/smoke
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

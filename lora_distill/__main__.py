@@ -10,27 +10,34 @@ import typer
 
 # Modules are imported by the command that needs them, so that --help does not wait for torch.
 app = typer.Typer(
-    help="LoRA distillation of guided diffusion models.",
+    help="LoRA distillation of guided diffusion models, and LCM-LoRA: run the notebooks, read their results, or train "
+    "and draw without them. A first look: reproduce --profile smoke, which takes minutes and is no result.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+SERIES, RESULTS, MODELS = "The series of notebooks", "Results of a run", "Without notebooks"
 Profile = Annotated[str, typer.Option(help="a name in params/, or the path of a YAML file")]
+# What the extra [series] installs, as far as a command imports it.
+NOTEBOOK_PACKAGES = {"bs4", "jinja2", "latex2mathml", "matplotlib", "nbclient", "nbconvert", "nbformat", "papermill"}
 
 
-@app.command()
+@app.command(rich_help_panel=SERIES)
 def reproduce(
     profile: Profile = "cpu",
     force: Annotated[bool, typer.Option("--force", help="reuse nothing: run, train and compute all anew")] = False,
     notebook: Annotated[list[str] | None, typer.Option(help="only this notebook; may be repeated")] = None,
 ) -> None:
-    """Run the notebooks in order, print the results and write the report."""
+    """Run the notebooks in order, print the results and write the report.
+
+    All goes to runs/<profile>/. A finished notebook is reused until its code, the settings or what it reads changes.
+    """
     from lora_distill.publish import series
 
     series.reproduce(profile, force=force, names=notebook or ())
 
 
-@app.command()
+@app.command(rich_help_panel=SERIES)
 def prepare(profile: Profile = "smoke") -> None:
     """Write the notebooks with a profile's settings put in, not run, into build/notebooks."""
     from lora_distill.publish import series
@@ -38,24 +45,31 @@ def prepare(profile: Profile = "smoke") -> None:
     print(series.prepare(profile))
 
 
-@app.command()
-def notebooks(profile: Profile = "cpu") -> None:
-    """Run all notebooks and put their outputs into the committed ones."""
-    from lora_distill.publish import series
+@app.command(rich_help_panel=SERIES)
+def publish(profile: Profile = "cpu") -> None:
+    """Take the results of a finished run into the repository.
 
-    series.commit_outputs(profile)
+    Profile cpu fills the outputs of notebooks/, another one figures/<profile>/; README states those of figures/full/.
+    """
+    from lora_distill.publish import committed
 
-
-@app.command()
-def readme(profile: Profile = "full") -> None:
-    """Put the results and verdicts of a profile into the README, without running anything."""
-    from lora_distill.publish import series
-
-    print(series.write_readme(profile))
+    for path in committed.publish(profile):
+        print(os.path.relpath(path))
 
 
-@app.command()
-def figures(profile: Profile = "cpu") -> None:
+@app.command(rich_help_panel=RESULTS)
+def claims(profile: Profile = "cpu") -> None:
+    """Print what a profile's results say about every claim of the two works."""
+    from lora_distill.publish import claims as ledger
+
+    print(ledger.as_text(ledger.ledger(_results(profile))))
+
+
+@app.command(rich_help_panel=RESULTS)
+def figures(
+    profile: Profile = "cpu",
+    pdf: Annotated[bool, typer.Option("--pdf", help="write PDF files too")] = False,
+) -> None:
     """Draw the figures of a profile again from their saved numbers and images; no model is loaded."""
     import matplotlib
 
@@ -63,22 +77,29 @@ def figures(profile: Profile = "cpu") -> None:
 
     from lora_distill.publish import figures as saved
 
-    for path in saved.redraw(profile):
+    for path in saved.redraw(_results(profile), pdf=pdf):
         print(os.path.relpath(path))
 
 
-@app.command()
+@app.command(rich_help_panel=RESULTS)
 def report(profile: Profile = "cpu") -> None:
     """Write the notebooks that ran, with their contents and results, as HTML that needs no network."""
     from lora_distill.publish import report as pages
-    from lora_distill.publish.series import results_table
-    from lora_distill.settings import figures_dir, load_settings, run_dir
+    from lora_distill.settings import load_settings, run_dir
 
-    checked = load_settings(profile)
-    print(os.path.relpath(pages.write(run_dir(checked), results_table(figures_dir(checked)))))
+    print(os.path.relpath(pages.write(run_dir(load_settings(profile)))))
 
 
-@app.command()
+def _results(profile: str) -> Path:
+    """The folder with the figures and tables of a profile, which is named on the way."""
+    from lora_distill.settings import load_settings, results_dir
+
+    folder = results_dir(load_settings(profile))
+    print(f"reading {os.path.relpath(folder)}")
+    return folder
+
+
+@app.command(rich_help_panel=SERIES)
 def settings(profile: Profile = "cpu") -> None:
     """Check a profile and print every key with its value and meaning."""
     from lora_distill.settings import load_settings
@@ -88,7 +109,7 @@ def settings(profile: Profile = "cpu") -> None:
         print(f"{f'{key}: {getattr(checked, key)}':<50} # {field.description}")
 
 
-@app.command()
+@app.command(rich_help_panel=MODELS)
 def distill(profile: Profile = "cpu") -> None:
     """Distil guidance into a LoRA on one W0 and write the LoRA file, which stock diffusers loads."""
     import torch
@@ -109,7 +130,7 @@ def distill(profile: Profile = "cpu") -> None:
     print(lora_file(folder, "student"))
 
 
-@app.command()
+@app.command(rich_help_panel=MODELS)
 def sample(
     prompts: Annotated[list[str], typer.Argument(help="one picture each")],
     out: Annotated[Path, typer.Option(help="the PNG to write, pictures side by side")] = Path("sample.png"),
@@ -134,7 +155,7 @@ def sample(
     print(out)
 
 
-@app.command()
+@app.command(rich_help_panel=MODELS)
 def memory(profile: Profile = "sd15-shape") -> None:
     """Write the peak memory of every scheme: on paper, simulated, and measured when there is a GPU."""
     from lora_distill.memory import report
@@ -145,16 +166,7 @@ def memory(profile: Profile = "sd15-shape") -> None:
     print("\n".join(report.write(checked, choose_device(checked.device))))
 
 
-@app.command()
-def claims(profile: Profile = "cpu") -> None:
-    """Print what a profile's results say about every claim of the two works."""
-    from lora_distill.publish import claims as ledger
-    from lora_distill.settings import figures_dir, load_settings
-
-    print(ledger.as_text(ledger.ledger(figures_dir(load_settings(profile)))))
-
-
-@app.command()
+@app.command(rich_help_panel=MODELS)
 def pretrain(
     preset: Annotated[str, typer.Option(help="short or full")] = "full",
     out: Annotated[Path, typer.Option(help="folder of the pipeline")] = Path("runs/pretraining/pipeline"),
@@ -173,7 +185,7 @@ def pretrain(
     print(out)
 
 
-@app.command()
+@app.command(rich_help_panel=MODELS)
 def model_card(
     folder: Annotated[Path | None, typer.Option(help="a pipeline made by pretrain; the bundle by default")] = None,
     count: Annotated[int, typer.Option(min=1, help="test prompts")] = 1000,
@@ -189,13 +201,21 @@ def model_card(
 def raised_here(error: Exception) -> bool:
     """Whether an error was raised by this package, as a message to its user, and not somewhere below it."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return frame.f_globals.get("__package__") == "lora_distill"
+    return frame.f_globals.get("__package__", "").split(".")[0] == "lora_distill"
 
 
 def main() -> None:
     """Run a command; exit with 2 for input that cannot be used, with 1 for a run that failed."""
     try:
         app()
+    except ModuleNotFoundError as error:
+        if error.name in NOTEBOOK_PACKAGES:
+            print(f"{error.name} is not installed: pip install 'lora_distill[series]'", file=sys.stderr)
+        elif not error.name:  # ours, as raised where an extra is missing
+            print(error, file=sys.stderr)
+        else:
+            raise
+        sys.exit(1)
     except (ValueError, OSError, RuntimeError) as error:
         if not raised_here(error):
             raise

@@ -8,22 +8,26 @@ without weights: W0 and every student that is merged into it share one, and brin
 import logging
 import warnings
 from collections.abc import Container
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import onnxruntime
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
-from onnx import ModelProto, TensorProto
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lora_distill.adapters import merged_copy, plain_copy
 from lora_distill.pipeline import with_unet
 from lora_distill.storage import cache_key, cached
+
+if TYPE_CHECKING:  # the packages of the extra [cpu], imported where they are needed
+    from onnx import ModelProto
+    from onnxruntime import InferenceSession
 
 GRAPH = 1  # version of the exported graphs, in the keys of their caches: raise it when they change
 # The axes whose size a graph leaves open.
@@ -39,7 +43,8 @@ def deployed(
     With a folder for its `graphs`, UNet and VAE decoder run on ONNX Runtime where that is at home, on a CPU in
     float32; elsewhere they stay in PyTorch. The images are the same up to rounding.
 
-    Raises ValueError for a UNet that takes w as an input: a full LCM is its own deployed form.
+    Raises ValueError for a UNet that takes w as an input: a full LCM is its own deployed form; ModuleNotFoundError, in
+    one line, where ONNX Runtime is at home and not installed.
     """
     if pipe.unet.config.time_cond_proj_dim is not None:
         raise ValueError("a UNet that takes the guidance scale as an input is not deployed: it runs as it is")
@@ -47,9 +52,18 @@ def deployed(
     unet.fuse_qkv_projections()
     ready = with_unet(pipe, unet.eval())
     if graphs and unet.device.type == "cpu" and unet.dtype == torch.float32:
+        _check_runtime()
         ready.unet = OnnxUNet(unet, graphs)
         ready.vae = OnnxDecoder(pipe.vae, graphs)
     return ready
+
+
+def _check_runtime() -> None:
+    try:
+        for package in ("onnx", "onnxruntime", "onnxscript"):  # torch.onnx exports through the last
+            import_module(package)
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("the CPU runtime is not installed: pip install 'lora_distill[cpu]'") from None
 
 
 class OnnxModule(nn.Module):
@@ -132,8 +146,10 @@ def _graph(
     return cached(folder, f"{kind}-graph", key, export)["onnx"].numpy().tobytes()
 
 
-def _emptied(model: ModelProto, weights: Container[str]) -> bytes:
+def _emptied(model: "ModelProto", weights: Container[str]) -> bytes:
     """The graph with an empty place for every weight, and without the exporter's notes on where each node is from."""
+    from onnx import TensorProto
+
     for constant in model.graph.initializer:
         if constant.name in weights:
             constant.ClearField("raw_data")
@@ -144,7 +160,10 @@ def _emptied(model: ModelProto, weights: Container[str]) -> bytes:
     return model.SerializeToString()
 
 
-def _session(graph: bytes, weights: dict[str, Tensor], threads: int) -> onnxruntime.InferenceSession:
+def _session(graph: bytes, weights: dict[str, Tensor], threads: int) -> "InferenceSession":
+    import onnxruntime
+    from onnx import ModelProto
+
     names = [constant.name for constant in ModelProto.FromString(graph).graph.initializer if constant.name in weights]
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads

@@ -147,6 +147,10 @@ def load_settings(profile_or_path: str | Path) -> Settings:
     path = Path(profile_or_path)
     if path.suffix not in {".yaml", ".yml"}:
         path = repository_root() / "params" / f"{profile_or_path}.yaml"
+    if not path.parent.is_dir():
+        raise SettingsError(
+            f"no folder {path.parent}: profiles lie in a checkout of the repository; the path of a YAML file works too"
+        )
     if not path.is_file():
         names = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml"))) or "none"
         raise SettingsError(f"no profile {path.stem!r} in {path.parent}; available: {names}")
@@ -196,6 +200,21 @@ def run_dir(settings: Settings) -> Path:
 def figures_dir(settings: Settings) -> Path:
     """The folder of a run's figures and tables, inside the run's own: a run changes no tracked file."""
     return run_dir(settings) / "figures"
+
+
+def results_folders(profile: str) -> tuple[Path, Path]:
+    """The two folders of a profile's figures and tables: that of its run and the committed one."""
+    return repository_root() / "runs" / profile / "figures", repository_root() / "figures" / profile
+
+
+def results_dir(settings: Settings) -> Path:
+    """The first of a profile's `results_folders` that exists. Raises FileNotFoundError if neither does."""
+    folders = results_folders(settings.profile)
+    if not (there := [folder for folder in folders if folder.is_dir()]):
+        names = " nor in ".join(str(folder.relative_to(repository_root())) for folder in folders)
+        command = f"python -m lora_distill reproduce --profile {settings.profile}"
+        raise FileNotFoundError(f"no results in {names}; {command} makes them")
+    return there[0]
 
 
 def _is_code(value: Any) -> bool:

@@ -182,13 +182,10 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout, with -dirty at its end when tracked files differ from it; None outside of git.
-
-    Changes in figures/ do not count: figures are results, not code.
-    """
+    """The commit of the checkout, with -dirty at its end when tracked files differ from it; None outside of git."""
     try:
         commit = _git("rev-parse", "HEAD")
-        changes = _git("status", "--porcelain", "--untracked-files=no", "--", ":(top,exclude)figures")
+        changes = _git("status", "--porcelain", "--untracked-files=no")
     except FileNotFoundError:  # no git on this machine
         return None
     return f"{commit}-dirty" if changes else commit or None

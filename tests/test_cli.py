@@ -2,12 +2,15 @@
 
 import errno
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from lora_distill import __main__ as cli
+from lora_distill.deployment import deployed
+from lora_distill.pipeline import load_pipeline
 from lora_distill.publish import series
 
 
@@ -26,7 +29,7 @@ def command(monkeypatch, capsys):
 
 def test_help_lists_the_commands(command):
     code, out, _ = command("--help")
-    assert code == 0 and all(name in out for name in ("reproduce", "prepare", "notebooks", "settings"))
+    assert code == 0 and all(name in out for name in ("reproduce", "prepare", "publish", "claims", "figures"))
 
 
 def test_settings_are_printed_with_their_meaning(command):
@@ -35,8 +38,48 @@ def test_settings_are_printed_with_their_meaning(command):
 
 
 def test_claims_are_printed_with_their_verdicts(command):
-    code, out, _ = command("claims", "--profile", "cpu")
+    code, out, _ = command("claims", "--profile", "full")
     assert code == 0 and "conventional-raises-memory: reproduced" in out and out.rstrip().endswith("not testable here")
+    assert out.startswith("reading ") and out.splitlines()[0].endswith("figures/full")
+
+
+@pytest.mark.parametrize("name", ["claims", "figures"])
+def test_a_profile_that_never_ran_is_one_line(command, tmp_path, name):
+    (tmp_path / "never.yaml").write_text("profile: never\n")
+    code, out, err = command(name, "--profile", str(tmp_path / "never.yaml"))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("no results in runs/never/figures nor in figures/never; ")
+
+
+def test_a_run_that_is_not_finished_is_not_published(command, tmp_path):
+    (tmp_path / "never.yaml").write_text("profile: never\n")
+    code, _, err = command("publish", "--profile", str(tmp_path / "never.yaml"))
+    assert code == 1 and err.startswith("01_lora_memory of profile never: it has not run to its end; ")
+
+
+@pytest.mark.parametrize(
+    ("package", "arguments", "message"),
+    [
+        ("papermill", ["reproduce"], "papermill is not installed: pip install 'lora_distill[series]'\n"),
+        ("nbconvert", ["report"], "nbconvert is not installed: pip install 'lora_distill[series]'\n"),
+        ("matplotlib", ["figures"], "matplotlib is not installed: pip install 'lora_distill[series]'\n"),
+    ],
+)
+def test_an_extra_that_is_not_installed_is_one_line(package, arguments, message):
+    """In a fresh process, in which nothing is imported yet."""
+    code = f"import sys; sys.modules[{package!r}] = None; from lora_distill.__main__ import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, message)
+
+
+def test_a_cpu_runtime_that_is_not_installed_is_one_line(command, monkeypatch):
+    def deploy(profile):
+        deployed(load_pipeline("bundled"), graphs=Path("graphs"))
+
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    monkeypatch.setattr(series, "prepare", deploy)
+    code, _, err = command("prepare")
+    assert (code, err) == (1, "the CPU runtime is not installed: pip install 'lora_distill[cpu]'\n")
 
 
 def test_unknown_profile_is_one_line(command):

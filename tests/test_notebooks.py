@@ -6,7 +6,7 @@ import nbformat
 import papermill
 import pytest
 
-from lora_distill.publish.series import stale_outputs
+from lora_distill.publish.committed import stale_outputs
 from lora_distill.settings import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -47,4 +47,4 @@ def test_parameters_are_typed_and_explained(path):
 
 
 def test_outputs_belong_to_the_code(path):
-    assert not stale_outputs(path), "make notebooks"
+    assert not stale_outputs(path), "make reproduce and make publish"

@@ -1,15 +1,20 @@
 """Facts that are written down twice in this repository agree."""
 
+import os
 import re
+import shutil
 import subprocess
+import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import nbformat
 import pytest
 import yaml
 
-from lora_distill.publish.series import code_cells, with_results
+from lora_distill.publish.committed import with_results
+from lora_distill.publish.series import READS, code_cells
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -18,8 +23,8 @@ ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text())
 
 def test_environment_leaves_the_list_of_packages_to_pyproject():
     python, *others = ENVIRONMENT["dependencies"]
-    assert others == ["pip", {"pip": ["-e .[test,dev]"]}]
-    assert {"test", "dev"} <= PROJECT["optional-dependencies"].keys()
+    assert others == ["pip", {"pip": ["-e .[series,cpu,test,dev]"]}]
+    assert {"series", "cpu", "test", "dev"} <= PROJECT["optional-dependencies"].keys()
     assert PROJECT["requires-python"] == f">={python.removeprefix('python=')}"
 
 
@@ -52,11 +57,68 @@ def test_citation_has_this_version_and_both_works():
 
 
 def test_readme_states_the_results_and_verdicts_of_the_committed_figures():
-    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "figures"], cwd=ROOT).returncode
-    if changed:
-        pytest.skip("figures were drawn anew; `python -m lora_distill readme` brings the README along")
     readme = (ROOT / "README.md").read_text()
-    assert readme == with_results(readme, ROOT / "figures" / "full"), "python -m lora_distill readme"
+    assert readme == with_results(readme, ROOT / "figures" / "full"), "python -m lora_distill publish --profile full"
+
+
+def test_training_and_sampling_need_neither_notebooks_nor_the_cpu_runtime():
+    """The packages of the extras are imported by publish/ and, when it is asked for a graph, by deployment."""
+    extras = {"papermill", "nbformat", "nbconvert", "matplotlib", "latex2mathml", "onnx", "onnxruntime", "onnxscript"}
+    found = {
+        (path.relative_to(ROOT / "lora_distill").as_posix(), package)
+        for path in (ROOT / "lora_distill").rglob("*.py")
+        for package in re.findall(r"^(?:import|from) (\w+)", path.read_text(), re.M)
+        if package in extras
+    }
+    assert {path.partition("/")[0] for path, _ in found} == {"publish"}
+    core = {re.match(r"[\w-]+", line)[0] for line in PROJECT["dependencies"]}
+    assert not core & (extras | {"jupyterlab", "ipykernel", "jinja2"})
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> zipfile.ZipFile:
+    """The wheel, built from a copy, for building leaves files behind."""
+    pytest.importorskip("setuptools")
+    copy = tmp_path_factory.mktemp("copy")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    shutil.copytree(ROOT / "lora_distill", copy / "lora_distill", ignore=shutil.ignore_patterns("__pycache__"))
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "-q", "-w", str(copy)]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(copy)], check=True)
+    return zipfile.ZipFile(next(copy.glob("*.whl")))
+
+
+def test_the_wheel_holds_the_whole_package(wheel):
+    files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "lora_distill").rglob("*") if path.is_file()}
+    assert {name for name in files if "__pycache__" not in name} == {
+        name for name in wheel.namelist() if name.startswith("lora_distill/")
+    }
+
+
+def test_from_a_wheel_what_needs_a_checkout_says_so(wheel, tmp_path):
+    wheel.extractall(tmp_path / "site")
+    (tmp_path / "mine.yaml").write_text("profile: mine\nseed: 1\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "lora_distill", *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    done = run("settings")
+    assert done.returncode == 2 and done.stderr.endswith(
+        ": profiles lie in a checkout of the repository; the path of a YAML file works too\n"
+    )
+    assert "seed: 1 " in run("settings", "--profile", "mine.yaml").stdout
+    done = run("reproduce", "--profile", "mine.yaml")
+    assert done.returncode == 2 and done.stderr.endswith("this command needs a checkout of the repository\n")
+
+
+def test_the_series_knows_which_notebooks_read_which():
+    """Numbers of other notebooks' files in a notebook's code; what it reads through the module is for READS to say."""
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        code = "".join(cell.source for cell in code_cells(nbformat.read(path, 4)))
+        named = set(re.findall(r"[\"'/](\d\d)_", code)) - {path.name[:2]}
+        assert named <= set(READS.get(path.name[:2], ())), path.name
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/map.md", "docs/checklist.md"])

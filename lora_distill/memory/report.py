@@ -10,10 +10,9 @@ from lora_distill.memory.account import account
 from lora_distill.memory.flops import step_flops
 from lora_distill.memory.measure import measure_cuda, simulate, track
 from lora_distill.memory.schemes import INFERENCE, TERMS, TRAINING, Inference, Setup, find_scheme
-from lora_distill.publish.figures import save_table
 from lora_distill.settings import Settings, figures_dir
 from lora_distill.shapes import meta_unet, unet_config
-from lora_distill.storage import atomic_write, device_name, manifest
+from lora_distill.storage import atomic_write, device_name, manifest, save_table
 
 GB = 1e9
 BATCHES = (1, 2, 4, 8, 16)

@@ -1,6 +1,6 @@
 """The ledger of claims: what the two works say that can be measured, and what the tables of a run say about it.
 
-The claims are data, assets/claims.yaml; its head explains the keys and how verdicts are ruled.
+The claims are data, assets/claims.yaml, whose head explains the keys; how each is ruled stands in `rules`.
 """
 
 from collections import Counter
@@ -11,25 +11,19 @@ from typing import Any, Literal
 
 import pandas
 import yaml
-from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, meta
-from jinja2.sandbox import SandboxedEnvironment
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from lora_distill.settings import PACKAGE
+from lora_distill.publish.rules import NOT_REPRODUCED, PARTLY, REPRODUCED, RULES, TOO_COARSE
+from lora_distill.settings import PACKAGE, results_folders
 
 CLAIMS = PACKAGE / "assets" / "claims.yaml"
-NOT_REPRODUCED, NOT_TESTABLE = "not reproduced", "not testable here"
-VERDICTS = ("reproduced", "partly", NOT_REPRODUCED, NOT_TESTABLE)
+NOT_TESTABLE = "not testable here"
+VERDICTS = (REPRODUCED, PARTLY, NOT_REPRODUCED, NOT_TESTABLE)
 WORKS = {
     "paper": "LoRA-Enhanced Distillation on Guided Diffusion Models",
     "slides": "Enhancing Image Generation with LCM LoRA Distillation",
     "readers": "What readers of both ask for",
 }
-# A rule is text from a file: it may compare and calculate, and reach nothing else.
-EXPRESSIONS = SandboxedEnvironment(
-    undefined=StrictUndefined, finalize=lambda value: f"{round(value, 2):g}" if isinstance(value, float) else value
-)
-EXPRESSIONS.globals.clear()
 
 
 class ClaimsError(ValueError):
@@ -54,22 +48,11 @@ class Quantity(_Strict):
     profile: str = ""
     where: dict[str, str | int | float | bool] = {}
     column: str
-    take: Literal["only", "min", "max", "median"] = "only"
-
-
-class Rules(_Strict):
-    """Conditions of the verdicts, tried in this order; where none holds, the claim is not reproduced.
-
-    Where `too_coarse` holds, the spread is too large for a verdict: the claim is not testable here.
-    """
-
-    reproduced: str
-    partly: str | None = None
-    too_coarse: str | None = None
+    take: Literal["only", "min", "max", "median", "each"] = "only"
 
 
 class Claim(_Strict):
-    """One sentence of the ledger. Either it is measured and ruled, or `not_testable` says why it is not."""
+    """One sentence of the ledger. Either it is measured, and ruled by its function, or `not_testable` says why not."""
 
     id: str = Field(pattern=r"^[a-z0-9-]+$")
     work: Literal["paper", "slides", "readers"]
@@ -77,53 +60,32 @@ class Claim(_Strict):
     source: str
     stated: str
     measured: dict[str, Quantity] = {}
-    derived: dict[str, str] = {}
-    here: str = ""
-    verdicts: Rules | None = None
     not_testable: str = ""
     notes: str = ""
 
     @model_validator(mode="after")
-    def _either_ruled_or_not_testable(self) -> "Claim":
-        ruled = bool(self.measured and self.here and self.verdicts)
-        if ruled == bool(self.not_testable):
-            raise ValueError("not_testable: needed where measured, here and verdicts are not, and only there")
+    def _either_measured_or_not_testable(self) -> "Claim":
+        if bool(self.measured) == bool(self.not_testable):
+            raise ValueError("not_testable: needed where nothing is measured, and only there")
         return self
-
-    @model_validator(mode="after")
-    def _expressions_know_their_names(self) -> "Claim":
-        known = set(self.measured)
-        for name, expression in self.derived.items():
-            if name in known:
-                raise ValueError(f"derived.{name}: is measured already")
-            _check(f"derived.{name}", expression, known)
-            known.add(name)
-        for name, expression in self.rules.items():
-            _check(f"verdicts.{name}", expression, known)
-        _check_names("here", self.here, known)
-        return self
-
-    @property
-    def rules(self) -> dict[str, str]:
-        return self.verdicts.model_dump(exclude_none=True) if self.verdicts else {}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a run says about a claim, one of VERDICTS, with the numbers it rests on."""
+    """What a run says about a claim, one of VERDICTS, with the numbers it rests on.
+
+    `here` is our numbers in words, with a remark where they are too coarse, or why there are none.
+    """
 
     claim: Claim
-    quantities: dict[str, float]
+    quantities: dict[str, float | list[float]]
     verdict: str
-    why: str
+    here: str
 
     @property
-    def here(self) -> str:
-        """Our numbers in words, with a remark where they are too coarse; why there are none, where there are none."""
-        if not self.quantities:
-            return self.why
-        numbers = EXPRESSIONS.from_string(self.claim.here).render(self.quantities)
-        return f"{numbers}: too coarse to tell" if self.verdict == NOT_TESTABLE else numbers
+    def why(self) -> str:
+        """The rule that was applied; why none was, where there are no numbers."""
+        return RULES[self.claim.id].__doc__ if self.quantities else self.here
 
 
 def load(path: Path = CLAIMS) -> list[Claim]:
@@ -160,15 +122,13 @@ def judge(claim: Claim, folder: Path) -> Verdict:
         quantities = {name: measure(quantity, folder) for name, quantity in claim.measured.items()}
     except Missing as reason:
         return Verdict(claim, {}, NOT_TESTABLE, str(reason))
-    for name, expression in claim.derived.items():
-        quantities[name] = _evaluate(expression, quantities, f"claim {claim.id}: derived.{name}")
-    failed = ""
-    for verdict, rule in claim.rules.items():
-        if _evaluate(rule, quantities, f"claim {claim.id}: verdicts.{verdict}"):
-            found = NOT_TESTABLE if verdict == "too_coarse" else verdict
-            return Verdict(claim, quantities, found, f"holds: {rule}{failed}")
-        failed = f"; does not hold: {rule}"
-    return Verdict(claim, quantities, NOT_REPRODUCED, failed.removeprefix("; "))
+    try:
+        verdict, here = RULES[claim.id](**quantities)
+    except ArithmeticError as error:
+        raise ClaimsError(f"claim {claim.id}: {error}") from None
+    if verdict == TOO_COARSE:
+        return Verdict(claim, quantities, NOT_TESTABLE, f"{here}: {TOO_COARSE}")
+    return Verdict(claim, quantities, verdict, here)
 
 
 def ledger(folder: Path) -> list[Verdict]:
@@ -176,13 +136,12 @@ def ledger(folder: Path) -> list[Verdict]:
     return [judge(claim, folder) for claim in load()]
 
 
-def measure(quantity: Quantity, folder: Path) -> float:
-    """Look a number up in the tables of a folder, in the unit of its column.
+def measure(quantity: Quantity, folder: Path) -> float | list[float]:
+    """Look a number up in the tables of a folder, in the unit of its column; a list of numbers where each is taken.
 
     Raises `Missing` when the table, the row or the value is not there, `ClaimsError` when the table is malformed.
     """
-    path = (folder.parent / quantity.profile if quantity.profile else folder) / f"{quantity.table}.csv"
-    table = _read(path)
+    path, table = _read(quantity, folder)
     if unknown := {*quantity.where, quantity.column} - set(table.columns):
         raise ClaimsError(f"{path} has no column {min(unknown)!r}; it has {', '.join(map(str, table.columns))}")
     for column, value in quantity.where.items():
@@ -194,6 +153,8 @@ def measure(quantity: Quantity, folder: Path) -> float:
         raise ClaimsError(f"{path}: {quantity.column}, {place}: expected numbers") from None
     if values.empty:
         raise Missing(f"no {quantity.column} in {path.name} for {place}")
+    if quantity.take == "each":
+        return values.astype(float).to_list()
     if quantity.take != "only":
         return float(values.agg(quantity.take))
     if len(values) > 1:
@@ -223,7 +184,7 @@ def as_text(verdicts: list[Verdict]) -> str:
     blocks = []
     for v in verdicts:
         lines = [f"{v.claim.id}: {v.verdict}", v.claim.statement, f"stated: {v.claim.stated} ({v.claim.source})"]
-        lines += [f"here: {v.here}"] + ([f"rule {v.why}"] if v.quantities else [])
+        lines += [f"here: {v.here}"] + ([f"rule: {v.why}"] if v.quantities else [])
         blocks.append("\n    ".join(lines + ([v.claim.notes] if v.claim.notes else [])))
     return "\n".join([*blocks, "", summary(verdicts)])
 
@@ -236,45 +197,29 @@ def as_rows(verdicts: list[Verdict]) -> list[dict[str, str]]:
             "here": v.here,
             "verdict": v.verdict,
             "why": v.why,
-            "quantities": "; ".join(f"{name} = {value:.6g}" for name, value in v.quantities.items()),
+            "quantities": "; ".join(f"{name} = {_written(value)}" for name, value in v.quantities.items()),
             "notes": v.claim.notes,
         }
         for v in verdicts
     ]
 
 
-def _read(path: Path) -> pandas.DataFrame:
-    try:
-        return pandas.read_csv(path)
-    except FileNotFoundError:
-        raise Missing(f"no {path.name} of profile {path.parent.name} yet") from None
-    except ValueError as error:
-        raise ClaimsError(f"{path} is no table: {' '.join(str(error).split())}") from None
+def _written(value: float | list[float]) -> str:
+    return ", ".join(f"{number:.6g}" for number in (value if isinstance(value, list) else [value]))
 
 
-def _evaluate(expression: str, quantities: dict[str, float], place: str) -> Any:
-    try:
-        return EXPRESSIONS.compile_expression(expression, undefined_to_none=False)(quantities)
-    except (ArithmeticError, TypeError, TemplateError) as error:
-        raise ClaimsError(f"{place}: {expression}: {error}") from None
-
-
-def _check(key: str, expression: str, known: set[str]) -> None:
-    """Refuse an expression that does not parse or that uses a name it cannot know."""
-    try:
-        EXPRESSIONS.compile_expression(expression)
-    except TemplateSyntaxError as error:
-        raise ValueError(f"{key}: {expression!r} is no expression: {error.message}") from None
-    _check_names(key, f"{{{{ {expression} }}}}", known)
-
-
-def _check_names(key: str, template: str, known: set[str]) -> None:
-    try:
-        used = meta.find_undeclared_variables(EXPRESSIONS.parse(template))
-    except TemplateSyntaxError as error:
-        raise ValueError(f"{key}: {template!r} is no text with expressions: {error.message}") from None
-    if unknown := used - known:
-        raise ValueError(f"{key}: {min(unknown)!r} is no quantity; there are {', '.join(sorted(known)) or 'none'}")
+def _read(quantity: Quantity, folder: Path) -> tuple[Path, pandas.DataFrame]:
+    """The table of a quantity and where it lies: of another profile, in its run or else in its committed figures."""
+    folders = results_folders(quantity.profile) if quantity.profile else (folder,)
+    for path in (each / f"{quantity.table}.csv" for each in folders):
+        try:
+            return path, pandas.read_csv(path)
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            raise ClaimsError(f"{path} is no table: {' '.join(str(error).split())}") from None
+    of_profile = f" of profile {quantity.profile}" if quantity.profile else ""
+    raise Missing(f"no {quantity.table}.csv{of_profile} yet")
 
 
 def _explain(error: dict[str, Any]) -> str:
@@ -283,7 +228,7 @@ def _explain(error: dict[str, Any]) -> str:
     if error["type"] == "value_error":  # our own validators say it all
         return str(error["ctx"]["error"])
     if error["type"] == "extra_forbidden":
-        known = [*Claim.model_fields, *Quantity.model_fields, *Rules.model_fields]
+        known = [*Claim.model_fields, *Quantity.model_fields]
         close = get_close_matches(str(error["loc"][-1]), known, n=1)
         return f"{key}: unknown key" + (f"; did you mean {close[0]!r}?" if close else "")
     return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}"

@@ -1,6 +1,5 @@
 """Figures on disk: saved with the numbers they show, and drawn again from these, to the same bytes, without a model."""
 
-import csv
 import hashlib
 import io
 import json
@@ -12,28 +11,27 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from lora_distill.publish.registry import FIGURES
+from lora_distill.publish.plots import FIGURES
 from lora_distill.publish.style import grouped
-from lora_distill.settings import PACKAGE, Settings, figures_dir, load_settings
-from lora_distill.storage import atomic_write, device_name, git_commit
+from lora_distill.settings import PACKAGE, Settings, figures_dir
+from lora_distill.storage import atomic_write, device_name, git_commit, read_table, table_text
 
 STYLE = PACKAGE / "assets" / "figures.mplstyle"
 PROVENANCE = "provenance.json"  # of a profile's figures: what made the results that they show
 NO_DATES = {"pdf": {"CreationDate": None, "Creator": None, "Producer": None}, "svg": {"Date": None, "Creator": None}}
-WORDS = {"": None, "True": True, "False": False}  # of a CSV, besides numbers
 
 
 def save(name: str, settings: Settings, rows: list[dict], images: np.ndarray | None = None) -> Figure:
-    """Write figures/<profile>/<name>.csv and, drawn from it, .svg, .pdf and .png; return the figure.
+    """Write runs/<profile>/figures/<name>.csv and, drawn from it, .svg and .png; return the figure.
 
     A grid's `images`, (n, h, w, 3) uint8, one a row, go to <name>_images.png. What made the results goes to
     provenance.json and into each file's metadata. The figure is closed for pyplot: a cell that ends in it shows it
     once. Raises ValueError for a name that plots.FIGURES lacks, and for rows that it cannot draw.
     """
     if name not in FIGURES:
-        raise ValueError(f"no figure {name!r} in lora_distill/plots.py")
+        raise ValueError(f"no figure {name!r} in lora_distill/publish/plots.py")
     folder = figures_dir(settings)
-    data = {f"{name}.csv": table(rows).encode()}
+    data = {f"{name}.csv": table_text(rows).encode()}
     if images is not None:
         data[f"{name}_images.png"] = image_sheet(images, lines=len(grouped(rows, "row")))
     for file, content in data.items():
@@ -46,27 +44,26 @@ def save(name: str, settings: Settings, rows: list[dict], images: np.ndarray | N
         "sha256": {file: hashlib.sha256(content).hexdigest() for file, content in data.items()},
     }
     known = read_provenance(folder) if (folder / PROVENANCE).exists() else {}
-    atomic_write(folder / PROVENANCE, json.dumps(dict(sorted((known | {name: source}).items())), indent=1) + "\n")
+    write_provenance(folder, known | {name: source})
     return draw(name, folder, source)
 
 
-def redraw(profile: str | Path) -> list[Path]:
-    """Draw all figures of a profile anew from what `save` left; return the paths of the SVG files.
+def redraw(folder: Path, *, pdf: bool = False) -> list[Path]:
+    """Draw all figures of a folder anew from what `save` left, as PDF too where asked; return the paths of the SVGs.
 
     Raises ValueError or FileNotFoundError, in one line that names the file, when one is missing or has changed.
     """
-    folder = figures_dir(load_settings(profile))
     provenance = read_provenance(folder)
     names = [name for name in FIGURES if name in provenance]
     for name in names:
         check(folder, provenance[name]["sha256"])
     for name in names:
-        draw(name, folder, provenance[name])
+        draw(name, folder, provenance[name], pdf=pdf)
     return [folder / f"{name}.svg" for name in names]
 
 
-def draw(name: str, folder: Path, source: dict[str, Any]) -> Figure:
-    """Draw one figure from its saved rows and images and write it in three formats, `source` in their metadata."""
+def draw(name: str, folder: Path, source: dict[str, Any], *, pdf: bool = False) -> Figure:
+    """Draw one figure from its saved rows and images and write it as SVG and PNG, `source` in their metadata."""
     plot = FIGURES[name]
     rows = read_table(folder / f"{name}.csv")
     sheet = folder / f"{name}_images.png"
@@ -81,9 +78,10 @@ def draw(name: str, folder: Path, source: dict[str, Any]) -> Figure:
         comment = json.dumps({**{key: source[key] for key in source if key != "sha256"}, "claims": plot.claims})
         metadata = {
             "svg": {"Title": plot.caption, "Description": comment, **NO_DATES["svg"]},
-            "pdf": {"Title": plot.caption, "Keywords": comment, **NO_DATES["pdf"]},
             "png": {"Title": plot.caption, "Comment": comment, "Software": None},
         }
+        if pdf:
+            metadata["pdf"] = {"Title": plot.caption, "Keywords": comment, **NO_DATES["pdf"]}
         for kind, fields in metadata.items():
             buffer = io.BytesIO()
             figure.savefig(buffer, format=kind, metadata=fields)
@@ -102,7 +100,7 @@ def check(folder: Path, digests: dict[str, str]) -> None:
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
-    """What made the results of each figure of a profile. Raises FileNotFoundError, or ValueError for a damaged file."""
+    """What made the results of each figure of a folder. Raises FileNotFoundError, or ValueError for a damaged file."""
     path = folder / PROVENANCE
     if not path.exists():
         raise FileNotFoundError(f"no figures in {folder}; python -m lora_distill reproduce makes them")
@@ -112,35 +110,9 @@ def read_provenance(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged: {error}") from None
 
 
-def save_table(path: Path, rows: list[dict]) -> None:
-    """Rows of one shape as CSV."""
-    atomic_write(path, table(rows))
-
-
-def table(rows: list[dict]) -> str:
-    """Rows of one shape as the text of a CSV file."""
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return buffer.getvalue()
-
-
-def read_table(path: Path) -> list[dict]:
-    """Rows of a CSV file, numbers as numbers, True and False as such, None for what is empty."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return [{key: _value(text) for key, text in row.items()} for row in csv.DictReader(file)]
-
-
-def _value(text: str) -> Any:
-    if text in WORDS:
-        return WORDS[text]
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+def write_provenance(folder: Path, provenance: dict[str, Any]) -> None:
+    """Write what made the results of each figure of a folder, in the order of their names."""
+    atomic_write(folder / PROVENANCE, json.dumps(dict(sorted(provenance.items())), indent=1) + "\n")
 
 
 def grid_rows(labels: list[str], captions: list[str]) -> list[dict]:

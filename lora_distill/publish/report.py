@@ -1,40 +1,29 @@
-"""A run as HTML that is read without a network: an index with contents and results, and a page a notebook."""
+"""A run as HTML that is read without a network: an index with contents, results and verdicts, and a page a notebook."""
 
+import html
 import json
+import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 import nbformat
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, pass_context
+from bs4 import BeautifulSoup
+from jinja2 import pass_context
 from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+from nbformat import NotebookNode
+from nbformat.v4 import new_markdown_cell, new_notebook
 
-from lora_distill.publish.outputs import clean_outputs
+from lora_distill.publish import claims
+from lora_distill.publish.plots import FIGURES
 from lora_distill.settings import PACKAGE
 from lora_distill.storage import atomic_write
 
 TEMPLATES = PACKAGE / "assets" / "report"
 
 
-class Heading(NamedTuple):
-    """A heading of a page, as HTML."""
-
-    level: int
-    text: str
-    anchor: str
-
-
-class Page(NamedTuple):
-    """A notebook of the report."""
-
-    file: str
-    title: str
-    sections: list[Heading]
-    html: str
-
-
-def write(folder: Path, results: str) -> Path:
+def write(folder: Path) -> Path:
     """Write <folder>/report/ from the notebooks that ran to their end in a run's folder; return its index.html.
 
     Raises FileNotFoundError when there is none.
@@ -42,16 +31,46 @@ def write(folder: Path, results: str) -> Path:
     # what has no stamp was left by a run that failed
     names = sorted(stamp.name.removesuffix(".stamp.json") for stamp in folder.glob("*.stamp.json"))
     if not names:
-        raise FileNotFoundError(f"no finished notebook in {folder}; python -m lora_distill reproduce makes them")
-    pages = [page(folder / f"{name}.ipynb") for name in names]
-    for each in pages:
-        atomic_write(folder / "report" / each.file, each.html)
-    templates = Environment(loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined)
-    index = templates.get_template("index.html.j2").render(
-        title=f"lora_distill, profile {folder.name}", made=made(folder), pages=pages, results=results
+        command = f"python -m lora_distill reproduce --profile {folder.name}"
+        raise FileNotFoundError(f"no finished notebook in {folder}; {command} makes them")
+    pages = {f"{name}.html": page(nbformat.read(folder / f"{name}.ipynb", 4), name) for name in names}
+    for file, content in pages.items():
+        atomic_write(folder / "report" / file, content)
+    results, verdicts = results_table(folder / "figures"), claims.as_table(claims.ledger(folder / "figures"))
+    title = f"lora_distill, profile {folder.name}"
+    text = (
+        f"# {title}\n\n{made(folder)}\n\n## Contents\n\n{contents(pages)}\n\n"
+        f"## Results\n\n```\n{results}\n```\n\n## Claims\n\n{verdicts}\n"
     )
-    atomic_write(folder / "report" / "index.html", index)
-    return folder / "report" / "index.html"
+    index = folder / "report" / "index.html"
+    atomic_write(index, page(new_notebook(cells=[new_markdown_cell(text)]), title))
+    return index
+
+
+def page(notebook: NotebookNode, name: str) -> str:
+    """A notebook as one HTML file with its images inside, titled by its first heading, or else by a name."""
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = clean_outputs(cell.outputs, cell.execution_count)
+            describe_figure(cell)
+        else:  # links lead from runs/<profile>/report what they lead from notebooks
+            cell.source = re.sub(r"\]\((\d\d_\w+)\.ipynb", r"](\1.html", cell.source.replace("](../", "](../../../"))
+    exporter = Exporter(anchor_link_text="", extra_template_paths=[str(TEMPLATES)], template_file="page.html.j2")
+    headings = re.findall(r"^# (.+)$", "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown"), re.M)
+    notebook.metadata["title"] = headings[0] if headings else name
+    content, _ = exporter.from_notebook_node(notebook)
+    return content
+
+
+def contents(pages: dict[str, str]) -> str:
+    """Titles and sections of pages, as HTML lists of links to them."""
+    lines = []
+    for file, content in pages.items():
+        soup = BeautifulSoup(content, "html.parser")
+        lines += [f'<h3><a href="{file}">{html.escape(soup.title.text)}</a></h3>', "<ul>"]
+        lines += [f'<li><a href="{file}#{h["id"]}">{html.escape(h.text)}</a></li>' for h in soup.select("h2[id]")]
+        lines.append("</ul>")
+    return "\n".join(lines)
 
 
 def made(folder: Path) -> str:
@@ -63,40 +82,51 @@ def made(folder: Path) -> str:
     return " · ".join(str(manifest[key]) for key in ("written", "device", "commit") if manifest.get(key))
 
 
-def page(path: Path) -> Page:
-    """A notebook as one HTML file with its images inside."""
-    notebook = nbformat.read(path, 4)
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs = clean_outputs(cell.outputs, cell.execution_count)
-    exporter = Exporter(extra_template_paths=[str(TEMPLATES)], template_file="page.html.j2")
-    html, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": path.stem}})
-    title = next((heading.text for heading in exporter.headings if heading.level == 1), path.stem)
-    return Page(f"{path.stem}.html", title, [heading for heading in exporter.headings if heading.level == 2], html)
+def results_table(folder: Path) -> str:
+    """What the notebooks found, from the files <notebook>_results.json, {title: {label: value}}, beside the figures."""
+    lines = []
+    for path in sorted(folder.glob("*_results.json")):
+        for title, rows in json.loads(path.read_text()).items():
+            width = max((len(label) for label in rows), default=0)
+            lines += ["", title, *(f"  {label:<{width}}  {value}" for label, value in rows.items())]
+    return "\n".join(lines[1:])
+
+
+def clean_outputs(outputs: Iterable[NotebookNode], count: int) -> list[NotebookNode]:
+    """Outputs as a reader wants them: text in one piece, progress at its last state, no widgets, no stderr."""
+    kept: list[NotebookNode] = []
+    for output in outputs:
+        if output.get("name") == "stderr" or any("widget" in kind for kind in output.get("data", {})):
+            continue
+        if "execution_count" in output:
+            output.execution_count = count
+        if output.output_type == "stream" and kept and kept[-1].output_type == "stream":
+            kept[-1].text += output.text
+        else:
+            kept.append(output)
+    for output in kept:
+        if output.output_type == "stream":  # a carriage return starts its line anew
+            output.text = "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in output.text.split("\n"))
+    return kept
+
+
+def describe_figure(cell: NotebookNode) -> None:
+    """Give the pictures of a cell that saves a figure the figure's caption, for those who do not see them."""
+    name = re.search(r"figures\.save\(\s*\"(\w+)\"", cell.source)
+    for output in cell.outputs if name and name[1] in FIGURES else []:
+        output.setdefault("metadata", NotebookNode())["alt"] = FIGURES[name[1]].caption
 
 
 class Exporter(HTMLExporter):
-    """nbconvert's HTML with formulas that need no script; it keeps the headings that it met."""
-
-    def __init__(self, **options):
-        super().__init__(**options)
-        self.headings: list[Heading] = []
+    """nbconvert's HTML with formulas that need no script."""
 
     @pass_context
     def markdown2html(self, context, source: str) -> str:
-        return MarkdownWithMath(renderer=Renderer(self.headings)).render(source)
+        return MarkdownWithMath(renderer=Renderer(escape=False, anchor_link_text=self.anchor_link_text)).render(source)
 
 
 class Renderer(IPythonRenderer):
-    """Markdown to HTML, with MathML, which browsers draw themselves, for formulas."""
-
-    def __init__(self, headings: list[Heading]):
-        super().__init__(escape=False)
-        self.headings = headings
-
-    def heading(self, text: str, level: int, **attributes) -> str:
-        self.headings.append(Heading(level, text, f"heading-{len(self.headings)}"))
-        return f'<h{level} id="{self.headings[-1].anchor}">{text}</h{level}>\n'
+    """nbconvert's Markdown with MathML, which browsers draw themselves, for formulas."""
 
     def inline_math(self, body: str) -> str:
         return convert(body)

@@ -1,16 +1,14 @@
-"""The notebooks as one series: run in order with papermill, reuse what is up to date, commit their outputs."""
+"""The notebooks as one series: run in order with papermill, each reused as long as nothing it depends on changed."""
 
 import hashlib
 import json
 import logging
 import os
-import re
-import resource
 import shutil
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from unittest.mock import patch
 
 import nbformat
 import papermill
@@ -19,27 +17,22 @@ from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 
 from lora_distill.publish import claims, report
-from lora_distill.publish.outputs import clean_outputs
-from lora_distill.settings import (
-    PACKAGE,
-    READ_KEYS_FILE,
-    Settings,
-    figures_dir,
-    load_settings,
-    repository_root,
-    run_dir,
-)
-from lora_distill.storage import atomic_write, manifest, now
+from lora_distill.publish.figures import PROVENANCE
+from lora_distill.settings import Settings, figures_dir, load_settings, repository_root, run_dir
+from lora_distill.storage import atomic_write, git_commit, manifest, now
 
+RESULTS = 1  # version of the tables and figures that the module makes for the notebooks: raise it when they change
+READS = {"04": ("01", "02", "03")}  # the notebooks whose files a notebook reads, itself or through the module
+PRETRAINING = "00"  # makes the bundled pipeline: not part of a run, which reads the committed one
+MANIFEST, STAMP = "manifest.json", ".stamp.json"
 # Progress is plain text in a committed notebook: widgets leave megabytes that code hosts do not show.
 KERNEL_ENVIRONMENT = {"PYTHONWARNINGS": "ignore:IProgress not found", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 # Kernels announce their transport at the start, and as an error the interrupt that comes before their shutdown.
 KERNEL = {"kernel_name": "python3", "extra_arguments": ["--log-level=CRITICAL"]}
-PRETRAINING = "00"  # makes the bundled pipeline: not part of a run, which reads the committed one
 
 
 class SeriesError(RuntimeError):
-    """A notebook failed; the message is one line that says which, in which cell, and why."""
+    """A notebook failed or is not finished; the message is one line that says which and why."""
 
 
 def reproduce(profile: str | Path, *, force: bool = False, names: Sequence[str] = ()) -> None:
@@ -51,18 +44,16 @@ def reproduce(profile: str | Path, *, force: bool = False, names: Sequence[str] 
     settings = load_settings(profile)
     folder = run_dir(settings)
     if force:
-        for kept in [path for path in folder.glob("*") if path.is_dir()]:
+        for kept in [path for path in folder.glob("*") if path.is_dir() and path != figures_dir(settings)]:
             shutil.rmtree(kept)
     started = now()
     notebooks = {path.stem: run(path, settings, folder, force=force) for path in select(all_notebooks(), names)}
     account = manifest(settings, started=started, notebooks=notebooks)
-    atomic_write(folder / "manifest.json", json.dumps(account, indent=2) + "\n")
-    results = results_table(figures_dir(settings))
-    print(results)
+    atomic_write(folder / MANIFEST, json.dumps(account, indent=2) + "\n")
+    print(report.results_table(figures_dir(settings)))
     print(f"\n{claims.summary(claims.ledger(figures_dir(settings)))}")
     print(f"each with its numbers: python -m lora_distill claims --profile {profile}")
-    index = report.write(folder, results)
-    print(f"\nreport: {_shown(index)}\nfigures: {_shown(figures_dir(settings))}")
+    print(f"\nreport: {shown(report.write(folder))}\nfigures: {shown(figures_dir(settings))}")
 
 
 def prepare(profile: str | Path) -> Path:
@@ -74,21 +65,6 @@ def prepare(profile: str | Path) -> Path:
     for path in all_notebooks():
         _papermill(path, folder / path.name, settings, prepare_only=True)
     return folder
-
-
-def commit_outputs(profile: str | Path = "cpu") -> None:
-    """Run all notebooks and put their outputs into the committed ones."""
-    paths = all_notebooks()
-    reproduce(profile, names=[path.stem for path in paths])
-    for path in paths:
-        write_outputs(path, run_dir(load_settings(profile)) / path.name)
-
-
-def write_readme(profile: str | Path = "full") -> Path:
-    """Put the results and verdicts of a profile into the README, from its saved tables; return its path."""
-    readme = repository_root() / "README.md"
-    atomic_write(readme, with_results(readme.read_text(), figures_dir(load_settings(profile))))
-    return readme
 
 
 def all_notebooks() -> list[Path]:
@@ -112,36 +88,30 @@ def run(path: Path, settings: Settings, folder: Path, *, force: bool = False) ->
 
     Raises `SeriesError` when a cell fails, the kernel dies or the notebook stops before its end.
     """
-    stamp_path = folder / f"{path.stem}.stamp.json"
-    stamp = read_stamp(stamp_path)
-    key = run_key(path, settings, folder, stamp.get("settings_read"))
-    tables = tables_digest(path.name[:2], figures_dir(settings))
-    if not force and (stamp.get("key"), stamp.get("tables")) == (key, tables) and (folder / path.name).exists():
-        print(f"{path.stem}: up to date")
+    if not force and not why_stale(path, settings, folder):
+        stamp = read_stamp(folder, path.stem)
+        print(f"{path.stem}: up to date, made at {short(stamp['commit'])}")
         return stamp
+    stamp_path = folder / f"{path.stem}{STAMP}"
     stamp_path.unlink(missing_ok=True)  # what a failed run leaves behind is nobody's result
     print(f"{path.stem}: running", flush=True)
-    clock = time.perf_counter()
-    settings_read = execute(path, folder / path.name, settings)
+    stamp = {"key": run_key(path, settings, folder), "commit": git_commit()}
+    clock, before = time.perf_counter(), _files(folder)
+    execute(path, folder / path.name, settings)
+    written = [name for name, state in _files(folder).items() if before.get(name) != state]
     seconds = round(time.perf_counter() - clock, 1)
     print(f"{path.stem}: done in {seconds:.0f} s")
-    stamp = {"key": run_key(path, settings, folder, settings_read), "settings_read": settings_read}
-    stamp |= {"tables": tables_digest(path.name[:2], figures_dir(settings))}
-    stamp |= {"finished": now(), "seconds": seconds, "peak_memory_mb_so_far": _peak_memory_mb()}
+    stamp |= {"outputs": {name: _sha256(folder / name) for name in sorted(written)}, "finished": now()}
+    stamp |= {"seconds": seconds, "peak_memory_mb_of_any_kernel_so_far": _peak_memory_mb()}
     atomic_write(stamp_path, json.dumps(stamp, indent=2) + "\n")
     return stamp
 
 
-def execute(path: Path, output: Path, settings: Settings) -> list[str] | None:
-    """Run a notebook in a fresh kernel, in its own folder; the settings that it read, or None where that is not known.
-
-    Raises `SeriesError` as `run` does.
-    """
+def execute(path: Path, output: Path, settings: Settings) -> None:
+    """Run a notebook in a fresh kernel, in its own folder. Raises `SeriesError` as `run` does."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    read_keys = output.with_suffix(".settings_read.json")
     try:
-        with patch.dict(os.environ, {READ_KEYS_FILE: str(read_keys.resolve())}):
-            notebook = _papermill(path, output, settings)
+        notebook = _papermill(path, output, settings)
     except PapermillExecutionError as error:
         reason = f"failed in cell {error.exec_count}: {error.ename}: {' '.join(error.evalue.split())}"
     except DeadKernelError:
@@ -149,48 +119,43 @@ def execute(path: Path, output: Path, settings: Settings) -> list[str] | None:
     else:
         # SystemExit(0) in a cell ends a notebook early and yet is success to papermill
         if all(cell.execution_count for cell in code_cells(notebook) if cell.source.strip()):
-            return _taken(read_keys)
+            return
         reason = "failed: it stopped before its last cell"
-    raise SeriesError(f"{path.stem}: {reason}; see {_shown(output)}")
+    raise SeriesError(f"{path.stem}: {reason}; see {shown(output)}")
 
 
-def run_key(path: Path, settings: Settings, folder: Path, settings_read: Sequence[str] | None) -> str:
-    """SHA-256 over all that a notebook's results depend on: its code, settings, the package, the notebooks it reads.
+def why_stale(path: Path, settings: Settings, folder: Path) -> str:
+    """Why what a notebook left in a run's folder cannot be used, in words; empty when it can."""
+    stamp = read_stamp(folder, path.stem)
+    if not stamp:
+        return "it has not run to its end"
+    if stamp["key"] != run_key(path, settings, folder):
+        return "its code, the settings, the module's results or a notebook that it reads changed since it ran"
+    for name, digest in stamp["outputs"].items():
+        if not (folder / name).exists():
+            return f"{name} is missing"
+        if _sha256(folder / name) != digest:
+            return f"{name} was changed since it ran"
+    return ""
 
-    Of the settings those count that it read the last time, all of them where that is not known.
+
+def run_key(path: Path, settings: Settings, folder: Path) -> str:
+    """SHA-256 over all that a notebook's results depend on: its code, the settings, `RESULTS`, the notebooks it reads.
+
+    Stamps carry the time of the run, so that a notebook is run again whenever one that it reads was.
     """
-    notebook = nbformat.read(path, 4)
-    sha = hashlib.sha256(code_digest(notebook).encode())
-    sha.update(settings.model_dump_json(include=None if settings_read is None else set(settings_read)).encode())
-    for file in sorted(PACKAGE.rglob("*")):  # the sources, and the pipeline and sprites among the assets
-        if file.is_file() and "__pycache__" not in file.parts:
-            sha.update(str(file.relative_to(PACKAGE)).encode() + file.read_bytes())
-    # Stamps carry the time of the run, so that a notebook is run again whenever one that it reads was.
-    for number in sorted(numbers_named(notebook) - {path.name[:2], PRETRAINING}):
-        for stamp in sorted(folder.glob(f"{number}_*.stamp.json")):
-            sha.update(stamp.read_bytes())
-    return sha.hexdigest()
+    read = [stamp for number in READS.get(path.name[:2], ()) for stamp in sorted(folder.glob(f"{number}_*{STAMP}"))]
+    parts = [code_digest(nbformat.read(path, 4)), settings.model_dump_json(), str(RESULTS)]
+    return hashlib.sha256(json.dumps([*parts, *(stamp.read_text() for stamp in read)]).encode()).hexdigest()
 
 
-def tables_digest(number: str, folder: Path) -> str:
-    """SHA-256 over the tables and results that the notebook of a number left beside its figures."""
-    sha = hashlib.sha256()
-    for file in sorted([*folder.glob(f"{number}_*.csv"), *folder.glob(f"{number}_*.json")]):
-        sha.update(file.name.encode() + file.read_bytes())
-    return sha.hexdigest()
-
-
-def numbers_named(notebook: NotebookNode) -> set[str]:
-    """The numbers of the notebooks whose files this one names in its code, as in "02_quality.csv"."""
-    return {number for cell in code_cells(notebook) for number in re.findall(r"[\"'/](\d\d)_", cell.source)}
-
-
-def read_stamp(path: Path) -> dict:
-    """The stamp of a finished notebook; empty when there is none or it is damaged."""
+def read_stamp(folder: Path, name: str) -> dict:
+    """The stamp of a finished notebook in a run's folder; empty when there is none or it is damaged."""
     try:
-        return json.loads(path.read_text())
+        stamp = json.loads((folder / f"{name}{STAMP}").read_text())
     except (FileNotFoundError, ValueError):
         return {}
+    return stamp if {"key", "commit", "outputs"} <= stamp.keys() else {}
 
 
 def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
@@ -203,60 +168,14 @@ def code_digest(notebook: NotebookNode) -> str:
     return hashlib.sha256(json.dumps([cell.source for cell in code_cells(notebook)]).encode()).hexdigest()
 
 
-def write_outputs(path: Path, executed: Path) -> None:
-    """Put the outputs of an executed copy into a notebook, cell by cell, and note which code they belong to.
-
-    Raises ValueError when the copy was made from other code.
-    """
-    notebook = nbformat.read(path, 4)
-    ran = {cell.id: cell for cell in nbformat.read(executed, 4).cells}
-    for count, cell in enumerate(code_cells(notebook), start=1):
-        if cell.id not in ran or ran[cell.id].source != cell.source:
-            raise ValueError(f"{_shown(path)} changed after {_shown(executed)} was made; run it again")
-        cell.execution_count = count
-        cell.outputs = clean_outputs(ran[cell.id].outputs, count)
-    for cell in notebook.cells:
-        cell.metadata = NotebookNode({"tags": cell.metadata.tags} if cell.metadata.get("tags") else {})
-    notebook.metadata = nbformat.from_dict(
-        {
-            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-            "language_info": {"name": "python"},
-            "lora_distill": {"code": code_digest(notebook)},
-        }
-    )
-    atomic_write(path, nbformat.writes(notebook) + "\n")
+def short(commit: str | None) -> str:
+    """A commit as one reads it: its first seven digits, and -dirty where files differed from it."""
+    return f"{commit[:7]}{'-dirty' * commit.endswith('-dirty')}" if commit else "no commit"
 
 
-def stale_outputs(path: Path) -> bool:
-    """Whether a committed notebook's outputs were made by other code than it now holds."""
-    notebook = nbformat.read(path, 4)
-    return notebook.metadata.get("lora_distill", {}).get("code") != code_digest(notebook)
-
-
-def results_table(folder: Path) -> str:
-    """What the notebooks found, from the files <notebook>_results.json, {title: {label: value}}, beside the figures."""
-    lines = []
-    for path in sorted(folder.glob("*_results.json")):
-        for title, rows in json.loads(path.read_text()).items():
-            width = max((len(label) for label in rows), default=0)
-            lines += ["", title, *(f"  {label:<{width}}  {value}" for label, value in rows.items())]
-    return "\n".join(lines[1:])
-
-
-def with_results(readme: str, folder: Path) -> str:
-    """The README with what a folder of results says: the notebooks' numbers, and the ledger of claims."""
-    readme = with_block(readme, "results", f"```\n{results_table(folder)}\n```")
-    return with_block(readme, "ledger", claims.as_table(claims.ledger(folder)))
-
-
-def with_block(text: str, name: str, content: str) -> str:
-    """A text with what stands between `<!-- name -->` and `<!-- /name -->` replaced. Raises ValueError without them."""
-    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    before, found, rest = text.partition(start)
-    _, ended, after = rest.partition(end)
-    if not (found and ended):
-        raise ValueError(f"no block from {start} to {end}")
-    return f"{before}{start}\n{content}\n{end}{after}"
+def shown(path: Path) -> str:
+    """A path as one would type it here."""
+    return os.path.relpath(path)
 
 
 def _papermill(path: Path, output: Path, settings: Settings, **options) -> NotebookNode:
@@ -268,21 +187,26 @@ def _papermill(path: Path, output: Path, settings: Settings, **options) -> Noteb
     return papermill.execute_notebook(path, output, parameters, cwd=path.parent, **(KERNEL | options))
 
 
-def _taken(path: Path) -> list[str] | None:
-    """The list in a JSON file, which is removed; None where there is no such file."""
+def _files(folder: Path) -> dict[str, tuple[int, int]]:
+    """Time and size of the files of a run and of its figures, but for those that several notebooks share.
+
+    Folders of trainings and caches are left out: what they hold is checked where it is read.
+    """
+    files = [path for path in (*folder.glob("*"), *folder.glob("figures/*")) if path.is_file()]
+    own = [path for path in files if path.name not in (PROVENANCE, MANIFEST) and not path.name.endswith(STAMP)]
+    return {path.relative_to(folder).as_posix(): (path.stat().st_mtime_ns, path.stat().st_size) for path in own}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _peak_memory_mb() -> float | None:
+    """Peak resident memory of the hungriest kernel that ended so far; None where the system does not tell."""
     try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
+        import resource
+    except ImportError:  # Windows
         return None
-    finally:
-        path.unlink(missing_ok=True)
-
-
-def _peak_memory_mb() -> float:
-    """Peak resident memory of the hungriest kernel so far."""
-    return round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e3, 1)
-
-
-def _shown(path: Path) -> str:
-    """A path as one would type it here."""
-    return os.path.relpath(path)
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    return round(unit * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6, 1)

@@ -8,8 +8,8 @@ import torch
 from lora_distill.judge import timing
 from lora_distill.judge.timing import compare_times, runtime, saving_bound, time_grid, time_samplers
 from lora_distill.pipeline import load_pipeline, with_unet
-from lora_distill.publish.figures import save_table
 from lora_distill.sampling import Sampler, initial_noise, sample
+from lora_distill.storage import save_table
 
 PROMPTS = ["a lion", "an owl", "a bus"]
 

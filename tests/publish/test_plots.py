@@ -7,7 +7,7 @@ import pytest
 from lora_distill.memory import schemes
 from lora_distill.publish import plots_memory
 from lora_distill.publish.figures import STYLE, grid_rows
-from lora_distill.publish.registry import FIGURES
+from lora_distill.publish.plots import FIGURES
 from lora_distill.publish.style import image_grid
 
 SHARE = {"low": 0.4, "high": 0.6, "n": 100}
@@ -36,11 +36,11 @@ ROWS = {
     "02_quality_against_steps": [
         {"method": m, "step": i, **QUALITY} for m, i in (("a", 0), ("a", 1), ("teacher", None))
     ],
-    "02_rho": [
+    "04_rho": [
         {"runtime": r, "threads": t, "batch": b, "unet_seconds": 0.1 * b}
         for r in ("PyTorch", "ONNX Runtime") for t in (1, 2) for b in (1, 2, 4)
     ],
-    "02_seconds_per_image": [
+    "04_seconds_per_image": [
         {"runtime": "PyTorch", "threads": t, "method": m, "seconds_an_image": 0.3,
          "lowest": 0.2, "highest": 0.4, "saving_percent": 20.0,
          "text_encoder_seconds": 0.1, "unet_seconds": 0.1, "vae_seconds": 0.1, "batch": 8, "repeats": 5}

@@ -7,16 +7,14 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient.exceptions import DeadKernelError
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from lora_distill import __main__ as cli
 from lora_distill import settings, storage
-from lora_distill.publish import claims, series
-from lora_distill.publish.outputs import clean_outputs
+from lora_distill.publish import series
 from lora_distill.publish.series import SeriesError
 from lora_distill.settings import Settings, SettingsError
 
-README = "# A title\n<!-- results --><!-- /results -->\n<!-- ledger --><!-- /ledger -->\n"
 PARAMETERS = "profile: str = 'cpu'\nseed: int = 0"
 
 
@@ -31,19 +29,15 @@ def write_notebook(path: Path, *sources: str) -> None:
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    """A repository with two notebooks and notebook 00, whose package is one file."""
-    for folder in ("notebooks", "params", "lora_distill"):
+    """A repository with two notebooks and notebook 00."""
+    for folder in ("notebooks", "params"):
         (tmp_path / folder).mkdir()
-    for profile in ("cpu", "full", "other"):
+    for profile in ("cpu", "other"):
         (tmp_path / "params" / f"{profile}.yaml").write_text(f"profile: {profile}\n")
-    (tmp_path / "lora_distill" / "module.py").write_text("x = 1\n")
-    (tmp_path / "README.md").write_text(README)
     for name in ("00_make", "01_first", "02_second"):
         write_notebook(tmp_path / "notebooks" / f"{name}.ipynb", "seed + 1")
-    for module in (settings, series):
-        monkeypatch.setattr(module, "PACKAGE", tmp_path / "lora_distill")
-    monkeypatch.setattr(series, "manifest", lambda settings, **more: more)  # the true one waits for torch
-    monkeypatch.setattr(series.report, "write", lambda folder, results: folder / "report" / "index.html")
+    monkeypatch.setattr(settings, "PACKAGE", tmp_path / "lora_distill")
+    monkeypatch.setattr(series.report, "write", lambda folder: folder / "report" / "index.html")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -57,6 +51,12 @@ def executed(checkout, monkeypatch):
         names.append(path.stem)
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_bytes(path.read_bytes())
+        for file in (
+            f"{path.stem}_images.safetensors",
+            f"figures/{path.stem[:2]}_table.csv",
+            "figures/provenance.json",
+        ):
+            storage.atomic_write(output.parent / file, path.stem)
 
     monkeypatch.setattr(series, "execute", execute)
     return names
@@ -85,33 +85,44 @@ class TestReuse:
         rerun(executed)
         assert (folder / "cache").is_dir() and (folder / "lora-1").is_dir()
         rerun(executed, force=True, names=["02_second"])
-        assert sorted(path.name for path in folder.glob("*.safetensors")) == ["student.safetensors"]
+        assert (folder / "student.safetensors").exists()
         assert not (folder / "cache").exists() and not (folder / "lora-1").exists()
 
-    def test_tables_that_are_no_longer_what_it_left(self, executed, checkout):
+    @pytest.mark.parametrize("file", ["02_second.ipynb", "02_second_images.safetensors", "figures/02_table.csv"])
+    @pytest.mark.parametrize("change", [Path.unlink, lambda path: path.write_text("changed")])
+    def test_outputs_that_are_no_longer_what_it_left(self, executed, checkout, file, change):
         rerun(executed)
-        storage.atomic_write(checkout / "figures" / "cpu" / "02_table.csv", "a\n1\n")
+        change(checkout / "runs" / "cpu" / file)
         assert rerun(executed) == ["02_second"]
-        (checkout / "figures" / "cpu" / "02_table.csv").unlink()
-        assert rerun(executed) == ["02_second"]
+        assert rerun(executed) == []
+
+    def test_the_provenance_of_figures_is_shared(self, executed, checkout):
+        rerun(executed)
+        (checkout / "runs" / "cpu" / "figures" / "provenance.json").unlink()
+        assert rerun(executed) == []
+
+    def test_the_stamp_names_the_files_that_the_notebook_wrote(self, executed, checkout):
+        storage.atomic_write(checkout / "runs" / "cpu" / "student.safetensors", "of another")
+        storage.atomic_write(checkout / "runs" / "cpu" / "lora-1" / "result.safetensors", "")
+        rerun(executed)
+        stamp = series.read_stamp(checkout / "runs" / "cpu", "01_first")
+        assert list(stamp["outputs"]) == ["01_first.ipynb", "01_first_images.safetensors", "figures/01_table.csv"]
+
+    def test_it_says_which_commit_made_what_is_up_to_date(self, executed, monkeypatch, capsys):
+        monkeypatch.setattr(series, "git_commit", lambda: "1a2b3c4d5e6f-dirty")
+        rerun(executed)
+        monkeypatch.setattr(series, "git_commit", lambda: "another")
+        rerun(executed)
+        assert "01_first: up to date, made at 1a2b3c4-dirty\n" in capsys.readouterr().out
 
     def test_changed_setting(self, executed, checkout):
         rerun(executed)
         (checkout / "params" / "cpu.yaml").write_text("profile: cpu\nseed: 1\n")
         assert rerun(executed) == ["01_first", "02_second"]
 
-    def test_a_setting_that_it_did_not_read(self, executed, checkout, monkeypatch):
-        execute = series.execute
-        monkeypatch.setattr(series, "execute", lambda *arguments: execute(*arguments) or ["profile", "seed"])
+    def test_a_new_version_of_the_results(self, executed, monkeypatch):
         rerun(executed)
-        (checkout / "params" / "cpu.yaml").write_text("profile: cpu\nbatch_size: 7\n")
-        assert rerun(executed) == []
-        (checkout / "params" / "cpu.yaml").write_text("profile: cpu\nseed: 1\n")
-        assert rerun(executed) == ["01_first", "02_second"]
-
-    def test_changed_package(self, executed, checkout):
-        rerun(executed)
-        (checkout / "lora_distill" / "module.py").write_text("x = 2\n")
+        monkeypatch.setattr(series, "RESULTS", series.RESULTS + 1)
         assert rerun(executed) == ["01_first", "02_second"]
 
     def test_changed_code_of_the_last(self, executed, checkout):
@@ -125,9 +136,9 @@ class TestReuse:
         path.write_text(path.read_text().replace("# Title", "# Another title"))
         assert rerun(executed) == []
 
-    def test_an_earlier_notebook_that_ran_again_counts_where_its_files_are_named(self, executed, checkout, monkeypatch):
-        write_notebook(checkout / "notebooks" / "02_second.ipynb", "path = folder / '01_table.csv'")
-        write_notebook(checkout / "notebooks" / "03_third.ipynb", "path = folder / '03_table.csv'")
+    def test_an_earlier_notebook_that_ran_again_counts_where_its_files_are_read(self, executed, checkout, monkeypatch):
+        write_notebook(checkout / "notebooks" / "03_third.ipynb", "seed")
+        monkeypatch.setattr(series, "READS", {"02": ("01",)})
         rerun(executed)
         monkeypatch.setattr(series, "now", lambda: "later")
         assert rerun(executed, force=True, names=["01_first"]) == ["01_first"]
@@ -135,8 +146,9 @@ class TestReuse:
 
     def test_damaged_stamp(self, executed, checkout):
         rerun(executed)
-        (checkout / "runs" / "cpu" / "02_second.stamp.json").write_text('{"key": ')
-        assert rerun(executed) == ["02_second"]
+        for damaged in ('{"key": ', "{}"):
+            (checkout / "runs" / "cpu" / "02_second.stamp.json").write_text(damaged)
+            assert rerun(executed) == ["02_second"]
 
     def test_profiles_keep_apart(self, executed, checkout):
         rerun(executed)
@@ -166,27 +178,11 @@ def test_no_notebooks(checkout):
 
 
 def test_results_are_printed(executed, checkout, capsys):
-    figures = checkout / "figures" / "cpu"
+    figures = checkout / "runs" / "cpu" / "figures"
     figures.mkdir(parents=True)
     (figures / "01_results.json").write_text(json.dumps({"Memory": {"LoRA": "1.2 MB", "full copy": "10 MB"}}))
     rerun(executed)
     assert "Memory\n  LoRA       1.2 MB\n  full copy  10 MB\n" in capsys.readouterr().out
-
-
-def test_results_and_verdicts_take_the_place_of_those_in_the_readme(checkout):
-    figures = checkout / "figures" / "full"
-    storage.atomic_write(figures / "01_results.json", json.dumps({"Memory": {"LoRA": "1 MB"}}))
-    once = series.write_readme().read_text()
-    assert once.startswith(
-        "# A title\n<!-- results -->\n```\nMemory\n  LoRA  1 MB\n```\n<!-- /results -->\n<!-- ledger -->"
-    )
-    assert once.count("| not testable here |") == len(claims.load())
-    assert series.with_results(once, figures) == once
-
-
-def test_a_block_that_is_not_there():
-    with pytest.raises(ValueError, match="no block from <!-- results --> to <!-- /results -->"):
-        series.with_block("<!-- results -->", "results", "")
 
 
 @pytest.mark.parametrize(
@@ -219,43 +215,6 @@ def test_failure_is_one_line_of_the_command(checkout, monkeypatch, capsys):
     assert capsys.readouterr().err.splitlines() == [
         "01_first: failed: its kernel died, most often for want of memory; see runs/cpu/01_first.ipynb"
     ]
-
-
-def test_the_stamp_says_which_settings_a_notebook_read(checkout):
-    code = "from lora_distill.settings import from_notebook\nsettings = from_notebook(globals())\nsettings.batch_size"
-    write_notebook(checkout / "notebooks" / "01_first.ipynb", code)
-    series.reproduce("cpu", names=["01_first"])
-    stamp = json.loads((checkout / "runs" / "cpu" / "01_first.stamp.json").read_text())
-    assert stamp["settings_read"] == ["batch_size"]
-
-
-def test_commit_outputs(checkout):
-    """Outputs go to their cells, without a trace of the runner; a change of code makes them stale."""
-    chatter = (
-        "import sys\nfor i in range(3):\n    print(f'\\r{i}', end='', flush=True)\nprint('noise', file=sys.stderr)"
-    )
-    first = checkout / "notebooks" / "01_first.ipynb"
-    write_notebook(first, "seed + 1", chatter)
-    assert series.stale_outputs(first)
-    series.commit_outputs()
-    notebook = nbformat.read(first, 4)
-    title, parameters, sum_, progress = notebook.cells
-    assert [cell.execution_count for cell in notebook.cells[1:]] == [1, 2, 3]
-    assert (parameters.source, parameters.metadata) == (PARAMETERS, {"tags": ["parameters"]})
-    assert sum_.outputs == [new_output("execute_result", {"text/plain": "1"}, execution_count=2)]
-    assert progress.outputs == [new_output("stream", name="stdout", text="2")]
-    assert notebook.metadata.keys() == {"kernelspec", "language_info", "lora_distill"} and not title.metadata
-    assert not series.stale_outputs(first)
-
-    write_notebook(first, "seed + 2", chatter)
-    assert series.stale_outputs(first)
-    with pytest.raises(ValueError, match="changed after"):
-        series.write_outputs(first, checkout / "runs" / "cpu" / "01_first.ipynb")
-
-
-def test_widgets_are_left_out():
-    widget = new_output("display_data", {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "0%"})
-    assert clean_outputs([widget], 1) == []
 
 
 def test_prepare(checkout):

@@ -1,0 +1,131 @@
+"""What the repository keeps of a finished run: outputs in the notebooks, a folder of figures, blocks of the README."""
+
+import shutil
+from pathlib import Path
+
+import nbformat
+from nbformat import NotebookNode
+
+from lora_distill.publish import claims, report, series
+from lora_distill.publish.figures import PROVENANCE, read_provenance, write_provenance
+from lora_distill.publish.series import SeriesError
+from lora_distill.settings import Settings, load_settings, repository_root, run_dir
+from lora_distill.storage import atomic_write
+
+IN_NOTEBOOKS = "cpu"  # the profile whose outputs the committed notebooks hold
+IN_README = "full"  # the profile whose results the README states
+KINDS = {".svg", ".png", ".csv", ".json"}
+# Tables that the command `memory` writes, and no notebook.
+OF_MEMORY = ("01_memory_*", "01_flops.csv")
+
+
+def publish(profile: str | Path) -> list[Path]:
+    """Take the results of a finished run into the repository; return what was written.
+
+    Those of `cpu` go into the notebooks, those of another profile to figures/<profile>/; the README states the results
+    of figures/full/. Notebook 00 is taken when the run has it. Raises `SeriesError`, in one line and before anything is
+    written, for a run that is not finished, is stale, or was not made by one clean commit.
+    """
+    settings = load_settings(profile)
+    if settings.profile == "smoke":
+        raise ValueError("profile smoke shows that the code runs; its numbers are no results")
+    folder = run_dir(settings)
+    pretraining = series.PRETRAINING
+    paths = [
+        path
+        for path in series.all_notebooks()
+        if not path.name.startswith(pretraining) or series.read_stamp(folder, path.stem)
+    ]
+    check_finished(paths, settings, folder)
+    if settings.profile == IN_NOTEBOOKS:
+        for path in paths:
+            write_outputs(path, folder / path.name)
+        written = paths
+    else:
+        outputs = {name for path in paths for name in series.read_stamp(folder, path.stem)["outputs"]}
+        written = [copy_figures(folder / "figures", {Path(n).name for n in outputs if n.startswith("figures/")})]
+    return [*written, write_readme()]
+
+
+def check_finished(paths: list[Path], settings: Settings, folder: Path) -> None:
+    """Raise `SeriesError` unless every notebook of a run is finished, unchanged since, and made by one clean commit."""
+    again = f"python -m lora_distill reproduce --profile {settings.profile}"
+    for path in paths:
+        if reason := series.why_stale(path, settings, folder):
+            raise SeriesError(f"{path.stem} of profile {settings.profile}: {reason}; {again}")
+    commits = {path.stem: series.read_stamp(folder, path.stem)["commit"] for path in paths}
+    made = ", ".join(f"{name} at {series.short(commit)}" for name, commit in commits.items())
+    if not all(commit and not commit.endswith("-dirty") for commit in commits.values()):
+        raise SeriesError(f"not made by committed code: {made}; commit, then {again} --force")
+    if len(set(commits.values())) > 1:
+        raise SeriesError(f"made by different commits: {made}; {again} --force")
+
+
+def write_outputs(path: Path, executed: Path) -> None:
+    """Put the outputs of an executed copy into a notebook, cell by cell, and note which code they belong to.
+
+    Raises ValueError when the copy was made from other code.
+    """
+    notebook = nbformat.read(path, 4)
+    ran = {cell.id: cell for cell in nbformat.read(executed, 4).cells}
+    for count, cell in enumerate(series.code_cells(notebook), start=1):
+        if cell.id not in ran or ran[cell.id].source != cell.source:
+            raise ValueError(f"{series.shown(path)} changed after {series.shown(executed)} was made; run it again")
+        cell.execution_count = count
+        cell.outputs = report.clean_outputs(ran[cell.id].outputs, count)
+    for cell in notebook.cells:
+        cell.metadata = NotebookNode({"tags": cell.metadata.tags} if cell.metadata.get("tags") else {})
+    notebook.metadata = nbformat.from_dict(
+        {
+            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+            "language_info": {"name": "python"},
+            "lora_distill": {"code": series.code_digest(notebook)},
+        }
+    )
+    atomic_write(path, nbformat.writes(notebook) + "\n")
+
+
+def stale_outputs(path: Path) -> bool:
+    """Whether a committed notebook's outputs were made by other code than it now holds."""
+    notebook = nbformat.read(path, 4)
+    return notebook.metadata.get("lora_distill", {}).get("code") != series.code_digest(notebook)
+
+
+def copy_figures(source: Path, names: set[str]) -> Path:
+    """Fill figures/<profile>/ with the named files of a run's figures and the tables of `memory`; return it."""
+    target = repository_root() / "figures" / source.parent.name
+    target.mkdir(parents=True, exist_ok=True)
+    kept = {path.name for folder in (source, target) for pattern in OF_MEMORY for path in folder.glob(pattern)}
+    for path in target.iterdir():
+        if path.name not in names | kept:
+            path.unlink()
+    for path in source.iterdir():
+        if path.name in names | kept and path.suffix in KINDS:
+            shutil.copyfile(path, target / path.name)
+    if (source / PROVENANCE).exists():
+        provenance = read_provenance(source)
+        write_provenance(target, {name: made for name, made in provenance.items() if f"{name}.svg" in names})
+    return target
+
+
+def write_readme() -> Path:
+    """Put the results and verdicts of figures/full/ into the README; return its path."""
+    path = repository_root() / "README.md"
+    atomic_write(path, with_results(path.read_text(), repository_root() / "figures" / IN_README))
+    return path
+
+
+def with_results(readme: str, folder: Path) -> str:
+    """The README with what a folder of results says: the notebooks' numbers, and the ledger of claims."""
+    readme = with_block(readme, "results", f"```\n{report.results_table(folder)}\n```")
+    return with_block(readme, "ledger", claims.as_table(claims.ledger(folder)))
+
+
+def with_block(text: str, name: str, content: str) -> str:
+    """A text with what stands between `<!-- name -->` and `<!-- /name -->` replaced. Raises ValueError without them."""
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, found, rest = text.partition(start)
+    _, ended, after = rest.partition(end)
+    if not (found and ended):
+        raise ValueError(f"no block from {start} to {end}")
+    return f"{before}{start}\n{content}\n{end}{after}"

@@ -1,0 +1,196 @@
+"""What the repository takes from a run, and from which runs it takes nothing."""
+
+import json
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from lora_distill import settings, storage
+from lora_distill.publish import claims, committed, report, series
+from lora_distill.publish.series import SeriesError
+
+README = "# A title\n<!-- results --><!-- /results -->\n<!-- ledger --><!-- /ledger -->\n"
+PARAMETERS = "profile: str = 'cpu'\nseed: int = 0"
+CHATTER = "import sys\nfor i in range(3):\n    print(f'\\r{i}', end='', flush=True)\nprint('noise', file=sys.stderr)"
+NAMES = ("00_make", "01_first", "02_second")
+
+
+def write_notebook(path: Path, source: str = "seed + 1") -> None:
+    cells = [
+        new_markdown_cell("# Title", id="title"),
+        new_code_cell(PARAMETERS, id="parameters", metadata={"tags": ["parameters"]}),
+        new_code_cell(source, id="sum"),
+        new_code_cell(CHATTER, id="chatter"),
+    ]
+    metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(new_notebook(cells=cells, metadata=metadata), path)
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A repository with three notebooks, whose clean commit is `commit[0]`."""
+    for folder in ("notebooks", "params", "figures/full"):
+        (tmp_path / folder).mkdir(parents=True)
+    for profile in ("cpu", "full", "other", "smoke"):
+        (tmp_path / "params" / f"{profile}.yaml").write_text(f"profile: {profile}\n")
+    for name in NAMES:
+        write_notebook(tmp_path / "notebooks" / f"{name}.ipynb")
+    (tmp_path / "README.md").write_text(README)
+    monkeypatch.setattr(settings, "PACKAGE", tmp_path / "lora_distill")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def commit(monkeypatch) -> list[str]:
+    """The commit of the checkout, in a list, so that a test can change it."""
+    current = ["1a2b3c4d5e"]
+    monkeypatch.setattr(series, "git_commit", lambda: current[0])
+    return current
+
+
+@pytest.fixture
+def run(checkout, commit, monkeypatch):
+    """Run notebooks of a profile; nothing really runs, but each leaves a figure and a table."""
+
+    def execute(path, output, settings):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_bytes(path.read_bytes())
+        figures, number = output.parent / "figures", path.stem[:2]
+        for kind in ("svg", "png", "csv", "pdf"):
+            storage.atomic_write(figures / f"{number}_x.{kind}", f"{number} {settings.profile}")
+        storage.atomic_write(figures / f"{number}_results.json", json.dumps({"Found": {number: "1 MB"}}))
+        storage.atomic_write(figures / "provenance.json", json.dumps({"01_x": {}, "02_x": {}, "02_old": {}}))
+
+    def run(profile: str, *names: str) -> None:
+        checked = settings.load_settings(profile)
+        for name in names or NAMES[1:]:
+            series.run(checkout / "notebooks" / f"{name}.ipynb", checked, settings.run_dir(checked))
+
+    monkeypatch.setattr(series, "execute", execute)
+    return run
+
+
+def test_outputs_go_to_their_cells_without_a_trace_of_the_runner(checkout, commit):
+    """A change of code makes them stale. The notebooks really run."""
+    first = checkout / "notebooks" / "01_first.ipynb"
+    assert committed.stale_outputs(first)
+    checked = settings.load_settings("cpu")
+    for name in NAMES[1:]:
+        series.run(checkout / "notebooks" / f"{name}.ipynb", checked, settings.run_dir(checked))
+    assert committed.publish("cpu") == [
+        *(checkout / "notebooks" / f"{n}.ipynb" for n in NAMES[1:]),
+        checkout / "README.md",
+    ]
+    notebook = nbformat.read(first, 4)
+    title, parameters, sum_, progress = notebook.cells
+    assert [cell.execution_count for cell in notebook.cells[1:]] == [1, 2, 3]
+    assert (parameters.source, parameters.metadata) == (PARAMETERS, {"tags": ["parameters"]})
+    assert sum_.outputs == [new_output("execute_result", {"text/plain": "1"}, execution_count=2)]
+    assert progress.outputs == [new_output("stream", name="stdout", text="2")]
+    assert notebook.metadata.keys() == {"kernelspec", "language_info", "lora_distill"} and not title.metadata
+    assert not committed.stale_outputs(first)
+
+    write_notebook(first, "seed + 2")
+    assert committed.stale_outputs(first)
+    with pytest.raises(ValueError, match="changed after"):
+        committed.write_outputs(first, checkout / "runs" / "cpu" / "01_first.ipynb")
+
+
+def test_notebook_00_is_taken_when_the_run_has_it(checkout, run):
+    run("cpu")
+    make = checkout / "notebooks" / "00_make.ipynb"
+    before = make.read_bytes()
+    committed.publish("cpu")
+    assert make.read_bytes() == before
+    run("cpu", "00_make")
+    assert make in committed.publish("cpu")
+
+
+def test_figures_of_another_profile_take_the_place_of_the_committed_ones(checkout, run):
+    target = checkout / "figures" / "other"
+    for old in ("02_old.svg", "03_old.csv", "01_memory_measured.csv"):
+        storage.atomic_write(target / old, "old")
+    run("other")
+    storage.atomic_write(checkout / "runs" / "other" / "figures" / "02_left_behind.csv", "by older code")
+    assert committed.publish("other") == [target, checkout / "README.md"]
+    kept = {f"{number}_x.{kind}" for number in ("01", "02") for kind in ("svg", "png", "csv")}
+    kept |= {"01_results.json", "02_results.json", "provenance.json", "01_memory_measured.csv"}
+    assert {path.name for path in target.iterdir()} == kept
+    assert (target / "01_x.svg").read_text() == "01 other"
+    assert json.loads((target / "provenance.json").read_text()).keys() == {"01_x", "02_x"}
+
+
+def test_the_readme_states_results_and_verdicts_of_full(checkout, run):
+    run("full")
+    committed.publish("full")
+    once = (checkout / "README.md").read_text()
+    assert once.startswith(
+        "# A title\n<!-- results -->\n```\nFound\n  01  1 MB\n\nFound\n  02  1 MB\n```\n<!-- /results -->"
+    )
+    assert once.count("| not testable here |") == len(claims.load())
+    committed.publish("full")
+    assert (checkout / "README.md").read_text() == once
+
+
+class TestRefusal:
+    @pytest.fixture
+    def refusal(self, checkout):
+        """Why a run of cpu is refused; nothing is written."""
+
+        def refusal() -> str:
+            before = {path: path.read_bytes() for path in (checkout / "notebooks").iterdir()}
+            with pytest.raises(SeriesError) as error:
+                committed.publish("cpu")
+            assert {path: path.read_bytes() for path in (checkout / "notebooks").iterdir()} == before
+            assert "\n" not in str(error.value)
+            return str(error.value)
+
+        return refusal
+
+    def test_not_finished(self, run, refusal):
+        run("cpu", "01_first")
+        assert refusal() == (
+            "02_second of profile cpu: it has not run to its end; python -m lora_distill reproduce --profile cpu"
+        )
+
+    def test_outputs_changed(self, run, refusal, checkout):
+        run("cpu")
+        (checkout / "runs" / "cpu" / "figures" / "02_x.csv").write_text("by hand")
+        assert refusal().startswith("02_second of profile cpu: figures/02_x.csv was changed since it ran; ")
+        (checkout / "runs" / "cpu" / "figures" / "02_x.csv").unlink()
+        assert refusal().startswith("02_second of profile cpu: figures/02_x.csv is missing; ")
+
+    def test_code_changed(self, run, refusal, checkout):
+        run("cpu")
+        write_notebook(checkout / "notebooks" / "01_first.ipynb", "seed + 2")
+        assert refusal().startswith("01_first of profile cpu: its code, the settings, ")
+
+    def test_different_commits(self, run, refusal, commit):
+        run("cpu", "01_first")
+        commit[0] = "9f8e7d6c5b"
+        run("cpu", "02_second")
+        assert refusal().startswith("made by different commits: 01_first at 1a2b3c4, 02_second at 9f8e7d6; ")
+
+    @pytest.mark.parametrize(("found", "shown"), [("1a2b3c4d5e-dirty", "1a2b3c4-dirty"), (None, "no commit")])
+    def test_code_that_is_not_committed(self, run, refusal, commit, found, shown):
+        commit[0] = found
+        run("cpu")
+        assert refusal().startswith(f"not made by committed code: 01_first at {shown}, 02_second at {shown}; commit, ")
+
+    def test_smoke_is_no_result(self, run):
+        run("smoke")
+        with pytest.raises(ValueError, match="its numbers are no results"):
+            committed.publish("smoke")
+
+
+def test_a_block_that_is_not_there():
+    with pytest.raises(ValueError, match="no block from <!-- results --> to <!-- /results -->"):
+        committed.with_block("<!-- results -->", "results", "")
+
+
+def test_widgets_are_left_out():
+    widget = new_output("display_data", {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "0%"})
+    assert report.clean_outputs([widget], 1) == []
