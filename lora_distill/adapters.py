@@ -21,7 +21,8 @@ from lora_distill.storage import DamagedFileError, digest, whole_file
 
 TARGETS = {
     "attention": ["to_q", "to_k", "to_v", "to_out.0"],
-    # the fourteen suffixes of LCM-LoRA (Luo et al. 2023): every convolution and linear layer but the outermost
+    # the fourteen suffixes of LCM-LoRA (Luo et al. 2023): every convolution and linear layer except conv_in, conv_out
+    # and the two of time_embedding
     "all": [
         *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
         *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
@@ -39,10 +40,10 @@ def add_adapter(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> list[torch.nn.Parameter]:
-    """Add a trainable LoRA adapter, W0 + (alpha / rank) B A with B = 0, freeze W0 and return A and B.
+    """Add a trainable LoRA adapter, W0 + (alpha / rank) B A with B = 0, freeze W0 and return all A and B.
 
-    Adapters that were there before are left switched off and frozen. A and B have `dtype` whatever W0 has: float32
-    under autocast; 16 bits, with float32 masters in the optimizer, where the whole step is computed in 16.
+    Earlier adapters are switched off and frozen. `dtype` is that of A and B, independent of W0's: float32 under
+    autocast; 16 bits when the whole step is computed in 16 bits, with float32 masters in the optimizer.
     """
     unet.requires_grad_(False)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS[targets], init_lora_weights="gaussian")
@@ -57,30 +58,30 @@ def add_adapter(
 
 
 def adapter_parameters(unet: UNet2DConditionModel, name: str) -> list[torch.nn.Parameter]:
-    """A and B of one adapter."""
+    """All A and B of one adapter, as a list of parameters."""
     return [p for key, p in unet.named_parameters() if "lora_" in key and f".{name}." in key]
 
 
 def adapter_names(unet: UNet2DConditionModel) -> list[str]:
-    """The adapters that a UNet carries."""
+    """The names of the adapters on a UNet, sorted."""
     return sorted(getattr(unet, "peft_config", {}))
 
 
 def parameter_counts(unet: UNet2DConditionModel) -> tuple[int, int]:
-    """(parameters of W0, parameters of all A and B) of one UNet."""
+    """(number of parameters of W0, number of parameters of all adapters)."""
     lora = sum(p.numel() for key, p in unet.named_parameters() if "lora_" in key)
     return sum(p.numel() for p in unet.parameters()) - lora, lora
 
 
 @contextmanager
 def role(unet: UNet2DConditionModel, adapter: str | None) -> Iterator[UNet2DConditionModel]:
-    """Let the UNet play one role: an adapter by name, or None for the teacher, W0 alone.
+    """Inside the block the UNet runs with one adapter, given by name, or with None: W0 alone, the teacher.
 
-    On leaving, by whatever way, every layer is again as it was found: active adapters, on or off, requires_grad.
-    PEFT's own switches set requires_grad as a side effect; here what is trained never changes. Close the teacher's
-    role before backward: gradient checkpointing recomputes with whatever role is on at that moment.
+    On exit, also by an exception, every layer has its earlier state: active adapters, on or off, requires_grad. PEFT's
+    own switches change requires_grad as a side effect; this one does not. Leave the teacher's role before backward:
+    gradient checkpointing recomputes the forward pass with the role that is on at that moment.
 
-    Raises ValueError for an adapter that the UNet does not carry.
+    Raises ValueError for an adapter that the UNet does not have.
     """
     if adapter is not None and adapter not in adapter_names(unet):
         raise ValueError(f"no adapter {adapter!r} on this UNet; it carries {adapter_names(unet) or 'none'}")
@@ -112,10 +113,10 @@ def _restore_requires_grad(trained: list[tuple[torch.nn.Parameter, bool]]) -> No
 
 
 def plain_copy(unet: UNet2DConditionModel, time_cond_proj_dim: int | None = None) -> UNet2DConditionModel:
-    """A second UNet with the values of W0 and no adapters: what conventional distillation trains.
+    """A second UNet with the weights of W0 and no adapters: the student of conventional distillation.
 
     With `time_cond_proj_dim` it also takes an embedded guidance scale, as a full LCM does (Luo et al. 2023). The new
-    projection starts at zero, so that training starts at the teacher.
+    projection is zero, so that the untrained student equals the teacher.
     """
     state = {key.replace(".base_layer", ""): value for key, value in unet.state_dict().items() if "lora_" not in key}
     config = {**unet.config, "time_cond_proj_dim": time_cond_proj_dim}
@@ -128,7 +129,7 @@ def plain_copy(unet: UNet2DConditionModel, time_cond_proj_dim: int | None = None
 
 @torch.no_grad()
 def merged_copy(unet: UNet2DConditionModel, adapter: str) -> UNet2DConditionModel:
-    """A UNet without PEFT layers whose weights are W0 + (alpha / rank) B A: what one would deploy."""
+    """A second UNet without PEFT layers and with weights W0 + (alpha / rank) B A, for deployment."""
     copy = plain_copy(unet).requires_grad_(False)
     weights = dict(copy.named_parameters())
     for name, layer in unet.named_modules():
@@ -143,7 +144,8 @@ def merged_copy(unet: UNet2DConditionModel, adapter: str) -> UNet2DConditionMode
 def save_adapter(unet: UNet2DConditionModel, name: str, path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write one adapter as a LoRA file for `StableDiffusionPipeline.load_lora_weights`.
 
-    Raw PEFT keys and the adapter's config as metadata: the form that keeps alpha != rank and all-layers targets.
+    The keys are PEFT's and the metadata holds the adapter's config, so that alpha != rank and adapters on all layers
+    are kept. `metadata` is added.
     """
     state = get_peft_model_state_dict(unet, adapter_name=name)
     tensors = {f"unet.{key}": value.detach().cpu().contiguous() for key, value in state.items()}
@@ -159,20 +161,20 @@ def _jsonable(value):
 
 
 def export_kohya(unet: UNet2DConditionModel, name: str, path: Path) -> None:
-    """Write one adapter in the format of kohya-ss, which ComfyUI and AUTOMATIC1111 read; diffusers reads it too."""
+    """Write one adapter in the format of kohya-ss, which ComfyUI, AUTOMATIC1111 and diffusers read."""
     state = get_peft_model_state_dict(unet, adapter_name=name)
     tensors = convert_state_dict_to_kohya({f"unet.{key}": value.detach().cpu() for key, value in state.items()})
-    alpha = torch.tensor(float(unet.peft_config[name].lora_alpha))  # the conversion takes the rank for alpha
+    alpha = torch.tensor(float(unet.peft_config[name].lora_alpha))  # the conversion writes the rank as alpha
     tensors = {key: alpha.clone() if key.endswith(".alpha") else value for key, value in tensors.items()}
     with whole_file(path) as temporary:
         save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, {"format": "pt"})
 
 
 def load_adapter(unet: UNet2DConditionModel, name: str, path: Path) -> dict[str, str]:
-    """Load a LoRA file as an adapter and return the file's metadata.
+    """Load a LoRA file as the adapter `name` and return the file's metadata.
 
-    Raises `DamagedFileError` for a file that cannot be read or, when it carries a digest as ours do, was altered;
-    ValueError for one made for another architecture.
+    Raises `DamagedFileError` for a file that is missing, unreadable or does not match its digest (files of
+    `save_adapter` have one, others need none); ValueError for a file made for another architecture.
     """
     try:
         with safe_open(path, framework="pt") as file:

@@ -1,4 +1,4 @@
-"""The formulas of diffusion: pure functions of tensors, each citing its equation.
+"""The formulas of diffusion as pure functions of tensors, with their equations.
 
 Notation: x_t = alpha_t x0 + sigma_t eps with alpha_t = sqrt(alpha_bar_t), sigma_t = sqrt(1 - alpha_bar_t)
 (Ho et al. 2020, eq. 4). `prediction_type` says what a network's output means, as in `diffusers`:
@@ -23,21 +23,21 @@ def add_noise(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
 
 
 def to_x0(output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str) -> Tensor:
-    """The clean latent that a network output stands for."""
+    """The clean latent x0 that a network output implies."""
     if prediction_type == "epsilon":
         return (x_t - sigma * output) / alpha
     return alpha * x_t - sigma * output
 
 
 def to_eps(output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str) -> Tensor:
-    """The noise that a network output stands for."""
+    """The noise eps that a network output implies."""
     if prediction_type == "epsilon":
         return output
     return alpha * output + sigma * x_t
 
 
 def target_output(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str) -> Tensor:
-    """What the network should have said: eps, or v = alpha eps - sigma x0."""
+    """The training target of the network: eps, or v = alpha eps - sigma x0."""
     if prediction_type == "epsilon":
         return eps
     return alpha * eps - sigma * x0
@@ -71,9 +71,9 @@ def boundary_scalings(
 
 
 def guidance_embedding(guidance_scale: Tensor, dim: int) -> Tensor:
-    """Sinusoidal features (batch, dim) of w, the extra input of a full LCM (Luo et al. 2023, §4.3).
+    """Sinusoidal features (batch, dim) of w (batch,), the extra input of a full LCM (Luo et al. 2023, §4.3).
 
-    `diffusers` embeds w - 1, the weight of the conditional direction beyond no guidance; so does this.
+    What is embedded is w - 1, as in `diffusers`: 0 is no guidance.
     """
     frequencies = torch.exp(-math.log(10_000.0) * torch.arange(dim // 2, device=guidance_scale.device) / (dim // 2 - 1))
     angles = 1000 * (guidance_scale.float() - 1)[:, None] * frequencies
@@ -81,7 +81,7 @@ def guidance_embedding(guidance_scale: Tensor, dim: int) -> Tensor:
 
 
 def pseudo_huber(prediction: Tensor, target: Tensor, c: float) -> Tensor:
-    """sqrt(d^2 + c^2) - c, averaged in float32: quadratic below c, linear above (Song & Dhariwal 2023, eq. 8)."""
+    """Mean of sqrt(d^2 + c^2) - c over all elements, in float32 (Song & Dhariwal 2023, eq. 8): quadratic for d < c."""
     difference = prediction.float() - target.float()
     return ((difference.square() + c * c).sqrt() - c).mean()
 

@@ -1,4 +1,4 @@
-"""Stable Diffusion pipelines: load one by folder, hub id or as the bundled one; encode prompts, decode latents."""
+"""Stable Diffusion pipelines: load one, encode prompts, decode latents."""
 
 import io
 import warnings
@@ -20,7 +20,7 @@ from lora_distill.shapes import BUNDLED, SD15_SHAPE, stable_diffusion_15
 from lora_distill.storage import atomic_write, digest
 
 for library in (diffusers, transformers):
-    library.utils.logging.disable_progress_bar()  # five parts load in a blink; the bars would stay in notebooks
+    library.utils.logging.disable_progress_bar()  # loading is short, and the bars would stay in notebooks
 
 PARTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
 
@@ -28,9 +28,9 @@ PARTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
 def load_pipeline(
     name: str = "bundled", device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> StableDiffusionPipeline:
-    """A pipeline in the Stable Diffusion layout: "bundled", a local folder, a hub id, or "sd15-shape".
+    """A pipeline in the Stable Diffusion layout, frozen: "bundled", a local folder, a hub id, or "sd15-shape".
 
-    The last is the architecture of Stable Diffusion 1.5 with random weights, built without a download.
+    "sd15-shape" is the architecture of Stable Diffusion 1.5 with random weights, built without a download.
 
     Raises FileNotFoundError that names the missing folder or part.
     """
@@ -59,7 +59,7 @@ def load_pipeline(
 
 
 def _prepared(pipe: StableDiffusionPipeline, device: str) -> StableDiffusionPipeline:
-    """Quiet, frozen and on its device."""
+    """The pipeline without progress bars, frozen and on its device."""
     pipe.set_progress_bar_config(disable=True)
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         part.requires_grad_(False)
@@ -67,19 +67,19 @@ def _prepared(pipe: StableDiffusionPipeline, device: str) -> StableDiffusionPipe
 
 
 def adapter_dtype(pipe: StableDiffusionPipeline, mixed_precision: str) -> torch.dtype:
-    """What A and B are stored in: as W0 is, or float32 where autocast casts them."""
+    """The dtype of A and B: that of W0, or float32 under autocast, which casts them."""
     return pipe.unet.dtype if mixed_precision == "no" else torch.float32
 
 
 def choose_device(device: str) -> str:
-    """Resolve "auto" to the GPU when there is one."""
+    """The device for "auto": "cuda" when there is a GPU, else "cpu". Any other name is returned as it is."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return device
 
 
 def fingerprint(pipe: StableDiffusionPipeline) -> str:
-    """A digest of everything that decides what a pipeline makes: weights, configurations and tokenizer."""
+    """A digest of everything that decides what a pipeline makes: weights of W0, configurations and tokenizer."""
     modules = {"unet": pipe.unet, "vae": pipe.vae, "text_encoder": pipe.text_encoder}
     weights = {
         f"{name}.{key}": value
@@ -94,9 +94,9 @@ def fingerprint(pipe: StableDiffusionPipeline) -> str:
 
 
 def _plain(config: Mapping[str, Any] | PretrainedConfig) -> list[tuple[str, str]]:
-    """What a configuration says of the model, without where it was loaded from and by which version."""
+    """The entries of a configuration that describe the model, not its origin or the version that loaded it."""
     values = config.to_dict() if isinstance(config, PretrainedConfig) else config
-    passing = {"transformers_version", "dtype"}  # weights are digested as they are
+    passing = {"transformers_version", "dtype"}  # the dtype is in the digest of the weights
     return sorted((name, str(value)) for name, value in values.items() if name[0] != "_" and name not in passing)
 
 
@@ -108,7 +108,7 @@ def with_unet(pipe: StableDiffusionPipeline, unet: UNet2DConditionModel) -> Stab
 
 
 def encode_prompts(pipe: StableDiffusionPipeline, prompts: list[str], batch_size: int = 128) -> Tensor:
-    """Prompt embeddings (n, tokens, dim). Warns once with the count of prompts longer than the encoder takes.
+    """Prompt embeddings (n, tokens, dim). Prompts longer than the text encoder takes are cut, with one warning.
 
     Raises ValueError when there are no prompts.
     """
@@ -117,7 +117,7 @@ def encode_prompts(pipe: StableDiffusionPipeline, prompts: list[str], batch_size
 
 @torch.no_grad()
 def encoded_prompts(pipe: StableDiffusionPipeline, prompts: list[str], batch_size: int = 128) -> Iterator[Tensor]:
-    """The parts of `encode_prompts` one by one, for more prompts than memory holds."""
+    """`encode_prompts` batch by batch, (b, tokens, dim) each, for more prompts than memory holds."""
     if not prompts:
         raise ValueError("no prompts to encode")
     length = pipe.tokenizer.model_max_length
@@ -137,7 +137,7 @@ def encoded_prompts(pipe: StableDiffusionPipeline, prompts: list[str], batch_siz
 
 @torch.no_grad()
 def decode_latents(pipe: StableDiffusionPipeline, latents: Tensor, batch_size: int = 50) -> np.ndarray:
-    """Images (n, h, w, 3) uint8 of scaled latents (n, 4, h/8, w/8)."""
+    """Images (n, h, w, 3) uint8 of latents (n, 4, h/8, w/8), which are scaled by the VAE's `scaling_factor`."""
     parts = []
     for batch in latents.split(batch_size):
         images = pipe.vae.decode(batch.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor).sample
@@ -146,12 +146,12 @@ def decode_latents(pipe: StableDiffusionPipeline, latents: Tensor, batch_size: i
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
-    """Images in [-1, 1], (n, 3, h, w), as (n, h, w, 3) uint8."""
+    """Images (n, 3, h, w) in [-1, 1] as (n, h, w, 3) uint8."""
     return ((images.float() + 1) * 127.5).clamp(0, 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def save_png(images: np.ndarray, path: Path) -> None:
-    """Images (n, h, w, 3) uint8 side by side as one PNG."""
+    """Write images (n, h, w, 3) uint8 side by side as one PNG."""
     buffer = io.BytesIO()
     Image.fromarray(np.concatenate(list(images), axis=1)).save(buffer, format="png")
     atomic_write(path, buffer.getvalue())

@@ -1,4 +1,4 @@
-"""Sampling in latent space with any diffusers scheduler: guided (two passes), one pass, and guided in part."""
+"""Sampling in latent space with a diffusers scheduler: two UNet passes a step with guidance, one without."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -14,12 +14,12 @@ from lora_distill.adapters import role
 
 @dataclass(frozen=True)
 class Sampler:
-    """How images are made: `adapter` plays (None is the teacher), guided for the first part of the steps.
+    """How images are sampled; `adapter` names the adapter that is on, None is W0 alone, the teacher.
 
-    guidance_scale = 1 is one UNet pass a step; above it, two, in one batched forward. `guided_fraction` < 1 drops
-    the unconditional pass on the last steps: the training-free saving (Golnari et al. 2023, "selective guidance").
+    guidance_scale = 1 is one UNet pass a step; above 1 it is two, batched in one forward. `guided_fraction` < 1 drops
+    the unconditional pass in the last steps, a saving without training (Golnari et al. 2023, "selective guidance").
     `scheduler` is the pipeline's own, DPM-Solver++ (2M) or LCM's. `embedded_guidance` is the w that a full LCM takes
-    as an input of its single pass.
+    as an input.
     """
 
     steps: int = 25
@@ -30,26 +30,26 @@ class Sampler:
     embedded_guidance: float | None = None
 
     def guided_steps(self, count: int) -> int:
-        """How many of `count` timesteps take both passes."""
+        """How many of `count` timesteps take two passes: the first ones."""
         return round(count * self.guided_fraction) if self.guidance_scale != 1 else 0
 
 
 def build_scheduler(pipe: StableDiffusionPipeline, name: str) -> SchedulerMixin:
-    """A fresh scheduler with the noise schedule of the pipeline's own."""
+    """A new scheduler, "own", "dpm++" or "lcm", with the noise schedule of the pipeline's own."""
     kinds = {"own": type(pipe.scheduler), "dpm++": DPMSolverMultistepScheduler, "lcm": LCMScheduler}
     return kinds[name].from_config(pipe.scheduler.config)
 
 
 def step_generators(count: int, seed: int) -> list[torch.Generator]:
-    """One source of step noise an image, for samplers that draw any (LCM), the same for every batch size."""
+    """One generator per image for the noise in LCM's steps, so that it does not depend on the batch size."""
     return [torch.Generator().manual_seed(seed * 1_000_003 + index + 1) for index in range(count)]
 
 
 def initial_noise(pipe: StableDiffusionPipeline, count: int, seed: int, resolution: int | None = None) -> Tensor:
     """The starting noise of `count` images (n, 4, h, w), the same on every device and for every batch size.
 
-    `resolution` is the images' side in pixels, by default what the UNet was trained at. Raises ValueError for one that
-    is no multiple of the VAE's scale.
+    `resolution` is the side of the images in pixels, by default that of the UNet's training. Raises ValueError when it
+    is not a multiple of the VAE's scale factor, 8 for Stable Diffusion.
     """
     side, rest = divmod(resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor, pipe.vae_scale_factor)
     if rest or side < 1:
@@ -60,7 +60,7 @@ def initial_noise(pipe: StableDiffusionPipeline, count: int, seed: int, resoluti
 
 
 def unet_passes(pipe: StableDiffusionPipeline, sampler: Sampler) -> int:
-    """UNet evaluations an image (NFE). Some schedulers, PNDM and Heun, evaluate more timesteps than steps."""
+    """UNet evaluations per image (NFE). PNDM and Heun have more timesteps than steps."""
     scheduler = build_scheduler(pipe, sampler.scheduler)
     scheduler.set_timesteps(sampler.steps)
     count = len(scheduler.timesteps)
@@ -76,10 +76,11 @@ def sample(
     empty_embeds: Tensor | None,
     generators: list[torch.Generator] | None = None,
 ) -> Tensor:
-    """Latents (n, 4, h, w) from noise (n, 4, h, w), prompt_embeds (n, tokens, dim) and "" embedded (1, tokens, dim).
+    """Latents (n, 4, h, w) from noise (n, 4, h, w) and prompt_embeds (n, tokens, dim).
 
-    Without guidance "" is not needed. Equal to the stock pipeline called with the same `latents` and, for LCM's noisy
-    steps, the same `generator` list; LCM without one is a ValueError.
+    empty_embeds (1, tokens, dim), the embedding of "", is needed for guidance alone. Equal to the stock pipeline called
+    with the same `latents` and, for the noise in LCM's steps, the same list as `generator`. Raises ValueError for LCM
+    without generators, and when `embedded_guidance` is missing or the UNet does not take it.
     """
     if sampler.scheduler == "lcm" and generators is None:
         raise ValueError("the lcm scheduler draws noise at its steps: give one generator an image")
@@ -89,12 +90,12 @@ def sample(
     guided_steps = sampler.guided_steps(len(scheduler.timesteps))
     latents = noise * scheduler.init_noise_sigma
     if guided_steps:
-        both_embeds = torch.cat([empty_embeds.expand_as(prompt_embeds), prompt_embeds])
+        both_embeds = torch.cat([empty_embeds.expand_as(prompt_embeds), prompt_embeds])  # (2n, tokens, dim)
     timestep_cond = _embedded_guidance(pipe, sampler, len(noise))
     with role(pipe.unet, sampler.adapter):
         for index, t in enumerate(scheduler.timesteps):
             if index < guided_steps:
-                doubled = scheduler.scale_model_input(torch.cat([latents] * 2), t)
+                doubled = scheduler.scale_model_input(torch.cat([latents] * 2), t)  # (2n, 4, h, w)
                 uncond, cond = pipe.unet(doubled, t, both_embeds).sample.chunk(2)
                 output = diffusion.guide(uncond, cond, sampler.guidance_scale)
             else:
@@ -124,7 +125,7 @@ def sample_in_batches(
     batch_size: int = 50,
     title: str = "sampling",
 ) -> Tensor:
-    """`sample` in batches, with a progress bar; `seed` is that of the steps' noise, for samplers that draw any."""
+    """`sample` in batches, with a progress bar; `seed` is for the noise that LCM adds in its steps."""
     generators = step_generators(len(noise), seed)
     parts = [
         sample(pipe, sampler, noise[rows], prompt_embeds[rows], empty_embeds, generators[rows])

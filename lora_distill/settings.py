@@ -1,6 +1,6 @@
 """The settings of a run: flat, typed and frozen, read from params/<profile>.yaml or a notebook's parameters cell.
 
-A key that does not exist, a value of the wrong type or out of range is refused in one line before anything runs.
+An unknown key and a value of the wrong type or out of range are refused in one line before anything runs.
 """
 
 from collections.abc import Iterable
@@ -17,11 +17,11 @@ PACKAGE = Path(__file__).resolve().parent
 
 
 class SettingsError(ValueError):
-    """Settings that no run can use; the message is one line that says which key, where, and what would do."""
+    """Invalid settings; the message is one line with the key, its place and what is expected."""
 
 
 class Settings(BaseModel):
-    """All that a run can be told. The defaults are those of params/cpu.yaml."""
+    """All settings of a run. The defaults are those of params/cpu.yaml."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -142,7 +142,7 @@ class Settings(BaseModel):
 def load_settings(profile_or_path: str | Path) -> Settings:
     """The settings of a profile, params/<profile>.yaml, or of a YAML file given by its path.
 
-    Raises `SettingsError` when there is no such file, or when it holds what no run can use.
+    Raises `SettingsError` when there is no such file or its content is invalid.
     """
     path = Path(profile_or_path)
     if path.suffix not in {".yaml", ".yml"}:
@@ -168,11 +168,11 @@ def load_settings(profile_or_path: str | Path) -> Settings:
 
 
 def from_notebook(namespace: dict[str, Any]) -> Settings:
-    """Settings from the names that a notebook's parameters cell left in `globals()`; other keys keep their defaults.
+    """Settings from a notebook's `globals()` after its parameters cell; keys that it does not set keep their defaults.
 
-    Raises `SettingsError` for a name that is no key, a wrong type or an impossible value.
+    Raises `SettingsError` for an unknown name, a wrong type or a value out of range.
     """
-    # Run a second time, the cell also sees what later cells bound: only then are unknown names passed over.
+    # When the cell is run again, globals() also holds names of later cells: only then unknown names are ignored.
     first = not namespace.get("_settings_checked")
     namespace["_settings_checked"] = True
     known = Settings.model_fields
@@ -185,7 +185,7 @@ def from_notebook(namespace: dict[str, Any]) -> Settings:
 
 
 def repository_root() -> Path:
-    """The checkout: that of this package, or the one around the working directory; else the working directory."""
+    """The checkout that holds this package, else the one around the working directory, else the working directory."""
     for folder in (PACKAGE.parent, Path.cwd(), *Path.cwd().parents):
         if (folder / "params" / "cpu.yaml").is_file():
             return folder
@@ -193,22 +193,22 @@ def repository_root() -> Path:
 
 
 def run_dir(settings: Settings) -> Path:
-    """Where a run keeps its notebooks, checkpoints and results."""
+    """The folder of a run: its notebooks, checkpoints and results."""
     return repository_root() / "runs" / settings.profile
 
 
 def figures_dir(settings: Settings) -> Path:
-    """Where a run puts its figures and tables: in its own folder, so that it changes no tracked file."""
+    """The folder of a run's figures and tables, inside the run's own: a run changes no tracked file."""
     return run_dir(settings) / "figures"
 
 
 def results_folders(profile: str) -> tuple[Path, Path]:
-    """Where figures and tables of a profile are looked for: those of its run, else the committed ones."""
+    """The two folders of a profile's figures and tables: that of its run and the committed one."""
     return repository_root() / "runs" / profile / "figures", repository_root() / "figures" / profile
 
 
 def results_dir(settings: Settings) -> Path:
-    """The first of a profile's `results_folders` that is there. Raises FileNotFoundError, in one line, for neither."""
+    """The first of a profile's `results_folders` that exists. Raises FileNotFoundError if neither does."""
     folders = results_folders(settings.profile)
     if not (there := [folder for folder in folders if folder.is_dir()]):
         names = " nor in ".join(str(folder.relative_to(repository_root())) for folder in folders)
@@ -218,18 +218,18 @@ def results_dir(settings: Settings) -> Path:
 
 
 def _is_code(value: Any) -> bool:
-    """Whether a value is a module, class or function: an import, which no parameters cell means as a value."""
+    """Whether a value is a module, class or function: an import, not a parameter."""
     return isinstance(value, ModuleType | type) or isroutine(value)
 
 
 def _is_parameter(name: str, value: Any) -> bool:
-    """Whether a name can come from a parameters cell: what YAML can hold, and none of IPython's own names."""
+    """Whether a name can be a parameter: its value is of a type that YAML has, and the name is not IPython's own."""
     plain = value is None or isinstance(value, str | int | float | list | dict)
     return plain and not name.startswith("_") and name not in {"In", "Out"}
 
 
 def _validate(values: dict[str, Any], source: str) -> Settings:
-    """Settings from plain values, or the first problem in a reader's words."""
+    """Settings from plain values. Raises `SettingsError` with the first problem, in one line."""
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
@@ -244,7 +244,7 @@ def _validate(values: dict[str, Any], source: str) -> Settings:
 
 
 def _nearest(key: str, known: Iterable[str]) -> str:
-    """The known key that is most like this one, as a whole or in one of its words."""
+    """The known key most similar to this one, as a whole or in one of its words."""
 
     def likeness(other: str) -> tuple[float, float]:
         whole = SequenceMatcher(None, key, other).ratio()
@@ -271,8 +271,8 @@ EXPECTED = {
 
 
 def _explain(error: dict[str, Any]) -> str:
-    """One problem found by pydantic as `key: expected ..., got ...`."""
-    if error["type"] == "value_error":  # our own validators say it all
+    """One of pydantic's errors as `key: expected ..., got ...`."""
+    if error["type"] == "value_error":  # from a validator of this file: its message is complete
         return str(error["ctx"]["error"])
     key, *index = error["loc"]
     facts = {"description": Settings.model_fields[key].description, **error.get("ctx", {})}
@@ -282,7 +282,7 @@ def _explain(error: dict[str, Any]) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value of the wrong kind as a reader sees it."""
+    """A wrong value as an error message shows it."""
     if value is None:
         return "nothing"
     if isinstance(value, str):
@@ -295,7 +295,7 @@ def _shown(value: Any) -> str:
 
 
 def _yaml_hint(error: dict[str, Any]) -> str:
-    """What to write where YAML reads something else than was meant: 1e-4 as text, no as false."""
+    """A hint where YAML reads something else than was meant: 1e-4 as text, no as false."""
     value = error["input"]
     if error["type"] == "float_type" and isinstance(value, str):
         mantissa, _, exponent = value.lower().partition("e")

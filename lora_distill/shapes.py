@@ -1,7 +1,7 @@
-"""The architecture of Stable Diffusion 1.5, written out: memory and speed depend on shapes, not on what weights hold.
+"""The architecture of Stable Diffusion 1.5, built without a download: memory and speed do not depend on weight values.
 
-`stable_diffusion_15` builds the whole pipeline with random weights, without a download; `empty_unet` builds a UNet
-of any such architecture with zero weights, also on fake tensors, where 860 million parameters take no memory.
+`stable_diffusion_15` builds the whole pipeline with random weights. `meta_unet` builds a UNet of any config without
+values, and `materialise` fills it with zeros; under a FakeTensorMode 860 million parameters take no memory.
 """
 
 from collections.abc import Mapping
@@ -14,8 +14,9 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 BUNDLED = Path(__file__).parent / "assets" / "pipeline"
-SD15_SHAPE = "sd15-shape"  # the name that stands for the pipeline built here
-# What differs from diffusers' defaults in stable-diffusion-v1-5/stable-diffusion-v1-5, part by part.
+SD15_SHAPE = "sd15-shape"  # name of the pipeline built here
+# The configs of stable-diffusion-v1-5/stable-diffusion-v1-5, as far as they differ from the defaults of diffusers and
+# transformers.
 SD15_UNET = {"sample_size": 64, "cross_attention_dim": 768}
 SD15_VAE = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -46,9 +47,9 @@ SD15_SCHEDULER = {
 
 
 def stable_diffusion_15(tokenizer: CLIPTokenizer, device: str, dtype: torch.dtype) -> StableDiffusionPipeline:
-    """The pipeline of SD 1.5 with random weights and another pipeline's tokenizer, padded to SD 1.5's 77 tokens."""
+    """The pipeline of SD 1.5 with random weights, DDIM in place of PNDM, and a given tokenizer, set to 77 tokens."""
     tokenizer.model_max_length = SD15_TEXT_ENCODER["max_position_embeddings"]
-    with torch.device(device):  # weights are drawn where they will live: on a GPU, in a second
+    with torch.device(device):  # initialised on the device itself: on a GPU it takes a second
         parts = {
             "unet": UNet2DConditionModel(**SD15_UNET),
             "vae": AutoencoderKL(**SD15_VAE),
@@ -65,7 +66,7 @@ def stable_diffusion_15(tokenizer: CLIPTokenizer, device: str, dtype: torch.dtyp
 
 
 def unet_config(pipeline: str) -> dict[str, Any]:
-    """The UNet's full config of "bundled", a folder, a hub id or "sd15-shape", without its weights."""
+    """The full config of a pipeline's UNet; no weights are loaded. Names are those of `pipeline.load_pipeline`."""
     if pipeline == SD15_SHAPE:
         return dict(meta_unet(SD15_UNET).config)
     folder = BUNDLED if pipeline == "bundled" else pipeline
@@ -73,13 +74,13 @@ def unet_config(pipeline: str) -> dict[str, Any]:
 
 
 def meta_unet(config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
-    """A UNet on the meta device: parameters have a shape and no values; adapters can be added."""
+    """A UNet on the meta device: parameters have shapes and no values. Adapters can be added to it."""
     with torch.device("meta"):
         return UNet2DConditionModel.from_config(dict(config)).to(dtype=dtype)
 
 
 def materialise(module: nn.Module, device: str) -> None:
-    """Give every meta parameter and buffer zeros on a device, fake ones under a FakeTensorMode."""
+    """Replace parameters and buffers on the meta device by zeros on `device`, fake ones under a FakeTensorMode."""
     for part in module.modules():
         for tensors in (part._parameters, part._buffers):
             for name, tensor in tensors.items():

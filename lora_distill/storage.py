@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, the keys of caches, and what made a result."""
+"""Files that are written whole or not at all, keys of caches, and the provenance of a result."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ PACKAGES = (
 
 
 class DamagedFileError(ValueError):
-    """A file of tensors that is cut short, altered or not one of ours."""
+    """A file of tensors that is cut short, altered or not in the expected format."""
 
 
 # ---------------------------------------------------------------------------------------------- files, written whole
@@ -36,9 +36,9 @@ class DamagedFileError(ValueError):
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, which takes its place when the block ends well; otherwise `path` stays as it was.
+    """A temporary path to write to, renamed to `path` at the end of the block; on any error `path` is left unchanged.
 
-    Raises OSError that names the file, when the disk is full for instance.
+    Raises OSError that names the file, for instance when the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -47,20 +47,20 @@ def whole_file(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     except OSError as error:
         raise OSError(error.errno, f"{path} could not be written: {error.strerror}") from None
-    except SafetensorError as error:  # its way to say that the disk is full
+    except SafetensorError as error:  # safetensors raises this when the disk is full
         raise OSError(f"{path} could not be written: {error}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:
-    """Write a file whole. Raises OSError as `whole_file`."""
+    """Write a file whole. Raises OSError as `whole_file` does."""
     with whole_file(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write tensors and text metadata as one safetensors file, whole."""
+    """Write tensors and text metadata whole, as one safetensors file with a digest of both."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = metadata or {}
     with whole_file(path) as temporary:
@@ -84,7 +84,7 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 
 def digest(tensors: dict[str, torch.Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of all tensors, independent of their order."""
+    """SHA-256 of the names, dtypes, shapes and bytes of all tensors; their order does not count."""
     sha = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -93,15 +93,15 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def _seal(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
-    """The digest of a whole file, its text as well as its tensors."""
+    """The digest of a file: of its tensors and its metadata."""
     text = json.dumps(metadata, sort_keys=True)
     return hashlib.sha256((digest(tensors) + text).encode()).hexdigest()
 
 
 def save_array(path: Path, shape: tuple[int, ...], parts: Iterable[torch.Tensor]) -> None:
-    """Write parts, one after another along their first axis, as one float16 .npy file; no two are held in memory.
+    """Write `parts`, joined along their first axis, as one float16 .npy array of `shape`, one part in memory at a time.
 
-    Raises ValueError for values that are not finite in float16; on any failure there is no new file.
+    Raises ValueError for values that are not finite in float16; on any error there is no new file.
     """
     with whole_file(path) as temporary, temporary.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": shape})
@@ -112,10 +112,9 @@ def save_array(path: Path, shape: tuple[int, ...], parts: Iterable[torch.Tensor]
 
 
 def map_array(path: Path) -> np.ndarray:
-    """The array of a file from `save_array`, read from disk where it is indexed.
+    """The array of a file from `save_array`, memory-mapped: only what is indexed is read.
 
-    Raises `DamagedFileError` when the file is cut short; bytes altered in place are not noticed, for that would mean
-    to read all of it.
+    Raises `DamagedFileError` when the file is cut short. Altered bytes are not noticed: that would need reading all.
     """
     try:
         return np.load(path, mmap_mode="r")
@@ -124,17 +123,17 @@ def map_array(path: Path) -> np.ndarray:
 
 
 def save_table(path: Path, rows: list[dict]) -> None:
-    """Write rows that have the same columns as CSV, whole."""
+    """Write rows, all with the same columns, whole, as a CSV file."""
     atomic_write(path, table_text(rows))
 
 
 def table_text(rows: list[dict]) -> str:
-    """Rows that have the same columns as the text of a CSV file."""
+    """Rows, all with the same columns, as the text of a CSV file."""
     return pandas.DataFrame(rows, dtype=object).to_csv(index=False, lineterminator="\n")  # object: 3 stays 3, not 3.0
 
 
 def read_table(path: Path) -> list[dict]:
-    """Rows of a CSV file: numbers as numbers, True and False as such, None for what is empty."""
+    """The rows of a CSV file: numbers and booleans as such, an empty cell as None."""
     empty = {"keep_default_na": False, "na_values": [""]}
     table = pandas.read_csv(path, dtype_backend="numpy_nullable", **empty)
     return [
@@ -147,16 +146,16 @@ def read_table(path: Path) -> list[dict]:
 
 
 def cache_key(**parts: Any) -> str:
-    """A digest of all that a cached file depends on: what went in, and the version number of the code that made it.
+    """A digest, 16 hex digits, of all that a cached file depends on: the inputs and the version of the code.
 
-    The version is a constant beside that code. It is raised by hand when the code comes to make something else, and
-    never for an edit that changes no result; tests/test_versions.py holds small runs to their recorded numbers.
+    The version is a constant beside that code. It is raised by hand when an edit changes results, and only then;
+    tests/test_versions.py compares small runs with recorded numbers.
     """
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def cached(folder: Path, kind: str, key: str, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Tensors from `folder`/`kind`-`key`.safetensors, made on first use; a damaged file is made again."""
+    """Tensors from `folder`/`kind`-`key`.safetensors, made and written if there is no such file or it is damaged."""
     path = folder / f"{kind}-{key}.safetensors"
     if path.exists():
         try:
@@ -168,11 +167,11 @@ def cached(folder: Path, kind: str, key: str, make: Callable[[], dict[str, torch
     return tensors
 
 
-# ---------------------------------------------------------------------------------------------- what made a result
+# ---------------------------------------------------------------------------------------------- provenance
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that results depend on; those not installed are left out."""
+    """Versions of Python and of the packages that results depend on, as far as they are installed."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -183,7 +182,7 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout, ending in -dirty where tracked files differ from it; None outside of git."""
+    """The commit of the checkout, with -dirty at its end when tracked files differ from it; None outside of git."""
     try:
         commit = _git("rev-parse", "HEAD")
         changes = _git("status", "--porcelain", "--untracked-files=no")
@@ -198,14 +197,14 @@ def _git(*arguments: str) -> str:
 
 
 def device_name(device: str) -> str:
-    """The processor or the GPU that `device` stands for, by its model name."""
+    """The model name of the GPU or the CPU that `device` means; of a CPU also its cores and PyTorch's threads."""
     if device != "cpu" and torch.cuda.is_available():
         return torch.cuda.get_device_name(None if device == "auto" else device)
     return f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
 
 
 def _processor() -> str:
-    """The CPU's model name; Linux tells it in /proc/cpuinfo only."""
+    """The CPU's model name; on Linux it is in /proc/cpuinfo only."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -220,7 +219,7 @@ def now() -> str:
 
 
 def manifest(settings: Settings, **more: Any) -> dict[str, Any]:
-    """All that one needs to know to make a result again."""
+    """What is needed to reproduce a result: settings, versions, device, commit, command, time, and `more`."""
     return {
         "settings": settings.model_dump(),
         "versions": versions(),

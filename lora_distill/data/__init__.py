@@ -1,1 +1,1 @@
-"""What is learnt from and asked for: the bundled world, captioned images of every source, teacher images."""
+"""Training data and prompts: the bundled world, captioned images of every source, teacher images."""

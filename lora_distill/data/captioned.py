@@ -1,7 +1,7 @@
-"""Captioned images from wherever they are: the bundled scenes, Flickr8k/30k as they are found, one's own, the hub.
+"""Captioned images of every source: the bundled scenes, Flickr8k/30k as they are distributed, a folder, the hub.
 
-Every source gives the same: a `datasets.Dataset` of one split with the columns `id` (text), `image` (decoded when
-asked for), `captions` (list of text) and `split`. No image is in two splits.
+Every source gives a `datasets.Dataset` of one split with the columns `id` (text), `image` (decoded on access),
+`captions` (list of text) and `split`. No image is in two splits.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from lora_distill.data.layouts import Row, checked_captions, checked_split, read
 from lora_distill.storage import cache_key
 
 SPLITS = ("train", "val", "test")
-WORLD = 1  # version of the drawn scenes, in the keys of their caches: raise it when they change
+WORLD = 1  # version of the drawn scenes, part of the key of their cache: raise it when they change
 DESCRIPTION = {"id": Value("string"), "captions": List(Value("string")), "split": Value("string")}
 SCENE_FEATURES = Features({"image": Image(), **DESCRIPTION, "scene": Value("string")})
 
@@ -31,15 +31,14 @@ SCENE_FEATURES = Features({"image": Image(), **DESCRIPTION, "scene": Value("stri
 def captioned_images(
     source: str | Path, split: str, *, share: float = 1.0, skip_unusable: bool = False, cache_dir: Path | None = None
 ) -> Dataset:
-    """One split (train, val or test) of a source, or the first `share` of it: columns id, image, captions, split.
+    """One split (train, val or test) of a source, or its first images, the fraction `share` of them.
 
-    A source is "scenes/<style>/<size>" (size 8k or 30k), a folder in one of the layouts of `caption_files` or with
-    parquet files, or a hub id, maybe with a revision: "nlphuji/flickr30k@refs/convert/parquet". Where the source
-    says nothing of splits, or has all images in one, `split_by_id` decides.
+    A source is "scenes/<style>/<size>" (size 8k or 30k), a folder in a layout of `data.layouts` or with parquet
+    files, or a hub id, optionally with a revision: "nlphuji/flickr30k@refs/convert/parquet". Where a source has no
+    splits, `split_by_id` makes them; a set in parquet that is one single split, without a column for it, has none.
 
-    Images that are missing or cannot be decoded are a ValueError that counts and names them, or, with
-    `skip_unusable`, are left out with a warning that does. Raises ValueError for what else the source does wrong,
-    FileNotFoundError when there is no such source.
+    Raises ValueError with number and names of images that are missing or cannot be decoded (with `skip_unusable` they
+    are left out with a warning) and for any other error in the source, FileNotFoundError when there is no such source.
     """
     if split not in SPLITS:
         raise ValueError(f"no split {split!r}; there are {', '.join(SPLITS)}")
@@ -56,9 +55,9 @@ def captioned_images(
 
 
 def split_by_id(image: str) -> str:
-    """The split of an image by its id alone: 75 % train, 12.5 % val, 12.5 % test, the proportions of Flickr8k.
+    """The split of an image from a hash of its id: 75 % train, 12.5 % val, 12.5 % test, the proportions of Flickr8k.
 
-    It depends on no seed and no other image, so that no new run or added image moves a test image into training.
+    It depends on no seed and no other image, so that a new run or an added image moves no test image into training.
     """
     eighth = hashlib.sha256(image.encode()).digest()[0] // 32
     return {0: "test", 1: "val"}.get(eighth, "train")
@@ -70,7 +69,7 @@ def split_by_id(image: str) -> str:
 def scene_dataset(
     style: str, size: str, split: str, seed: int, share: float = 1.0, cache_dir: Path | None = None
 ) -> Dataset:
-    """A split of the bundled world, or the first `share` of it, with one column more: `scene`, what it shows, as JSON.
+    """A split of the bundled world, as `captioned_images`, with one more column: `scene`, the scene as JSON.
 
     Raises ValueError for a style, size or split that does not exist.
     """
@@ -96,14 +95,14 @@ def scene_dataset(
 
 
 def split_scenes(style: str, size: str, split: str, seed: int) -> list[scenes.Scene]:
-    """The scenes of a split, none of which a later one of train, val, test shows too.
+    """The scenes of a split, without those that a later split (in the order train, val, test) has too.
 
-    Splits are sampled apart, and among 30,000 scenes a few come up in two of them.
+    Splits are sampled independently, and of 30,000 scenes a few are sampled for two splits.
     """
     sizes = scenes.SPLIT_SIZES[size]
     later = SPLITS[SPLITS.index(split) + 1 :]
     taken = {scene for name in later for scene in scenes.sample_scenes(style, name, sizes[name], seed)}
-    spare = 100  # at most 3 came up in any split of seeds 0 and 1
+    spare = 100  # for seeds 0 and 1 at most 3 scenes of a split had to be left out
     free = [s for s in scenes.sample_scenes(style, split, sizes[split] + spare, seed) if s not in taken]
     return free[: sizes[split]]
 
@@ -117,8 +116,8 @@ CAPTION_COLUMNS = ("captions", "caption", "text")
 def _read_hub_set(source: str, cache_dir: Path | None) -> tuple[list[Row], Dataset]:
     """The rows and images of a set in parquet, from a folder or the hub.
 
-    Its splits are those of the column `split` where there is one (nlphuji/flickr30k has all rows in "test", and that
-    column), else the set's own when it has more than one.
+    Its splits are those of the column `split` if there is one (nlphuji/flickr30k has all rows in the split "test", and
+    a column with the real ones), else those of the set if it has more than one.
     """
     name, _, revision = source.partition("@")
     try:
@@ -138,7 +137,7 @@ def _read_hub_set(source: str, cache_dir: Path | None) -> tuple[list[Row], Datas
 
 
 def _table_rows(table: Dataset, place: str, split: str | None) -> Iterator[Row]:
-    """The rows of a table with an image column, and captions in caption_0, caption_1, ... or in one column."""
+    """The rows of a table with the column image, and captions in caption_0, caption_1, ... or in one column."""
     columns = table.column_names
     caption_columns = sorted(name for name in columns if re.fullmatch(r"caption_\d+", name))
     caption_columns = caption_columns or [name for name in CAPTION_COLUMNS if name in columns][:1]
@@ -157,18 +156,18 @@ def _table_rows(table: Dataset, place: str, split: str | None) -> Iterator[Row]:
 
 
 def image_digests(table: Dataset) -> Iterator[str]:
-    """A digest of each image's file, row by row."""
+    """A digest of the file of each image, in the order of the rows."""
     for row in table.select_columns("image").cast_column("image", Image(decode=False)):
         image = row["image"]
         content = Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
         yield hashlib.sha256(content).hexdigest()[:16]
 
 
-# ---------------------------------------------------------------------------------------------- one split of them
+# ---------------------------------------------------------------------------------------------- selection of a split
 
 
 def _one_split(rows: list[Row], images: Dataset, split: str, source: str | Path) -> Dataset:
-    """The images of a split with all that the rows say of them; row i of both is of the same image."""
+    """The images of a split with their captions; `rows` and `images` have the same order, and may repeat an image."""
     captions: dict[str, list[str]] = {}
     splits: dict[str, str | None] = {}
     first: dict[str, int] = {}  # the first row of each image
@@ -190,14 +189,14 @@ def _one_split(rows: list[Row], images: Dataset, split: str, source: str | Path)
         [{"id": row.image, "captions": captions[row.image], "split": splits[row.image]} for row in rows],
         features=Features(DESCRIPTION),
     )
-    # beside each other before any is selected: columns of a selection would be copied, gigabytes of images with them
+    # joined first and selected then: joining a selection would copy its columns, gigabytes of images
     return concatenate_datasets([images, described], axis=1).select(chosen)
 
 
 def _usable(dataset: Dataset, source: str | Path, skip_unusable: bool) -> Dataset:
-    """The dataset without the images that cannot be decoded; without `skip_unusable` they are an error."""
+    """The dataset without images that cannot be decoded. Raises ValueError for them without `skip_unusable`."""
     problems: list[str | None] = []
-    with ThreadPoolExecutor() as pool:  # batch by batch, for a pool takes all it is given at once
+    with ThreadPoolExecutor() as pool:  # batch by batch: pool.map would read all rows at once
         for batch in dataset.select_columns("image").cast_column("image", Image(decode=False)).iter(256):
             problems += pool.map(_problem, batch["image"])
     bad = [f"{image} ({problem})" for image, problem in zip(dataset["id"], problems, strict=True) if problem]

@@ -1,12 +1,12 @@
-"""Captioned images as latents and prompt embeddings: encoded once, on disk, with all that is random left random.
+"""Captioned images as latents and prompt embeddings, encoded once and kept on disk.
 
-What is kept of an image is the VAE's posterior, mean and log-variance, not one sample of it, so that every step
-draws anew: the image, one of its captions, the crop, whether it is mirrored, and the latent.
+Of an image the VAE's posterior is kept, mean and log-variance, not one sample of it. So every training step still
+samples an image, one of its captions, a crop, mirrored or not, and a latent from the posterior.
 
-Kept in float16. Its rounding, 2**-11 of a value, is the same in every epoch and far below the spread of the data
-(for the bundled VAE at most 0.002, where latents spread by 1.1 and the posterior by 0.07); float32 would only double
-the disk. SD 1.5 at 512 x 512 takes 66 KB a view of an image and 118 KB a caption: 3.9 GB for the 6,000 training
-images of Flickr8k, 19 GB for the 29,000 of Flickr30k, nine tenths of it captions.
+Files are float16. Its rounding, 2**-11 of a value, is far below the spread of the data (for the bundled VAE at most
+0.002, where the standard deviation of the latents is 1.1 and that of the posterior 0.07). SD 1.5 at 512 x 512 takes
+66 KB per view (a crop, mirrored or not) and 118 KB per caption: 3.9 GB for the 6,000 training images of Flickr8k,
+19 GB for the 29,000 of Flickr30k, nine tenths of it captions.
 """
 
 import re
@@ -28,8 +28,8 @@ from lora_distill.data.captioned import image_digests
 from lora_distill.pipeline import encoded_prompts
 from lora_distill.storage import DamagedFileError, cache_key, digest, map_array, save_array
 
-ENCODED = 1  # version of what is made here, in the keys of its caches: raise it when that changes
-# As whole words, so not in "bright" or "leftover". Where "left" is the verb, one mirrored image less is no loss.
+ENCODED = 1  # version of the encoded files, part of the keys of their caches: raise it when they change
+# Whole words, so not "bright" or "leftover". Where "left" is a verb, the image is not mirrored either: no loss.
 LEFT_OR_RIGHT = re.compile(r"\b(left|right)(most|wards?|hand|handed)?\b", re.IGNORECASE)
 
 
@@ -37,10 +37,10 @@ LEFT_OR_RIGHT = re.compile(r"\b(left|right)(most|wards?|hand|handed)?\b", re.IGN
 class Framing:
     """How an image of any shape becomes a square of `resolution` pixels.
 
-    The shorter side is resized to `resolution` (Lanczos); the square is the centre, or, with `random_crops` = K, one
-    of K places drawn once for each image, the same in every run. K and not any, since each must be encoded.
-    `mirror` allows left-right mirroring, except in draws whose caption has a word of `LEFT_OR_RIGHT`. It mirrors
-    writing in photographs too, and is not for the bundled scenes: their reader knows no mirrored objects.
+    The shorter side is resized to `resolution` (Lanczos). The square is the centre or, with `random_crops` = K, one of
+    K crops whose places are random but the same in every run; each of them is encoded. `mirror` allows left-right
+    mirroring when the caption has no word of `LEFT_OR_RIGHT`. It mirrors writing in photographs too. Do not use it for
+    the bundled scenes: their reader does not recognise mirrored objects.
     """
 
     resolution: int
@@ -50,14 +50,14 @@ class Framing:
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """A split as `encode_images` leaves it on disk; c, h, w are the latent's, of captions there are m in all."""
+    """A split of n images and m captions, memory-mapped; (c, h, w) is the shape of a latent."""
 
-    posteriors: np.ndarray  # (n, crops, 1 or 2: plain and mirrored, 2: mean and log-variance, c, h, w) float16
+    posteriors: np.ndarray  # (n, crops, 1 or 2: as it is, mirrored; 2: mean, log-variance; c, h, w) float16
     prompt_embeds: np.ndarray  # (m, tokens, dim) float16
-    first_caption: Tensor  # (n + 1,); captions of image i are first_caption[i] up to first_caption[i + 1]
+    first_caption: Tensor  # (n + 1,); image i has the captions first_caption[i] to first_caption[i + 1] - 1
     may_mirror: Tensor  # (m,) bool
-    scaling_factor: float  # the VAE's; the UNet sees latents times this
-    key: str  # of all that these depend on
+    scaling_factor: float  # the VAE's; the UNet's input is a latent times this
+    key: str  # a digest of all that the arrays depend on
 
     def __len__(self) -> int:
         return len(self.posteriors)
@@ -66,11 +66,11 @@ class EncodedImages:
 def encode_images(
     pipe: StableDiffusionPipeline, dataset: Dataset, framing: Framing, cache_dir: Path, batch_size: int = 8
 ) -> EncodedImages:
-    """Encode a split from `captioned.captioned_images`, or find it encoded in `cache_dir`.
+    """Encode a split from `captioned.captioned_images`, or load it from `cache_dir`.
 
-    The cache depends on the bytes of the images, on captions, framing, and the weights and dtype of VAE and text
-    encoder. Images are read and encoded `batch_size` at a time. Raises ValueError for a resolution that the VAE
-    cannot shrink evenly, and where an encoder gives values that are not finite.
+    The cache depends on the bytes of the images, the captions, the framing, the tokenizer, and the weights and dtype of
+    VAE and text encoder. Images are read and encoded `batch_size` at a time. Raises ValueError for a resolution that
+    is not a multiple of the VAE's scale factor, and for encoded values that are not finite.
     """
     shrink = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
     if framing.resolution % shrink:
@@ -108,7 +108,7 @@ def encode_images(
 
 
 def _mapped(path: Path, shape: tuple[int, ...], make: Callable[[], Iterable[Tensor]]) -> np.ndarray:
-    """The array in a file, made on first use; a damaged file is made again."""
+    """The array in a file, made and written if there is no such file or it is damaged."""
     if path.exists():
         try:
             return map_array(path)
@@ -120,16 +120,19 @@ def _mapped(path: Path, shape: tuple[int, ...], make: Callable[[], Iterable[Tens
 
 @torch.no_grad()
 def _posteriors(pipe: StableDiffusionPipeline, dataset: Dataset, framing: Framing, batch_size: int) -> Iterator[Tensor]:
-    """Mean and log-variance of all views, (b, crops, 1 or 2, 2, c, h, w), `batch_size` images at a time."""
+    """Batches of mean and log-variance of all views: (b, crops, 1 or 2, 2, c, h, w)."""
     for start in trange(0, len(dataset), batch_size, desc="encoding images", mininterval=2, leave=False):
         images = dataset[start : start + batch_size]["image"]
-        pixels = torch.stack([views(image, framing, start + i) for i, image in enumerate(images)])
+        pixels = torch.stack([views(image, framing, start + i) for i, image in enumerate(images)])  # (b, *views)
         posterior = pipe.vae.encode(pixels.flatten(0, 2).to(pipe.vae.device, pipe.vae.dtype)).latent_dist
         yield torch.stack([posterior.mean, posterior.logvar], dim=1).unflatten(0, pixels.shape[:3])
 
 
 def views(image: PIL.Image.Image, framing: Framing, number: int) -> Tensor:
-    """All that may be shown of the image with this number: (crops, 1 or 2, 3, resolution, resolution) in [-1, 1]."""
+    """All crops of an image, as they are and mirrored: (crops, 1 or 2, 3, resolution, resolution) in [-1, 1].
+
+    `number` is the image's number in the split, the seed of its random crops.
+    """
     resolution = framing.resolution
     scale = resolution / min(image.size)
     width, height = (round(scale * side) for side in image.size)
@@ -145,9 +148,10 @@ def views(image: PIL.Image.Image, framing: Framing, number: int) -> Tensor:
 def image_batches(
     encoded: EncodedImages, train_timesteps: int
 ) -> Callable[[int, int, torch.Generator], dict[str, Tensor]]:
-    """Batches for the objectives: images drawn with one caption, view, latent, noise and uniform timestep each.
+    """A function that samples batches for the objectives; keys and shapes as in `teacher.noised_batches`.
 
-    As `data.noised_batches`, all from `generator`. An image is mirrored in half of the draws whose caption allows it.
+    For every row it samples an image, one of its captions, a view, a latent from the posterior, noise and a timestep.
+    If the caption allows mirroring, half of the time the view is mirrored.
     """
 
     def draw_batch(step: int, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -160,7 +164,7 @@ def image_batches(
         crops = choose(encoded.posteriors.shape[1])
         mirrored = choose(2) * encoded.may_mirror[captions]
         posteriors = encoded.posteriors[images.numpy(), crops.numpy(), mirrored.numpy()]
-        mean, logvar = torch.from_numpy(posteriors).float().unbind(1)
+        mean, logvar = torch.from_numpy(posteriors).float().unbind(1)  # (b, c, h, w)
         latents = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=generator)
         return {
             "latents": latents * encoded.scaling_factor,
@@ -179,11 +183,12 @@ def consistency_batches(
     w_min: float,
     w_max: float,
 ) -> Callable[[int, int, torch.Generator], dict[str, Tensor]]:
-    """Batches for `ConsistencyDistillation`: timesteps moved up to the DDIM grid, and a guidance scale for each row.
+    """A function that samples batches for `ConsistencyDistillation` from those of `draw_batch`.
 
-    The grid has every `skip`-th timestep, as `LCMScheduler` has it: 19, 39, ..., 999 for 20 of 1000. `inside` (m,)
-    lists the rows that are not on its first point. Raises ValueError for a skip that does not divide the timesteps
-    and for w_min above w_max.
+    Timesteps are moved up to the DDIM grid, that of `LCMScheduler`: 19, 39, ..., 999 for skip = 20 of 1000 timesteps.
+    Added are `guidance_scale` (b,), uniform in [w_min, w_max], and `inside`, the indices of the rows whose timestep is
+    above the first grid point. Raises ValueError for a skip that does not divide the timesteps and unless
+    1 <= w_min <= w_max.
     """
     if skip < 1 or train_timesteps % skip:
         raise ValueError(f"ddim_skip: expected a divisor of the {train_timesteps} timesteps, got {skip}")
@@ -194,7 +199,7 @@ def consistency_batches(
         batch = draw_batch(step, batch_size, generator)
         timesteps = (batch["timesteps"] // skip + 1) * skip - 1
         guidance_scale = w_min + (w_max - w_min) * torch.rand(batch_size, generator=generator)
-        inside = torch.nonzero(timesteps >= skip).flatten()  # found here, where it costs no wait for a GPU
+        inside = torch.nonzero(timesteps >= skip).flatten()  # on the CPU: on a GPU it would synchronise
         return {**batch, "timesteps": timesteps, "guidance_scale": guidance_scale, "inside": inside}
 
     return draw

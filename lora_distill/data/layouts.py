@@ -1,16 +1,17 @@
-"""Captions in the files that Flickr8k, Flickr30k and folders of one's own keep them in.
+"""Readers of caption files: the layouts of Flickr8k, Flickr30k and a folder of one's own.
 
-| file, anywhere in the folder | from | splits |
+| file, anywhere in the folder | source | splits |
 |---|---|---|
-| `metadata.jsonl` | one's own: {"file_name": ..., "captions": [...]} a line, maybe with "split" | its own |
+| `metadata.jsonl` | one's own: {"file_name": ..., "captions": [...]} per line, optionally with "split" | its own |
 | `dataset_flickr8k.json`, `dataset_flickr30k.json` | Karpathy & Fei-Fei (2015) | its own |
 | `Flickr8k.token.txt` | the original Flickr8k: image.jpg#0, a tab, the caption | `Flickr_8k.*Images.txt` |
 | `results_20130124.token` | the original Flickr30k, in the same form | none |
-| `captions.txt`, `results.csv` | Kaggle: a header, then image, maybe a number, and caption, by commas or "| " | none |
+| `captions.txt`, `results.csv` | Kaggle: a header, then image, number or not, caption, between commas or "| " | none |
 
-The first that is found counts. The images may lie anywhere in the folder; those beside `metadata.jsonl` are named
-relative to it. `*.trainImages.txt`, `*.devImages.txt` and `*.testImages.txt` split any layout that has no splits of
-its own; captions of images in none of them (92 in Flickr8k) are left out.
+The first of these files that is found is read. Images may lie anywhere in the folder, except that `metadata.jsonl`
+names them by their path relative to it. Files that end in `trainImages.txt`, `devImages.txt` or `testImages.txt` give
+the splits where the caption file has none (`metadata.jsonl` excepted); images in none of them (92 in Flickr8k) are
+left out.
 """
 
 import csv
@@ -25,23 +26,23 @@ SPLIT_NAMES = {"train": "train", "val": "val", "validation": "val", "dev": "val"
 
 @dataclass(frozen=True)
 class Row:
-    """What one line or record says of an image."""
+    """One record of a source: an image, some of its captions and its split, None if the source has none."""
 
-    place: str  # file and line, for messages
-    image: str  # the file's name, which is the image's id
+    place: str  # file and line, for error messages
+    image: str  # the image's file name, which is its id
     captions: list[str]
     split: str | None = None
 
 
 def read_caption_file(folder: Path) -> tuple[list[Row], list[Path]]:
-    """The rows of the captions file in a folder, and where each row's image lies or should lie.
+    """The rows of the caption file in a folder, and the path of the image of each row, which need not exist.
 
-    Raises FileNotFoundError when there is no such file, ValueError with file and line for what cannot be read, for a
-    file without captions and for split files that share an image.
+    Raises FileNotFoundError when there is no caption file; ValueError, with file and line, for what cannot be read,
+    for a file without captions and for an image that is in two split files or has no caption.
     """
     files: dict[str, Path] = {}
     for path in sorted(folder.rglob("*"), key=lambda path: (len(path.parts), path)):
-        files.setdefault(path.name, path)  # of two of one name the one less deep
+        files.setdefault(path.name, path)  # of files with the same name, the one nearest to the folder
     found = next((name for name in READERS if name in files), None)
     if found is None:
         raise FileNotFoundError(f"{folder}: no captions; expected *.parquet or one of {', '.join(READERS)}")
@@ -60,14 +61,14 @@ def read_caption_file(folder: Path) -> tuple[list[Row], list[Path]]:
 
 
 def checked_split(name: str, place: str) -> str:
-    """train, val or test for any of their names; ValueError for another."""
+    """A split's name as train, val or test. Raises ValueError for a name that is not in `SPLIT_NAMES`."""
     if name not in SPLIT_NAMES:
         raise ValueError(f"{place}: no split is called {name!r}; expected one of {', '.join(SPLIT_NAMES)}")
     return SPLIT_NAMES[name]
 
 
 def checked_captions(captions: object, place: str) -> list[str]:
-    """Captions without the blanks around them; ValueError when there are none or one is no text."""
+    """Captions without blanks around them. Raises ValueError unless it is a list of texts, none of them empty."""
     if not isinstance(captions, list) or not captions or not all(isinstance(c, str) and c.strip() for c in captions):
         raise ValueError(f"{place}: expected captions, none of them empty, got {captions!r}")
     return [caption.strip() for caption in captions]
@@ -79,7 +80,7 @@ SPLIT_FILE = re.compile(r"(train|dev|test)Images\.txt$")
 
 
 def _split_by_files(rows: list[Row], captions_file: Path, split_files: list[Path]) -> list[Row]:
-    """The rows whose image a split file names, each with its split; all rows as they are without split files."""
+    """The rows of images that a split file names, with their splits; without split files, all rows unchanged."""
     home: dict[str, Path] = {}
     for path in sorted(split_files):
         for image in path.read_text(encoding="utf-8-sig").split():
@@ -137,8 +138,8 @@ def _token_rows(path: Path) -> Iterator[Row]:
 def _table_rows(path: Path) -> Iterator[Row]:
     """Rows of a table whose first column is the image and whose last is the caption.
 
-    With "| " between the columns there is no quoting. In one line of Flickr30k's results.csv (2199200615.jpg) the
-    delimiter between number and caption is blanks.
+    With "| " between the columns there is no quoting. One line of Flickr30k's results.csv (2199200615.jpg) has blanks
+    between number and caption in place of the delimiter.
     """
     with path.open(encoding="utf-8-sig", newline="") as file:
         bars = "|" in file.readline()
@@ -153,7 +154,7 @@ def _table_rows(path: Path) -> Iterator[Row]:
             if not 2 <= columns <= len(cells):
                 expected = "image, number, caption" if columns == 3 else "image, caption"
                 raise ValueError(f"{place}: expected {expected}, got {cells}")
-            caption = form["delimiter"].join(cells[columns - 1 :])  # a caption may hold the delimiter, unquoted
+            caption = form["delimiter"].join(cells[columns - 1 :])  # a caption may contain the delimiter, unquoted
             yield Row(place, cells[0].strip(), checked_captions([caption], place))
 
 

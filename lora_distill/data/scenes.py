@@ -1,7 +1,7 @@
-"""The bundled captioned world: two emoji in a relation on a pastel background, drawn, described and read back.
+"""The bundled captioned world: two emoji in a spatial relation on a pastel background, drawn and captioned.
 
-A scene is known exactly, so whether a picture shows what its prompt asks for is measured, not guessed.
-The `Reader` is the measuring instrument: analysis by synthesis, with "none of these" as an answer.
+A prompt's scene is known exactly, so the `Reader` can measure whether a picture shows it. It finds objects by analysis
+by synthesis, and may find none.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from PIL import Image
 IMAGE_SIZE = 64
 SPRITE_SIZE = 26
 STYLES = ("noto", "fluent")
-KINDS = {  # kind: the words a caption may use for it; the order is that of the sprite sheet
+KINDS = {  # kind: the words for it in captions; the order is that of the sprite sheet
     "lion": ("lion",),
     "frog": ("frog", "toad"),
     "panda": ("panda", "bear"),
@@ -56,7 +56,7 @@ RELATIONS = {  # axis: (words for "first is ... second", words for "second is ..
     "horizontal": (("left of", "to the left of"), ("right of", "to the right of")),
     "vertical": (("above", "over"), ("below", "under")),
 }
-TEMPLATES = {  # each style has its own caption habits; the middle ones are shared
+TEMPLATES = {  # by style; three of the five are shared
     "noto": (
         "{a} {rel} {b} on a {bg} background",
         "a drawing of {a} {rel} {b}, {bg} background",
@@ -82,7 +82,7 @@ _SPLIT_CODE = {"train": 0, "val": 1, "test": 2}
 
 @dataclass(frozen=True)
 class Scene:
-    """What one image shows; `first` is the left or upper object, positions are sprite centres in pixels."""
+    """What one image shows. `first` is the left or upper object; positions are sprite centres (x, y) in pixels."""
 
     style: str
     background: str
@@ -109,19 +109,19 @@ class Scene:
 
 @cache
 def layouts() -> tuple[tuple[str, str, str], ...]:
-    """Every (first, second, axis) there is: 24 x 23 x 2 = 1,104."""
+    """All combinations (first, second, axis): 24 x 23 x 2 = 1,104."""
     return tuple((a, b, axis) for a in KINDS for b in KINDS if a != b for axis in AXES)
 
 
 @cache
 def held_out_layouts() -> frozenset[tuple[str, str, str]]:
-    """One layout in eight, the same for every style and seed, that no training or validation image shows."""
+    """One layout in eight, which no training or validation image shows; the same for every style and seed."""
     order = np.random.default_rng(0).permutation(len(layouts()))
     return frozenset(layouts()[i] for i in order[: len(order) // 8])
 
 
 def sample_scenes(style: str, split: str, count: int, seed: int) -> list[Scene]:
-    """`count` scenes of a split; half of the test scenes show held-out layouts, no other split shows any."""
+    """`count` random scenes of a split. Half of the test scenes have held-out layouts; no other split has any."""
     rng = np.random.default_rng([seed, STYLES.index(style), _SPLIT_CODE[split]])
     held_out = sorted(held_out_layouts())
     seen = [layout for layout in layouts() if layout not in held_out_layouts()]
@@ -146,7 +146,7 @@ def _sample_positions(axis: str, rng: np.random.Generator) -> tuple[tuple[int, i
 
 
 def captions(scene: Scene, rng: np.random.Generator) -> list[str]:
-    """Five descriptions of a scene, each with its own template, order of the objects and choice of words."""
+    """Five captions of a scene, with different templates and with random words and order of the objects."""
     order = rng.permutation(len(TEMPLATES[scene.style]))[:CAPTIONS_PER_IMAGE]
     return [_caption(scene, TEMPLATES[scene.style][i], rng) for i in order]
 
@@ -184,7 +184,7 @@ def sprites(style: str, size: int = SPRITE_SIZE) -> np.ndarray:
 
 
 def draw(scene: Scene) -> np.ndarray:
-    """A scene as an image: (64, 64, 3) uint8."""
+    """The image of a scene: (64, 64, 3) uint8."""
     canvas = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), np.float32)
     canvas[:] = np.float32(BACKGROUNDS[scene.background]) / 255
     for kind, (x, y) in zip((scene.first, scene.second), scene.positions, strict=True):
@@ -196,7 +196,7 @@ def draw(scene: Scene) -> np.ndarray:
 
 
 def drawing_fingerprint() -> str:
-    """A digest that changes when any sprite, colour, word or template of the world does."""
+    """A digest of all sprites, colours, words and templates of the world."""
     sha = hashlib.sha256(repr((KINDS, BACKGROUNDS, RELATIONS, TEMPLATES, SPRITE_SIZE)).encode())
     for style in STYLES:
         sha.update(sprites(style).tobytes())
@@ -208,7 +208,7 @@ def drawing_fingerprint() -> str:
 
 @dataclass(frozen=True)
 class Reading:
-    """What the reader sees in an image; None where it recognises nothing."""
+    """What the reader recognises in an image; None for what it does not."""
 
     background: str | None = None
     style: str | None = None
@@ -218,33 +218,35 @@ class Reading:
 
 
 class Reader:
-    """Reads background, style, both objects and their relation from images, by analysis through synthesis.
+    """Reads background, style, both objects and their relation from images, by analysis by synthesis.
 
-    Every sprite of every style is laid over the background that the border shows and compared with the image
-    at every position. A sprite counts as seen where the squared error is below `tolerance` of its own energy.
+    The background is the colour of the border. Every sprite of every style is drawn on it and compared with the image
+    at every position. A sprite is found where the squared error is at most `tolerance` times the sprite's energy, its
+    own squared difference from the background.
     """
 
     background_tolerance = 17.0  # Euclidean distance in 0..255 RGB: half the smallest distance in the palette
-    tolerance = 0.35  # of the sprite's energy over the background; half-right sprites stay well above it
+    tolerance = 0.35  # as a fraction of the energy; half-correct sprites have a much larger error
 
     def __init__(self, device: str | torch.device = "cpu"):
         self.device = torch.device(device)
         self.palette = torch.tensor(list(BACKGROUNDS.values()), dtype=torch.float32, device=self.device)
         self.names = [(style, kind) for style in STYLES for kind in KINDS]
+        # (sprites, 4, size, size)
         rgba = torch.from_numpy(np.concatenate([sprites(style) for style in STYLES])).permute(0, 3, 1, 2)
         rgb, alpha = rgba[:, :3].to(self.device), rgba[:, 3:].to(self.device)
         backgrounds = self.palette[:, None, :, None, None] / 255
         self.templates = rgb - alpha * backgrounds  # (backgrounds, sprites, 3, size, size)
 
     def read(self, images: np.ndarray | torch.Tensor, batch_size: int = 64) -> list[Reading]:
-        """Read (n, 64, 64, 3) uint8 images."""
+        """The readings of images (n, 64, 64, 3) uint8."""
         images = torch.as_tensor(images)
         return [reading for batch in images.split(batch_size) for reading in self._read_batch(batch)]
 
     @torch.no_grad()
     def _read_batch(self, images: torch.Tensor) -> list[Reading]:
         pixels = images.to(self.device).permute(0, 3, 1, 2).float()  # (n, 3, h, w)
-        border = torch.cat([pixels[..., :2, :].flatten(2), pixels[..., -2:, :].flatten(2)], dim=2)
+        border = torch.cat([pixels[..., :2, :].flatten(2), pixels[..., -2:, :].flatten(2)], dim=2)  # (n, 3, 4 w)
         colour = border.median(dim=2).values  # (n, 3)
         distance, nearest = torch.cdist(colour, self.palette).min(dim=1)
         readings = [Reading()] * len(pixels)
@@ -257,16 +259,16 @@ class Reader:
         return readings
 
     def _objects(self, residual: torch.Tensor, background: int) -> list[dict]:
-        """The two best sprites in images whose background has been subtracted."""
-        template = self.templates[background]
-        energy = template.square().sum((1, 2, 3))[:, None, None]
-        window = F.conv2d(residual.square().sum(1, keepdim=True), torch.ones_like(template[:1, :1]))
+        """The two sprites that fit best, in images (n, 3, h, w) in [-1, 1] whose background has been subtracted."""
+        template = self.templates[background]  # (sprites, 3, size, size)
+        energy = template.square().sum((1, 2, 3))[:, None, None]  # (sprites, 1, 1)
+        window = F.conv2d(residual.square().sum(1, keepdim=True), torch.ones_like(template[:1, :1]))  # (n, 1, y, x)
         error = (window - 2 * F.conv2d(residual, template)) / energy + 1  # (n, sprites, y, x)
         found = [self._two_best(image_error) for image_error in error]
         return [self._describe(sightings) for sightings in found]
 
     def _two_best(self, error: torch.Tensor) -> list[tuple[float, int, int, int]]:
-        """(error, sprite, x, y) of the best sprite, and of the best one that lies clear of it."""
+        """(error, sprite, x, y) of the best sprite and of the best clear of it, from errors (sprites, y, x)."""
         sightings, (height, width) = [], error.shape[1:]
         clear = SPRITE_SIZE - 6
         for _ in range(2):
@@ -290,10 +292,10 @@ class Reader:
 
 
 def agreement(readings: list[Reading], scenes: list[Scene]) -> dict[str, np.ndarray]:
-    """Which attributes each image has right: boolean arrays `objects`, `relation`, `background`, `style`, `all`.
+    """Which images agree with their scenes: boolean arrays (n,) by attribute.
 
-    `relation` asks for both objects, in their order, on their axis; it implies `objects`. `content` is all that a
-    caption says, relation and background; `all` asks for the style too, which no caption names.
+    `objects`: both kinds, in any order. `relation`: both kinds in the right order on the right axis. `background`.
+    `style`. `content`: relation and background, all that a caption says. `all`: content and style.
     """
     pairs = list(zip(readings, scenes, strict=True))
     right = {

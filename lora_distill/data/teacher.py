@@ -1,4 +1,4 @@
-"""Prompts, and the on-disk cache of what is frozen: teacher latents and prompt embeddings."""
+"""Prompts, and a cache on disk of latents that the teacher made for prompts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ from lora_distill.pipeline import encode_prompts, fingerprint
 from lora_distill.sampling import Sampler, initial_noise, sample_in_batches
 from lora_distill.storage import cache_key, cached
 
-TEACHER_SET = 1  # version of teacher images, in the keys of their caches: raise it when they change
+TEACHER_SET = 1  # version of teacher images, part of the key of their cache: raise it when they change
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Captions of a split, one an image, with what the image shows where that is known: the bundled scenes."""
+    """n captions of a split, and the n scenes that they describe; `scenes` is None for other data than the bundled."""
 
     scenes: list[scenes.Scene] | None
     captions: list[str]
@@ -32,14 +32,14 @@ class Prompts:
 
 
 def scene_prompts(style: str, split: str, count: int, seed: int) -> Prompts:
-    """`count` prompts of a split of the bundled world."""
+    """`count` prompts of a split of the bundled world, one caption per scene."""
     sampled = scenes.sample_scenes(style, split, count, seed)
     rng = np.random.default_rng([seed, 1])
     return Prompts(sampled, [scenes.captions(scene, rng)[int(rng.integers(5))] for scene in sampled])
 
 
 def captioned_prompts(images: Dataset, count: int, seed: int) -> Prompts:
-    """`count` of the captions of a split, no two the same. Raises ValueError when it has not that many."""
+    """`count` different captions of a split, at random. Raises ValueError when it has fewer."""
     captions = list(dict.fromkeys(chain.from_iterable(images["captions"])))
     if count > len(captions):
         raise ValueError(f"eval_prompts, curve_prompts: the split has {len(captions)} captions, got {count}")
@@ -48,7 +48,10 @@ def captioned_prompts(images: Dataset, count: int, seed: int) -> Prompts:
 
 
 def training_captions(source: str, style: str, count: int, seed: int) -> list[str]:
-    """`count` captions to make teacher images of: of the bundled scenes, or one a picture of another source."""
+    """`count` captions of the training split, one per image, to make teacher images of.
+
+    With `source` "scenes" the images are scenes of `style`; with another source they repeat when there are fewer.
+    """
     if source == "scenes":
         return scene_prompts(style, "train", count, seed).captions
     rng = np.random.default_rng([seed, 3])
@@ -62,10 +65,10 @@ def training_captions(source: str, style: str, count: int, seed: int) -> list[st
 def teacher_set(
     pipe: StableDiffusionPipeline, captions: list[str], sampler: Sampler, seed: int, cache_dir: Path
 ) -> dict[str, Tensor]:
-    """Teacher-made `latents` (n, 4, h, w) with their `prompt_embeds`, and `empty_embeds` (1, tokens, dim), cached.
+    """The teacher's `latents` (n, 4, h, w) for `captions`, cached on disk.
 
-    A latent is where the guided sampler ended; decoding it to an image and encoding that again would change it only
-    by the VAE's error.
+    With them `prompt_embeds` (n, tokens, dim) and `empty_embeds` (1, tokens, dim), the embedding of "". The latents are
+    the sampler's output: decoding and encoding them again would change them only by the VAE's error.
     """
     key = cache_key(
         version=TEACHER_SET,
@@ -89,7 +92,11 @@ def teacher_set(
 def noised_batches(
     teacher: dict[str, Tensor], train_timesteps: int
 ) -> Callable[[int, int, torch.Generator], dict[str, Tensor]]:
-    """Batches for the objectives: a teacher latent, fresh noise and a uniform timestep each."""
+    """A function that samples batches for the objectives from a teacher set.
+
+    It takes (step, batch_size, generator). A batch has teacher `latents` and noise `eps` (b, 4, h, w), uniform
+    `timesteps` (b,) and `prompt_embeds` (b, tokens, dim).
+    """
 
     def draw_batch(step: int, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
         rows = torch.randint(len(teacher["latents"]), (batch_size,), generator=generator)

@@ -21,7 +21,7 @@ SEED = 0
 
 
 def score(pipe: StableDiffusionPipeline, count: int = 1000) -> dict:
-    """Alignment of VAE reconstructions and of samples at each guidance scale, on prompts of the test split."""
+    """Share of test images that the reader reads right: VAE reconstructions, and samples at each guidance scale."""
     prompts = scene_prompts("noto", "test", count, SEED)
     curve = {w: _alignment(pipe, prompts, w) for w in GUIDANCE_SCALES}
     unseen = np.array([scene.layout in scenes.held_out_layouts() for scene in prompts.scenes])
@@ -50,7 +50,7 @@ def _alignment(pipe: StableDiffusionPipeline, prompts: Prompts, guidance_scale: 
 
 @torch.no_grad()
 def _reconstruction(pipe: StableDiffusionPipeline, style: str, count: int) -> float:
-    """The share of test images that the reader still reads right after the VAE: the ceiling of every score."""
+    """The share of drawn test images that the reader reads right after the VAE: the ceiling of all scores."""
     data = scenes.sample_scenes(style, "test", count, SEED)
     images = []
     for start in range(0, count, 50):
@@ -69,7 +69,7 @@ def write(folder: Path, count: int = 1000) -> dict:
 
 
 def render(training: dict, scores: dict) -> str:
-    """The model card as Markdown, from nothing but the two records."""
+    """The model card as Markdown, from the contents of training.json and scores.json alone."""
     count = scores["count"]
     best = max(scores["guidance"], key=lambda w: scores["guidance"][w]["all"])
     gain = 100 * (scores["guidance"][best]["all"] - scores["guidance"]["1.0"]["all"])

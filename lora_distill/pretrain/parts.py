@@ -1,4 +1,4 @@
-"""The parts of the bundled pipeline, untrained: Stable Diffusion's blocks at a fraction of its size."""
+"""The untrained parts of the bundled pipeline: the blocks of Stable Diffusion, at a fraction of its size."""
 
 import json
 
@@ -14,7 +14,7 @@ PROMPT_LENGTH = 24  # tokens; the longest caption has 16, start and end included
 
 
 def build_vae() -> AutoencoderKL:
-    """A x8 autoencoder with four latent channels, as Stable Diffusion's, at a thirtieth of the parameters."""
+    """A VAE with scale factor 8 and four latent channels, as in Stable Diffusion; a thirtieth of its parameters."""
     return AutoencoderKL(
         sample_size=scenes.IMAGE_SIZE,
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -28,7 +28,7 @@ def build_vae() -> AutoencoderKL:
 
 
 def build_unet() -> UNet2DConditionModel:
-    """A small conditional UNet of Stable Diffusion's blocks on 8 x 8 latents."""
+    """A small conditional UNet for latents (4, 8, 8), of the blocks of Stable Diffusion."""
     return UNet2DConditionModel(
         sample_size=scenes.IMAGE_SIZE // 8,
         in_channels=4,
@@ -38,7 +38,7 @@ def build_unet() -> UNet2DConditionModel:
         block_out_channels=(64, 128, 128),
         layers_per_block=1,
         cross_attention_dim=128,
-        attention_head_dim=4,  # number of heads: diffusers kept SD 1.5's misnomer
+        attention_head_dim=4,  # the number of heads: diffusers keeps the wrong name of SD 1.5's config
         norm_num_groups=32,
     )
 
@@ -58,7 +58,7 @@ def build_scheduler() -> DDIMScheduler:
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """A two-layer CLIP text tower over the grammar's vocabulary."""
+    """A two-layer CLIP text encoder for the vocabulary of the tokenizer."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -76,10 +76,10 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def build_tokenizer(captions: list[str]) -> CLIPTokenizer:
-    """A CLIP tokenizer whose byte pairs are learnt from the captions: every word of the grammar is one token."""
+    """A CLIP tokenizer with byte pairs learnt from the captions: every word in them is one token."""
     backend = CLIPTokenizer().backend_tokenizer
     trainer = BpeTrainer(
-        vocab_size=2_000,  # more than the grammar needs: training stops when every word is one token
+        vocab_size=2_000,  # more than needed: training stops when every word is one token
         end_of_word_suffix="</w>",
         initial_alphabet=ByteLevel.alphabet(),
         special_tokens=["<|startoftext|>", "<|endoftext|>"],

@@ -1,7 +1,4 @@
-"""Training the bundled pipeline from nothing: VAE, text encoder, then text encoder and UNet together (notebook 00).
-
-The result has the folder layout of Stable Diffusion 1.5 and goes through the same code; only its size differs.
-"""
+"""Training the bundled pipeline from scratch: VAE, text encoder, then text encoder and UNet together (notebook 00)."""
 
 import json
 from dataclasses import asdict, dataclass, replace
@@ -28,20 +25,20 @@ from lora_distill.pretrain.vae import draw_all, encode_all, train_vae
 from lora_distill.storage import atomic_write, device_name, git_commit, versions
 from lora_distill.train.loop import Schedule, train
 
-CAPTION_DROPOUT = 0.1  # of the captions are replaced by "", so that the model also learns the unconditional eps
-# of the captions belong to another image, as on the web: a model that learns p(image | caption) well then draws
-# something else as often, and guidance has something to mend. Only after `clean_steps`: with noise from the
-# start, words take several times as long (after 1,750 steps 15 % of objects were right, without noise 73 %).
+CAPTION_DROPOUT = 0.1  # fraction of captions replaced by "", so that the model also learns the unconditional output
+# Fraction of captions that are of another image, as in data from the web: a model that learns p(image | caption) then
+# draws wrong images as often, which guidance corrects. Only after `clean_steps`: with noise from the start, words take
+# several times as long to learn (after 1,750 steps 15 % of objects were right, without noise 73 %).
 CAPTION_NOISE = 0.2
 
 
 @dataclass(frozen=True)
 class Preset:
-    """The sizes of a pretraining run; `full` made the bundle, `short` shows in a minute that the code trains."""
+    """Size and length of a pretraining. `full` made the bundled pipeline; `short` checks the code in a minute."""
 
     images: int
-    schedules: dict[str, Schedule]  # by stage, in their order
-    clean_steps: int  # of the UNet's steps before caption noise sets in
+    schedules: dict[str, Schedule]  # by stage, in the order of training
+    clean_steps: int  # steps of the UNet before captions of other images are mixed in
 
 
 PRESETS = {
@@ -71,9 +68,9 @@ PRESETS = {
 
 
 def pretrain(preset: Preset, folder: Path, work: Path, seed: int = 0, device: str = "cpu") -> StableDiffusionPipeline:
-    """Train the whole pipeline and save it to `folder`, UNet and VAE in half precision, training.json beside them.
+    """Train the whole pipeline and save it in `folder`, UNet and VAE in half precision, with a record, training.json.
 
-    Checkpoints are kept in `work`; a run that was interrupted goes on from there.
+    Checkpoints are kept in `work`; an interrupted training is continued from there.
     """
     vae, logs = train_vae(preset.schedules, preset.images, work, seed, device)
     tokenizer, text_encoder, logs["text_encoder"] = train_text_encoder(preset, work, seed, device)
@@ -97,7 +94,7 @@ def pretrain(preset: Preset, folder: Path, work: Path, seed: int = 0, device: st
 def save_pipeline(pipe: StableDiffusionPipeline, folder: Path) -> None:
     """Save a pipeline with UNet and VAE in half precision.
 
-    The text encoder stays in float32: transformers loads what it finds, where diffusers goes back to float32.
+    The text encoder stays in float32: transformers keeps the dtype of a file, diffusers loads as float32 by default.
     """
     for part in (pipe.unet, pipe.vae):
         part.half()
@@ -107,7 +104,7 @@ def save_pipeline(pipe: StableDiffusionPipeline, folder: Path) -> None:
 
 
 def minutes(log: list[dict], schedule: Schedule) -> float:
-    """How long the logged steps took."""
+    """The time of the logged steps, in minutes."""
     steps = [row["step"] for row in log]
     return sum(
         (step - before) * schedule.batch_size / row["images_per_s"] / 60
@@ -123,10 +120,10 @@ def _thinned(log: list[dict], rows: int = 200) -> list[dict]:
 
 
 class CaptionReading(nn.Module):
-    """Say from a caption what its scene is: cross-entropy over background, both objects and their axis.
+    """Classify the scene from its caption: cross-entropy over background, both objects and their axis.
 
-    It stands in for CLIP's contrastive training. Without it a UNet that learns along with its text encoder knows the
-    words after a thousand steps but still reads "a left of b" as "b left of a" after five thousand.
+    It takes the place of CLIP's contrastive training. Without it, UNet and text encoder trained together know the
+    words after a thousand steps but still confuse "a left of b" with "b left of a" after five thousand.
     """
 
     attributes: ClassVar = {
@@ -144,12 +141,12 @@ class CaptionReading(nn.Module):
 
     @classmethod
     def classes(cls, scene: scenes.Scene) -> list[int]:
-        """The right answers, in the order of `attributes`."""
+        """The class of each attribute of a scene, in the order of `attributes`."""
         return [words.index(getattr(scene, name)) for name, words in cls.attributes.items()]
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         pooled = self.text_encoder(batch["input_ids"]).pooler_output  # (b, dim), the state at the end token
-        logits = [head(pooled) for head in self.heads.values()]
+        logits = [head(pooled) for head in self.heads.values()]  # (b, classes) per attribute
         losses = [
             nn.functional.cross_entropy(scores, answer)
             for scores, answer in zip(logits, batch["classes"].unbind(1), strict=True)
@@ -161,13 +158,13 @@ class CaptionReading(nn.Module):
 def train_text_encoder(
     preset: Preset, folder: Path, seed: int = 0, device: str = "cpu"
 ) -> tuple[CLIPTokenizer, CLIPTextModel, list[dict]]:
-    """Learn the grammar of every style: the tokenizer from captions alone, the text encoder by reading them."""
+    """Train the tokenizer, and the text encoder by `CaptionReading`, on captions of every style; both and the log."""
     data = [s for style in scenes.STYLES for s in scenes.sample_scenes(style, "train", preset.images // 2, seed)]
     rng = np.random.default_rng([seed, 1])
     captions = [c for s in data for c in scenes.captions(s, rng)]
     tokenizer = build_tokenizer(grammar_captions(seed))
-    input_ids = tokenize(tokenizer, captions).view(len(data), -1, PROMPT_LENGTH)
-    classes = torch.tensor([CaptionReading.classes(s) for s in data])
+    input_ids = tokenize(tokenizer, captions).view(len(data), -1, PROMPT_LENGTH)  # (n, 5, tokens)
+    classes = torch.tensor([CaptionReading.classes(s) for s in data])  # (n, attributes)
 
     torch.manual_seed(seed)
     objective = CaptionReading(build_text_encoder(tokenizer)).to(device)
@@ -186,7 +183,7 @@ def train_text_encoder(
 
 
 class TextToImage(nn.Module):
-    """The denoising objective with a text encoder that learns along (Rombach et al. 2022, eq. 3)."""
+    """The denoising objective for UNet and text encoder together (Rombach et al. 2022, eq. 3)."""
 
     def __init__(self, text_encoder: CLIPTextModel, unet: UNet2DConditionModel, scheduler: DDIMScheduler):
         super().__init__()
@@ -213,7 +210,7 @@ def train_text_to_image(
     seed: int = 0,
     device: str = "cpu",
 ) -> tuple[StableDiffusionPipeline, list[dict]]:
-    """Train text encoder and UNet on the base style, with caption dropout and EMA; the whole pipeline and the log."""
+    """Train text encoder and UNet on style noto, with dropped and wrong captions and EMA; the pipeline and the log."""
     data = scenes.sample_scenes("noto", "train", preset.images, seed)
     rng = np.random.default_rng(seed)
     captions = [scenes.captions(s, rng) for s in data]  # (n, 5)
@@ -258,7 +255,7 @@ def train_text_to_image(
 
 
 def grammar_captions(seed: int) -> list[str]:
-    """Captions enough, of every style, to hold every word of the grammar."""
+    """Captions of every style, enough to contain every word and template."""
     rng = np.random.default_rng(seed)
     return [
         c

@@ -1,4 +1,4 @@
-"""Training the VAE of the bundled pipeline on scenes of every style (notebook 00)."""
+"""Training of the bundled pipeline's VAE on scenes of every style (notebook 00)."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -38,16 +38,17 @@ class Reconstruction(nn.Module):
 def train_vae(
     schedules: dict[str, Schedule], images: int, folder: Path, seed: int = 0, device: str = "cpu"
 ) -> tuple[AutoencoderKL, dict[str, list[dict]]]:
-    """Train the VAE by the schedules `vae_crops`, crops around the objects, and `vae_images`; return it with the logs.
+    """Train the VAE on crops around the objects, then on whole images; return it with the logs of both stages.
 
-    Two thirds of an image are flat background; crops of a quarter of the area around a sprite teach the same
-    in a quarter of the time. The last steps see whole images, because group norms notice the difference.
+    `schedules` has one for each stage, `vae_crops` and `vae_images`. Two thirds of an image are flat background: crops
+    of a quarter of its area take a quarter of the time. The last steps take whole images, because the statistics of
+    the group norms differ.
     """
     torch.manual_seed(seed)
     objective = Reconstruction(build_vae().to(device))
     data = [s for style in scenes.STYLES for s in scenes.sample_scenes(style, "train", images // 2, seed)]
     pixels = draw_all(data)
-    centres = torch.tensor([s.positions for s in data])  # (n, 2, 2)
+    centres = torch.tensor([s.positions for s in data])  # (n, 2 objects, 2: x and y)
 
     def draw_crops(step: int, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
         rows = torch.randint(len(pixels), (batch_size,), generator=generator)
@@ -73,7 +74,7 @@ def train_vae(
 
 
 def draw_all(data: list[scenes.Scene]) -> Tensor:
-    """Scenes as images (n, 3, 64, 64) uint8."""
+    """The images of scenes: (n, 3, 64, 64) uint8."""
     drawn = [scenes.draw(s) for s in tqdm(data, desc="drawing", mininterval=2, leave=False)]
     return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).contiguous()
 
@@ -84,7 +85,7 @@ def _latent_noise(batch_size: int, side: int, generator: torch.Generator) -> Ten
 
 @torch.no_grad()
 def encode_all(vae: AutoencoderKL, images: Tensor, device: str, batch_size: int = 100) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the latents of (n, 3, 64, 64) uint8 images, each (n, 4, 8, 8), unscaled."""
+    """Mean and standard deviation, (n, 4, 8, 8) each and unscaled, of the latents of images (n, 3, 64, 64) uint8."""
     parts = []
     for batch in tqdm(images.split(batch_size), desc="encoding", mininterval=2, leave=False):
         posterior = vae.encode(batch.to(device).float() / 127.5 - 1).latent_dist

@@ -1,7 +1,7 @@
-"""The training loop: flat, one for every objective, resumable to the bit.
+"""The training loop: one for every objective; a resumed training equals an uninterrupted one, bit for bit.
 
-Every random draw of step i comes from a generator seeded with (seed, i, process), so a run that was killed and
-resumed sees the same batches and noise as one that was not, and a checkpoint needs no generator state.
+All random numbers of batch i come from a generator seeded with (seed, i, process). So a resumed training samples the
+same batches and noise, and a checkpoint needs no state of a generator.
 """
 
 import json
@@ -25,21 +25,21 @@ from tqdm import tqdm
 from lora_distill.storage import DamagedFileError, atomic_write, load_tensors, save_tensors
 from lora_distill.train.optimizer import MasterAdamW
 
-CHECKPOINT = "checkpoint.safetensors"  # of a training that goes on
-RESULT = "result.safetensors"  # of one that is done
+CHECKPOINT = "checkpoint.safetensors"  # of an unfinished training
+RESULT = "result.safetensors"  # of a finished one
 LOG = "log.jsonl"
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast to train; one step is one optimiser update."""
+    """The hyperparameters of a training; one step is one optimiser update."""
 
     steps: int
     batch_size: int
     learning_rate: float
     seed: int = 0
     warmup_steps: int = 0
-    final_learning_rate: float = 0.0  # as a fraction of learning_rate; the cosine ends there
+    final_learning_rate: float = 0.0  # a fraction of learning_rate, reached by the cosine after the last step
     gradient_accumulation: int = 1
     max_grad_norm: float = 1.0
     weight_decay: float = 0.0
@@ -50,7 +50,7 @@ class Schedule:
     checkpoint_every: int = 500
 
     def learning_rate_at(self, step: int) -> float:
-        """Linear warm-up, then a cosine to `final_learning_rate`."""
+        """The learning rate of a step, counted from 0: linear warm-up, then a cosine down to `final_learning_rate`."""
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
         progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
@@ -59,7 +59,7 @@ class Schedule:
 
 
 def step_generator(seed: int, step: int, process: int = 0) -> torch.Generator:
-    """The source of all randomness of one step, the same on every device."""
+    """The generator, on the CPU, of all random numbers of one batch; `step` is the number of the batch."""
     mixed = np.random.SeedSequence([seed, step, process]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(mixed) >> 1)
 
@@ -74,14 +74,14 @@ def train(
     each: tuple[int, Callable[[int], dict]] | None = None,
     title: str = "training",
 ) -> list[dict]:
-    """Minimise `objective(batch) -> (loss, scalars)` over its trainable parameters; return the log.
+    """Minimise `objective(batch) -> (loss, scalars)` over its trainable parameters; return the rows of the log.
 
-    `draw_batch(step, batch_size, generator)` makes a batch. `each = (n, call)` puts the measurements `call(step)`
-    into the log before the first step, after every n-th and after the last.
+    `draw_batch(step, batch_size, generator)` samples a batch. With `each = (n, call)` the dict `call(step)` is added to
+    the log before the first step, after every n-th and after the last.
 
-    What was trained is kept in `folder`/result.safetensors with its log; a folder that has one is not trained again.
-    Until then a checkpoint in `folder` is continued. A damaged file is refused with a warning and training starts
-    anew; one of another schedule is a ValueError.
+    The trained parameters and the log are written to `folder`/result.safetensors. If that file exists, it is loaded and
+    nothing is trained; else training goes on from the checkpoint in `folder`, if any. A damaged file is ignored with a
+    warning. Raises ValueError for a file of another schedule.
     """
     step = TrainingStep(objective, schedule, device)
     result = _Result(step.parameters, schedule, folder)
@@ -93,7 +93,7 @@ def train(
     state = _State(masters, adamw, ema, step.accelerator.scaler, schedule, folder)
     first_step, log = state.restore()
     adamw.publish()
-    if ema:  # an objective may learn from its own moving average, as consistency distillation does
+    if ema:  # consistency distillation takes its target from the moving average
         objective.moving_average = dict(zip(step.parameters, ema.shadow_params, strict=True))
 
     progress = tqdm(total=schedule.steps, initial=first_step, desc=title, mininterval=2, file=sys.stdout, ncols=100)
@@ -135,10 +135,10 @@ def train(
 
 
 class TrainingStep:
-    """What one batch does to an objective: forward, backward and, with the last batch of an update, clip and AdamW."""
+    """The training step of one batch: forward, backward and, for the last batch of an update, clipping and AdamW."""
 
     def __init__(self, objective: nn.Module, schedule: Schedule, device: str | torch.device = "cpu"):
-        AcceleratorState._reset_state()  # accelerate keeps the first run's precision for the whole process otherwise
+        AcceleratorState._reset_state()  # else accelerate keeps the precision of the process's first training
         self.accelerator = Accelerator(
             mixed_precision=schedule.mixed_precision,
             gradient_accumulation_steps=schedule.gradient_accumulation,
@@ -152,12 +152,12 @@ class TrainingStep:
             betas=(0.9, schedule.beta2),
             weight_decay=schedule.weight_decay,
         )
-        # where parameters have 32 bits, they are their own masters
+        # float32 parameters are their own masters
         self.masters = dict(zip(self.parameters, self.adamw.masters, strict=True))
         self.model, self.optimizer = self.accelerator.prepare(objective, self.adamw)
 
     def __call__(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a batch and its scalars, after the step."""
+        """Do the step; return the loss of the batch and its scalars."""
         batch = {name: tensor.to(self.accelerator.device, non_blocking=True) for name, tensor in batch.items()}
         with self.accelerator.accumulate(self.model):
             with self.accelerator.autocast():
@@ -171,7 +171,7 @@ class TrainingStep:
 
 
 def _measured(call: Callable[[int], dict], step: int, ema: EMAModel | None, adamw: MasterAdamW) -> dict:
-    """Measurements of what training would leave behind at this step: the moving average, where one is kept."""
+    """`call(step)` with the weights that training would return now: those of the moving average, if there is one."""
     if ema is None:
         return call(step)
     ema.store(adamw.masters)
@@ -185,7 +185,7 @@ def _measured(call: Callable[[int], dict], step: int, ema: EMAModel | None, adam
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory so far: allocated on a GPU, resident set of the process on a CPU."""
+    """Peak memory of the process so far, in MB: allocated by PyTorch on a GPU, resident set on a CPU."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 1e6, 1)
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, 1)
@@ -195,7 +195,10 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def _restored(path: Path, schedule: Schedule) -> tuple[dict[str, Tensor], dict] | None:
-    """Tensors and metadata of a file of this schedule; None where there is none or, with a warning, a damaged one."""
+    """Tensors and metadata of a file; None if it does not exist or, with a warning, is damaged.
+
+    Raises ValueError for a file of another schedule.
+    """
     if not path.exists():
         return None
     try:
@@ -211,14 +214,14 @@ def _restored(path: Path, schedule: Schedule) -> tuple[dict[str, Tensor], dict] 
 
 @dataclass
 class _Result:
-    """What a finished training leaves: its parameters and its log."""
+    """The file of a finished training: parameters and log."""
 
     parameters: dict[str, nn.Parameter]
     schedule: Schedule
     folder: Path
 
     def save(self, log: list[dict]) -> None:
-        """Write the result, then remove the checkpoint that it replaces."""
+        """Write the result, then remove the checkpoint."""
         metadata = {"schedule": json.dumps(repr(self.schedule)), "log": json.dumps(log)}
         save_tensors(self.folder / RESULT, self.parameters, metadata)
         (self.folder / CHECKPOINT).unlink(missing_ok=True)
@@ -226,19 +229,19 @@ class _Result:
 
     @torch.no_grad()
     def restore(self) -> list[dict] | None:
-        """Put the result into the parameters and return its log; None where there is none."""
+        """Load the result into the parameters and return its log; None if there is no result."""
         if (found := _restored(self.folder / RESULT, self.schedule)) is None:
             return None
         tensors, metadata = found
         for name, p in self.parameters.items():
             p.copy_(tensors[name])
-        (self.folder / CHECKPOINT).unlink(missing_ok=True)  # left by a kill just after the result was written
+        (self.folder / CHECKPOINT).unlink(missing_ok=True)  # left if the process was killed between the two
         return metadata["log"]
 
 
 @dataclass
 class _State:
-    """Everything a resumed run needs, in one safetensors file."""
+    """The checkpoint: all that a resumed training needs, in one safetensors file."""
 
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.AdamW
@@ -260,7 +263,7 @@ class _State:
         _write_log(self.folder, log)
 
     def restore(self) -> tuple[int, list[dict]]:
-        """The step to go on from and the log so far: (0, []) when there is nothing to continue."""
+        """The number of steps done and the log so far: (0, []) without a checkpoint."""
         if (found := _restored(self.folder / CHECKPOINT, self.schedule)) is None:
             return 0, []
         tensors, metadata = found

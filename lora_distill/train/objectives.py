@@ -1,7 +1,8 @@
 """Training objectives: small modules, `objective(batch) -> (loss, scalars)`.
 
-A batch holds `latents` (b, 4, h, w), `eps` (the noise, same shape), `timesteps` (b,) and `prompt_embeds`
-(b, tokens, dim); the objective adds no randomness of its own.
+A batch has `latents` (b, 4, h, w), `eps` (the noise, same shape), `timesteps` (b,) and `prompt_embeds`
+(b, tokens, dim); for the consistency objectives also `guidance_scale` (b,) and `inside` (see
+`data.encoded.consistency_batches`). All randomness is in the batch.
 """
 
 import torch
@@ -20,7 +21,7 @@ def unet_output(
     prompt_embeds: Tensor,
     timestep_cond: Tensor | None = None,
 ) -> Tensor:
-    """What a UNet says of x_t, in float32; what it is given is cast to the dtype of its weights."""
+    """The UNet's output for x_t, (b, 4, h, w) float32; inputs are cast to the dtype of its weights."""
     inputs = (x_t.to(unet.dtype), timesteps, prompt_embeds.to(unet.dtype))
     timestep_cond = None if timestep_cond is None else timestep_cond.to(unet.dtype)
     return unet(*inputs, timestep_cond=timestep_cond).sample.float()
@@ -29,9 +30,9 @@ def unet_output(
 class GuidanceDistillation(nn.Module):
     """student(x_t, t, c) <- uncond + w (cond - uncond), MSE (arXiv 2312.06899; stage one of Meng et al. 2022, eq. 6).
 
-    `student` and `teacher` may be the same UNet: then the teacher is that UNet with its adapters off, and there is
-    one W0. With a second UNet as teacher and a trainable copy as student it is conventional distillation.
-    The target is matched in the network's own output, eps or v; for eps this is the paper's loss.
+    `student` and `teacher` may be the same UNet: the teacher is then that UNet with its adapters off. With a trainable
+    copy as student it is conventional distillation. The loss is on the network's output, eps or v; for eps it is the
+    paper's.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class GuidanceDistillation(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         alpha, sigma = diffusion.alpha_sigma(self.alphas_cumprod, batch["timesteps"])
         x_t = diffusion.add_noise(batch["latents"], batch["eps"], alpha, sigma).to(batch["latents"].dtype)
-        # teacher first: no student graph is alive while its two passes run
+        # teacher first: no graph of the student is held in memory meanwhile
         target = guided_output(
             self.teacher, x_t, batch["timesteps"], batch["prompt_embeds"], self.empty_embeds, self.guidance_scale
         )
@@ -69,18 +70,21 @@ def guided_output(
     empty_embeds: Tensor,
     guidance_scale: float | Tensor,
 ) -> Tensor:
-    """The guided output of W0, (b, 4, h, w): both halves in one batched forward, adapters off."""
-    both_embeds = torch.cat([empty_embeds.expand_as(prompt_embeds), prompt_embeds])
+    """The guided output of W0, (b, 4, h, w), adapters off; guidance_scale is a number or (b, 1, 1, 1).
+
+    The unconditional and the conditional pass are one forward on a batch of 2b.
+    """
+    both_embeds = torch.cat([empty_embeds.expand_as(prompt_embeds), prompt_embeds])  # (2b, tokens, dim)
     with role(teacher, None):
         outputs = unet_output(teacher, torch.cat([x_t] * 2), torch.cat([timesteps] * 2), both_embeds)
-    uncond, cond = outputs.chunk(2)
+    uncond, cond = outputs.chunk(2)  # (b, 4, h, w) each
     return diffusion.guide(uncond, cond, guidance_scale)
 
 
 class ConsistencyFunction(nn.Module):
-    """f(x_t, t) = c_skip x_t + c_out x0(x_t, t): a UNet that jumps to its trajectory's end (Luo et al. 2023, eq. 9).
+    """f(x_t, t) = c_skip x_t + c_out x0(x_t, t), an estimate of the trajectory's clean end (Luo et al. 2023, eq. 9).
 
-    A UNet with `time_cond_proj_dim` also takes the guidance scale as an input: the full LCM.
+    A UNet with `time_cond_proj_dim`, the full LCM, also takes the guidance scale as an input.
     """
 
     def __init__(self, unet: UNet2DConditionModel, scheduler: SchedulerMixin):
@@ -90,7 +94,7 @@ class ConsistencyFunction(nn.Module):
         self.alphas_cumprod = scheduler.alphas_cumprod
 
     def forward(self, x_t: Tensor, timesteps: Tensor, prompt_embeds: Tensor, guidance_scale: Tensor) -> Tensor:
-        """Clean latents (b, 4, h, w) of x_t at timesteps (b,); guidance_scale (b,) is read by a full LCM alone."""
+        """Clean latents (b, 4, h, w) for x_t at timesteps (b,); only a full LCM uses guidance_scale (b,)."""
         dim = self.unet.config.time_cond_proj_dim
         timestep_cond = diffusion.guidance_embedding(guidance_scale, dim) if dim else None
         output = unet_output(self.unet, x_t, timesteps, prompt_embeds, timestep_cond)
@@ -101,13 +105,12 @@ class ConsistencyFunction(nn.Module):
 
 
 class ConsistencyDistillation(nn.Module):
-    """f(x_t, t) <- f_target(x_s, s), x_s one DDIM step of the guided teacher from x_t (Luo et al. 2023, alg. 1).
+    """f(x_t, t) <- f_target(x_s, s); x_s is one DDIM step of the guided teacher from x_t (Luo et al. 2023, alg. 1).
 
-    The batch's `timesteps` lie on the DDIM grid and `guidance_scale` (b,) is the w of each row; s = t - `skip`, and 0
-    below the first grid point, where the boundary condition makes the target x_s itself: `inside` lists the rows that
-    lie above it, and the target is evaluated for those alone. f_target is the moving average of the student when
-    training keeps one (`moving_average`), else the student itself. Teacher, target, student is the order in which no
-    graph is alive during the passes that need none.
+    `timesteps` lie on the DDIM grid; `guidance_scale` (b,) is the w of each row. s = t - `skip`; from the first grid
+    point s = 0, where the boundary condition f(x, 0) = x makes x_s the target. `inside` lists the other rows, and
+    f_target is evaluated for those only. It is the moving average of the student (`moving_average`) if training keeps
+    one, else the student itself. The student runs last, so that its graph is not in memory during the other passes.
     """
 
     def __init__(
@@ -145,7 +148,7 @@ class ConsistencyDistillation(nn.Module):
     def ddim_solver(
         self, x_t: Tensor, timesteps: Tensor, earlier: Tensor, prompt_embeds: Tensor, guidance_scale: Tensor
     ) -> Tensor:
-        """x_s (b, 4, h, w): one step of the guided teacher's probability-flow ODE (Luo et al. 2023, eq. 16)."""
+        """x_s (b, 4, h, w): one DDIM step of the guided teacher to timesteps `earlier` (Luo et al. 2023, eq. 16)."""
         w = guidance_scale[:, None, None, None]
         output = guided_output(self.teacher, x_t, timesteps, prompt_embeds, self.empty_embeds, w)
         alpha, sigma = diffusion.alpha_sigma(self.alphas_cumprod, timesteps)
@@ -157,14 +160,14 @@ class ConsistencyDistillation(nn.Module):
     def target(
         self, x_s: Tensor, timesteps: Tensor, prompt_embeds: Tensor, guidance_scale: Tensor, inside: Tensor
     ) -> Tensor:
-        """f_target(x_s, s), (b, 4, h, w); rows that are not `inside` are at s = 0 and equal x_s."""
+        """f_target(x_s, s), (b, 4, h, w); the rows that are not in `inside` have s = 0 and equal x_s."""
         rows = (x_s[inside], timesteps[inside], prompt_embeds[inside], guidance_scale[inside])
         weights = {name.removeprefix("student."): value for name, value in self.moving_average.items()}
         return x_s.index_copy(0, inside, functional_call(self.student, weights, rows).to(x_s.dtype))
 
 
 class ConsistencyMimicry(nn.Module):
-    """The LoRA student's clean latents <- those of a trained LCM on the same x_t, by MSE + KL (the slides' phase 3).
+    """The student's clean latents <- those of a trained LCM for the same x_t, MSE + KL (the slides' phase 3).
 
     The slides do not say which KL. Ours is between Gaussians fitted to each latent channel over batch and space.
     """
@@ -196,7 +199,7 @@ class ConsistencyMimicry(nn.Module):
 
 
 class Denoising(nn.Module):
-    """The plain diffusion loss, output <- eps or v, MSE (Rombach et al. 2022, eq. 3): LoRA fine-tuning on a style."""
+    """The plain diffusion loss, output <- eps or v, MSE (Rombach et al. 2022, eq. 3), for fine-tuning."""
 
     def __init__(self, student: UNet2DConditionModel, scheduler: SchedulerMixin):
         super().__init__()

@@ -1,4 +1,4 @@
-"""16-bit weights to compute with, float32 masters to update: what pure 16-bit training needs of an optimizer."""
+"""The optimizer of pure 16-bit training: the model computes with 16-bit weights, AdamW updates float32 masters."""
 
 from collections.abc import Iterable
 
@@ -9,8 +9,8 @@ from torch import nn
 class MasterAdamW(torch.optim.AdamW):
     """AdamW on float32 copies of 16-bit parameters (Micikevicius et al. 2018, section 3.1).
 
-    An update far smaller than a weight is lost when the weight has 16 bits; the copy keeps it. For float32 parameters
-    there is no copy, and this is plain AdamW.
+    In 16 bits an update far smaller than the weight is rounded away; the copy, the master, keeps it. A float32
+    parameter is its own master, and this is plain AdamW.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], **adamw):
@@ -20,7 +20,7 @@ class MasterAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
-        """Update the masters with the parameters' gradients, which are given up, and round the result to 16 bits."""
+        """Update the masters with the parameters' gradients, round them into the parameters and drop the gradients."""
         self.take_gradients()
         super().step()
         self.publish()
@@ -34,7 +34,7 @@ class MasterAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Write the masters, rounded, into the parameters."""
+        """Write the masters, rounded to 16 bits, into the parameters."""
         for parameter, master in self._copied():
             parameter.copy_(master)
 
@@ -44,7 +44,7 @@ class MasterAdamW(torch.optim.AdamW):
             parameter.grad = None
 
     def tensors(self) -> list[torch.Tensor]:
-        """All that lives between steps: moments, step counts and masters."""
+        """What the optimizer keeps between steps: moments, step counts and copies in float32."""
         states = [t for state in self.state.values() for t in state.values()]
         return states + [master for _, master in self._copied()]
 

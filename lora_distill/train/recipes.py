@@ -1,7 +1,7 @@
 """The experiments of both works: guided distillation, a full LCM, LCM-LoRA, a LoRA that mimics the LCM, a fine-tune.
 
 One frozen W0 is teacher and base of every adapter; only the conventional full copy and the full LCM are second UNets.
-Each recipe trains in a folder named by a key of all that decides its result, so that only like continues like.
+Each recipe trains in a folder named by a key of all that decides its result: no training continues a different one.
 """
 
 from collections.abc import Callable
@@ -21,8 +21,8 @@ from lora_distill.storage import cache_key, digest
 from lora_distill.train.loop import Schedule, train
 from lora_distill.train.objectives import ConsistencyDistillation, ConsistencyMimicry, Denoising, GuidanceDistillation
 
-RECIPE = 1  # version of what the recipes, the loop and the objectives train: raise it when a result changes
-W_EMBEDDING = 256  # features of w that a full LCM takes, as in the public one
+RECIPE = 1  # version of recipes, loop and objectives, part of the keys of trainings: raise it when a result changes
+W_EMBEDDING = 256  # features of w that a full LCM takes, as in the published LCM
 Milestones = tuple[int, Callable[[int, StableDiffusionPipeline], dict]]
 
 
@@ -37,9 +37,10 @@ def distil_lora(
     name: str = "student",
     each: Milestones | None = None,
 ) -> list[dict]:
-    """The paper's method: W0 alone is the teacher, W0 with the adapter `name` the student; return the log.
+    """The paper's method: the teacher is W0 alone, the student W0 with the adapter `name`; return the log.
 
-    `each = (n, measure)` puts `measure(step, pipe)` into the log every n steps.
+    An adapter of this name is replaced; the trained one is also written to `lora_file(folder, name)`. `teacher` is from
+    `data.teacher.teacher_set`. With `each = (n, measure)`, `measure(step, pipe)` is added to the log every n steps.
     """
     if name in adapter_names(pipe.unet):
         pipe.unet.delete_adapters(name)
@@ -66,7 +67,7 @@ def distil_full_copy(
     folder: Path,
     each: Milestones | None = None,
 ) -> tuple[StableDiffusionPipeline, list[dict]]:
-    """The conventional method: a second UNet, a full copy, learns from the first; return its pipeline and the log."""
+    """The conventional method: the student is a full copy of the UNet; return its pipeline and the log."""
     pipe.unet.requires_grad_(False)  # adapters that were trained on it before included
     student = plain_copy(pipe.unet)
     plan = schedule(settings, settings.full_learning_rate)
@@ -84,7 +85,7 @@ def train_lcm(
     folder: Path,
     each: Milestones | None = None,
 ) -> tuple[StableDiffusionPipeline, list[dict]]:
-    """Phase 2: all weights of a copy become a consistency function of w ~ U[w_min, w_max]; its pipeline and the log."""
+    """Phase 2: train a copy, all weights, as a full LCM for w ~ U[w_min, w_max]; return its pipeline and the log."""
     pipe.unet.requires_grad_(False)  # adapters that were trained on it before included
     student = plain_copy(pipe.unet, time_cond_proj_dim=W_EMBEDDING)
     objective = _consistency(pipe, student, settings)
@@ -104,7 +105,7 @@ def train_lcm_lora(
     name: str = "lcm_lora",
     each: Milestones | None = None,
 ) -> list[dict]:
-    """LCM-LoRA (Luo et al. 2023b): the adapter alone becomes the consistency function, at one fixed w."""
+    """LCM-LoRA (Luo et al. 2023b): consistency distillation of the adapter `name`, at one fixed w; return the log."""
     _new_adapter(pipe, name, settings.lcm_rank, settings.lcm_targets, settings)
     objective = _consistency(pipe, pipe.unet, settings)
     draw_batch = _batches(pipe, images, settings, settings.guidance_scale, settings.guidance_scale)
@@ -121,7 +122,7 @@ def mimic_lcm(
     name: str = "mimic",
     each: Milestones | None = None,
 ) -> list[dict]:
-    """Phase 3: the adapter learns the latents that a trained LCM predicts, by MSE + KL."""
+    """Phase 3: the adapter `name` learns the clean latents that a trained LCM predicts, by MSE + KL; return the log."""
     _new_adapter(pipe, name, settings.lcm_rank, settings.lcm_targets, settings)
     weights = {"mse_weight": settings.mse_weight, "kl_weight": settings.kl_weight}
     objective = ConsistencyMimicry(pipe.unet, lcm_pipe.unet, pipe.scheduler, **weights)
@@ -141,7 +142,7 @@ def finetune_lora(
     name: str = "finetune",
     each: Milestones | None = None,
 ) -> list[dict]:
-    """The slides' baseline: an adapter of the denoising loss on the images."""
+    """The slides' baseline: the adapter `name` is trained with the denoising loss on the images; return the log."""
     _new_adapter(pipe, name, rank, targets, settings)
     objective = Denoising(pipe.unet, pipe.scheduler)
     draw_batch = image_batches(images, pipe.scheduler.config.num_train_timesteps)
@@ -154,7 +155,7 @@ def finetune_lora(
 
 
 def lora_file(folder: Path, name: str) -> Path:
-    """Where a trained adapter is kept, for stock diffusers to load."""
+    """The LoRA file of a trained adapter, which stock diffusers loads."""
     return folder / f"{name}.safetensors"
 
 
@@ -186,9 +187,9 @@ def fit(
     each: Milestones | None = None,
     **depends_on,
 ) -> list[dict]:
-    """Train in a folder of its own for all that decides the result, so that only like continues like; the log.
+    """Train in a folder named by `title` and a key; return the log.
 
-    `depends_on` is what, beside the plan, makes the result another one.
+    The key is a digest of the plan and of `depends_on`, all else that decides the result.
     """
     key = cache_key(version=RECIPE, plan=repr(plan), **depends_on)
     milestones = each and (each[0], lambda step: each[1](step, student_pipe))
@@ -197,7 +198,7 @@ def fit(
 
 
 def schedule(settings: Settings, learning_rate: float) -> Schedule:
-    """The plan that the settings describe."""
+    """The `Schedule` of the settings for guided distillation."""
     return Schedule(
         steps=settings.train_steps,
         batch_size=settings.batch_size,
@@ -255,7 +256,7 @@ def _plan(settings: Settings, learning_rate: float) -> Schedule:
 
 
 def _key(pipe: StableDiffusionPipeline, images: EncodedImages, settings: Settings) -> dict:
-    """What decides the result of consistency training beside its plan."""
+    """What decides the result of a consistency training besides its plan."""
     names = ("guidance_scale", "w_min", "w_max", "ddim_skip", "huber_c", "lcm_rank", "lcm_targets")
     values = {name: getattr(settings, name) for name in names}
     return {"pipeline": fingerprint(pipe), "images": images.key, **values}
