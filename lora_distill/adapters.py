@@ -83,8 +83,8 @@ def role(unet: UNet2DConditionModel, adapter: str | None) -> Iterator[UNet2DCond
 
     Raises ValueError for an adapter that the UNet does not have.
     """
-    if adapter is not None and adapter not in adapter_names(unet):
-        raise ValueError(f"no adapter {adapter!r} on this UNet; it carries {adapter_names(unet) or 'none'}")
+    if adapter is not None:
+        _check_carried(unet, adapter)
     layers = [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
     found = [(layer, layer.disable_adapters, list(layer.active_adapters)) for layer in layers]
     trained = [(p, p.requires_grad) for p in unet.parameters()]
@@ -97,6 +97,11 @@ def role(unet: UNet2DConditionModel, adapter: str | None) -> Iterator[UNet2DCond
         for layer, disabled, active in found:
             _switch(layer, disabled, active)
         _restore_requires_grad(trained)
+
+
+def _check_carried(unet: UNet2DConditionModel, adapter: str) -> None:
+    if adapter not in adapter_names(unet):
+        raise ValueError(f"no adapter {adapter!r} on this UNet; it carries {adapter_names(unet) or 'none'}")
 
 
 def _switch(layer: BaseTunerLayer, disabled: bool, active: list[str]) -> None:
@@ -129,7 +134,11 @@ def plain_copy(unet: UNet2DConditionModel, time_cond_proj_dim: int | None = None
 
 @torch.no_grad()
 def merged_copy(unet: UNet2DConditionModel, adapter: str) -> UNet2DConditionModel:
-    """A second UNet without PEFT layers and with weights W0 + (alpha / rank) B A, for deployment."""
+    """A second UNet without PEFT layers and with weights W0 + (alpha / rank) B A, for deployment.
+
+    Raises ValueError for an adapter that the UNet does not carry.
+    """
+    _check_carried(unet, adapter)
     copy = plain_copy(unet).requires_grad_(False)
     weights = dict(copy.named_parameters())
     for name, layer in unet.named_modules():

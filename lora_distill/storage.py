@@ -213,6 +213,17 @@ def _processor() -> str:
     return names[0] if names else platform.machine()
 
 
+def resident_peak_mb(of_children: bool = False) -> float | None:
+    """Peak resident memory so far in MB, of this process or of the largest child that ended; None on Windows."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    who = resource.RUSAGE_CHILDREN if of_children else resource.RUSAGE_SELF
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    return round(unit * resource.getrusage(who).ru_maxrss / 1e6, 1)
+
+
 def now() -> str:
     """The time in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")

@@ -98,6 +98,11 @@ def test_a_unet_that_takes_w_as_an_input_is_refused(trained):
         deployed(lcm)
 
 
+def test_an_adapter_that_is_not_there_is_refused(trained):
+    with pytest.raises(ValueError, match=r"no adapter 'studnet' on this UNet; it carries \['student'\]"):
+        deployed(trained, "studnet")
+
+
 def test_half_precision_stays_in_pytorch(graphs):
     pipe = deployed(load_pipeline("bundled", dtype=torch.bfloat16), graphs=graphs)
     assert runtime(pipe.unet) == "PyTorch"

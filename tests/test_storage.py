@@ -1,7 +1,9 @@
 """Files of tensors: whole, or refused; written, or the old one untouched."""
 
+import re
 import resource
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from lora_distill.storage import (
     digest,
     load_tensors,
     read_table,
+    resident_peak_mb,
     save_array,
     save_table,
     save_tensors,
@@ -90,6 +93,13 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(path, small_disk, writ
     with pytest.raises(OSError, match=f"{path} could not be written"):
         write(path)
     assert load_tensors(path)[1] == {"step": "7"} and list(path.parent.iterdir()) == [path]
+
+
+def test_the_resident_peak_is_that_of_the_system():
+    if not Path("/proc/self/status").exists():
+        pytest.skip("the system does not tell")
+    kilobytes = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+    assert resident_peak_mb() == pytest.approx(1024 * kilobytes / 1e6, rel=0.02)
 
 
 def test_a_table_is_read_as_it_was_written(tmp_path):

@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from papermill.exceptions import PapermillExecutionError
 from lora_distill.publish import claims, report
 from lora_distill.publish.figures import PROVENANCE
 from lora_distill.settings import Settings, figures_dir, load_settings, repository_root, run_dir
-from lora_distill.storage import atomic_write, git_commit, manifest, now
+from lora_distill.storage import atomic_write, git_commit, manifest, now, resident_peak_mb
 
 RESULTS = 1  # version of the tables and figures that the module makes for the notebooks: raise it when they change
 READS = {"04": ("01", "02", "03")}  # the notebooks whose files a notebook reads, itself or through the module
@@ -102,7 +101,7 @@ def run(path: Path, settings: Settings, folder: Path, *, force: bool = False) ->
     seconds = round(time.perf_counter() - clock, 1)
     print(f"{path.stem}: done in {seconds:.0f} s")
     stamp |= {"outputs": {name: _sha256(folder / name) for name in sorted(written)}, "finished": now()}
-    stamp |= {"seconds": seconds, "peak_memory_mb_of_any_kernel_so_far": _peak_memory_mb()}
+    stamp |= {"seconds": seconds, "peak_memory_mb_of_any_kernel_so_far": resident_peak_mb(of_children=True)}
     atomic_write(stamp_path, json.dumps(stamp, indent=2) + "\n")
     return stamp
 
@@ -200,13 +199,3 @@ def _files(folder: Path) -> dict[str, tuple[int, int]]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _peak_memory_mb() -> float | None:
-    """Peak resident memory of the hungriest kernel that ended so far; None where the system does not tell."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes
-    return round(unit * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6, 1)

@@ -6,7 +6,6 @@ same batches and noise, and a checkpoint needs no state of a generator.
 
 import json
 import math
-import resource
 import sys
 import time
 import warnings
@@ -22,7 +21,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lora_distill.storage import DamagedFileError, atomic_write, load_tensors, save_tensors
+from lora_distill.storage import DamagedFileError, atomic_write, load_tensors, resident_peak_mb, save_tensors
 from lora_distill.train.optimizer import MasterAdamW
 
 CHECKPOINT = "checkpoint.safetensors"  # of an unfinished training
@@ -184,11 +183,11 @@ def _measured(call: Callable[[int], dict], step: int, ema: EMAModel | None, adam
         adamw.publish()
 
 
-def peak_memory_mb(device: torch.device) -> float:
+def peak_memory_mb(device: torch.device) -> float | None:
     """Peak memory of the process so far, in MB: allocated by PyTorch on a GPU, resident set on a CPU."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 1e6, 1)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, 1)
+    return resident_peak_mb()
 
 
 # ---------------------------------------------------------------------------------------------- files of a training
