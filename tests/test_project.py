@@ -121,7 +121,7 @@ def test_the_series_knows_which_notebooks_read_which():
         assert named <= set(READS.get(path.name[:2], ())), path.name
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/map.md", "docs/checklist.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/architecture.md", "docs/checklist.md", "docs/map.md"])
 def test_files_that_are_linked_exist(name):
     page = ROOT / name
     links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text())
@@ -129,21 +129,30 @@ def test_files_that_are_linked_exist(name):
     assert local and not [link for link in local if not (page.parent / link).exists()]
 
 
-def test_the_map_names_the_cells_that_make_or_show_what_it_links():
-    sources = {
-        path.name[:2]: [cell.source for cell in code_cells(nbformat.read(path, 4))]
-        for path in (ROOT / "notebooks").glob("*.ipynb")
-    }
-    lines = (ROOT / "docs" / "map.md").read_text().splitlines()
-    rows = [line.split(" | ") for line in lines if re.search(r"\| .*\bsections? \d", line)]
+def sections(path: Path) -> dict[str, str]:
+    """The code under each numbered section of a notebook."""
+    found, number = {}, ""
+    for cell in nbformat.read(path, 4).cells:
+        if cell.cell_type == "markdown":
+            for heading in re.findall(r"^## (\d*)", cell.source, re.MULTILINE):
+                number = heading
+        else:
+            found[number] = found.get(number, "") + cell.source
+    return found
+
+
+def test_the_map_names_sections_that_make_or_show_what_it_links():
+    code = {path.name[:2]: sections(path) for path in (ROOT / "notebooks").glob("*.ipynb")}
+    rows = re.findall(r"^\| .* \| (.* sections? .*) \| (.*) \|$", (ROOT / "docs" / "map.md").read_text(), re.MULTILINE)
     assert len(rows) > 20
-    for what, where, files in rows:
-        cells = [
-            sources[part.strip(" [")[:2]][int(cell) - 1]
+    for where, files in rows:
+        named = "".join(
+            code[notebook][number]
             for part in where.split(";")
-            for cell in re.findall(r"\[(\d+)\]", part.partition(",")[2])
-        ]
-        assert cells and all(name in "".join(cells) for name in re.findall(r"\[`(\d\d_\w+)\.", files)), what
+            for notebook in re.findall(r"\b0\d\b", part)[:1]
+            for number in re.findall(r"\d+", part.partition("section")[2])
+        )
+        assert named and all(name in named for name in re.findall(r"\[`(\d\d_\w+)\.", files)), where
 
 
 def test_licences_are_shipped():
