@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
@@ -134,7 +134,7 @@ class Method(NamedTuple):
 
     sampler: Sampler
     pipe: StableDiffusionPipeline
-    adapters: tuple[str | None, ...] = (None,)
+    adapters: Sequence[str | None] = (None,)
 
 
 def judge_methods(

@@ -74,6 +74,14 @@ def passes_rows(content: dict[str, dict[int, Proportion]], trained: Iterable[str
     ]
 
 
+def mixture_rows(mixtures: dict[float, Quality]) -> list[dict]:
+    """Every alignment of two adapters added up, by the weight of the second."""
+    return [
+        {"weight": weight} | {name: share.value for name, share in quality.alignment.items()}
+        for weight, quality in mixtures.items()
+    ]
+
+
 def _distance(quality: Quality, judge: Judge) -> dict[str, float]:
     low, high = judge.distance_interval(quality)
     return {FD: quality.frechet_distance, f"{FD}_low": low, f"{FD}_high": high}
@@ -220,13 +228,13 @@ SLIDES_SECONDS = {"base": 2.07, "LCM-LoRA": 0.86}
 
 
 def distance_rows(measured: list[dict]) -> list[dict]:
-    """The slides' Figure 1 and ours beside it: the distance of each method of few steps, from `measure_rows`."""
+    """The slides' Figure 1 and ours beside it: the distance of each method, of the `measure_rows` of few steps."""
     unknown = {"sd": None, "floor": None, "metric": "FID", "n": None, "seeds": None}
     slides = [{"source": "slides", "method": name, "distance": fid, **unknown} for name, fid in SLIDES_FID.items()]
     here = [
         {"source": "here", "method": row["method"], "distance": row[FD], "sd": row[f"{FD}_sd"],
          "floor": row[f"{FD}_floor"], "metric": f"FD-{EXTRACTOR}", "n": row["n"], "seeds": row["seeds"]}
-        for row in measured if row["set"] == "few steps"
+        for row in measured
     ]  # fmt: skip
     return slides + here
 
@@ -350,6 +358,8 @@ def save_results(path: Path, title: str, results: dict[str, str]) -> pandas.Data
 HEADINGS = {  # of the columns that are shown: the heading, and the digits of its numbers
     "method": ("", None),
     "weight": ("λ", 1),
+    "content": ("content", 2),
+    "style": ("Flickr's style", 2),
     "unet_passes": ("passes", None),
     "all_correct_percent": ("all correct, %", 1),
     "content_percent": ("content, %", 1),
@@ -365,6 +375,53 @@ HEADINGS = {  # of the columns that are shown: the heading, and the digits of it
 }
 
 
+def passes_overview(content: dict[str, dict[int, Proportion]]) -> pandas.DataFrame:
+    """Content correct in per cent, a row a method and a column a number of UNet passes."""
+    table = pandas.DataFrame(
+        {method: {n: f"{100 * share.value:.1f} %" for n, share in points.items()} for method, points in content.items()}
+    )
+    return table.sort_index().T.fillna("").rename_axis(columns="passes")
+
+
+def ablation_overview(judged: dict[str, Quality], logs: dict[str, list[dict]]) -> pandas.DataFrame:
+    """Content, distance, and the first and last value of each term of the loss, a row a mimic; the LCM has no log."""
+    table = {}
+    for name, quality in judged.items():
+        first, last = (logs[name][0], logs[name][-1]) if name in logs else ({}, {})
+        row = {"content, %": f"{100 * quality.alignment['content'].value:.1f}", "FD": f"{quality.frechet_distance:.1f}"}
+        row |= {term.upper(): f"{first[term]:.4f} → {last[term]:.4f}" if first else "" for term in ("mse", "kl")}
+        table[name] = row
+    return pandas.DataFrame(table).T
+
+
+def further_overview(rows: list[dict]) -> pandas.DataFrame:
+    """The rows of `judge.further_distances`, a column a metric; empty where no extractor was asked for."""
+    table = {}
+    for row in rows:
+        table.setdefault((row["set"], row["method"]), {})[row["metric"]] = f"{row['value']:.3f} ± {row['sd']:.3f}"
+    return pandas.DataFrame(table).T
+
+
+def seconds_overview(times: list[dict]) -> pandas.DataFrame:
+    """The rows of `timing.method_rows` as one reads them, in milliseconds."""
+    table = [
+        {"runtime": row["runtime"], "threads": row["threads"], "method": row["method"],
+         "ms an image": f"{1000 * row['seconds_an_image']:.1f}",
+         "range": f"{1000 * row['lowest']:.1f} to {1000 * row['highest']:.1f}",
+         "of it VAE": f"{1000 * row['vae_seconds']:.1f}", "saved": f"{row['saving_percent']:.0f} %",
+         "times faster": f"{row['times_faster']:.1f}", "in the UNet": f"{row['times_faster_unet']:.1f}"}
+        for row in times
+    ]  # fmt: skip
+    return pandas.DataFrame(table).set_index(["runtime", "threads", "method"])
+
+
+def seconds_caption(times: list[dict]) -> str:
+    """What a table of seconds rests on."""
+    return (
+        f"batch {times[0]['batch']}, prompt to pixels, medians of {times[0]['repeats']} in turns; {times[0]['device']}"
+    )
+
+
 def _sd(column: str) -> str:
     """The column of a mean's standard deviation."""
     return f"{column.removesuffix('_percent')}_sd"
@@ -372,7 +429,7 @@ def _sd(column: str) -> str:
 
 def overview(rows: list[dict]) -> pandas.DataFrame:
     """Rows as a table to read: the columns of HEADINGS that they have, means as `mean ± sd`."""
-    columns = [column for column in HEADINGS if column in rows[0]]
+    columns = [column for column in HEADINGS if any(row.get(column) is not None for row in rows)]
     table = {HEADINGS[column][0]: [_written(row, column) for row in rows] for column in columns}
     return pandas.DataFrame(table).set_index(HEADINGS[columns[0]][0]).rename_axis(None)
 
