@@ -334,7 +334,7 @@ def seconds_results(times: list[dict], grid: list[dict]) -> dict[str, str]:
             f"{-row['saving_percent']:+.0f} % on {row['threads']} thread(s)" for row in student
         )
     fast = [row for row in times if row["deployed"] and row["method"] == "LCM-LoRA 8k"]
-    found[f"times faster than the guided teacher, LCM-LoRA 8k, merged, 4 steps, batch {batch}"] = ", ".join(
+    found[f"times faster at batch {batch}, LCM-LoRA 8k, merged, 4 steps"] = ", ".join(
         f"{row['times_faster']:.1f} on {row['threads']} thread(s)" for row in fast
     )
     student = [row for row in grid if row["method"] == "LoRA student, merged"]
