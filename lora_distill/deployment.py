@@ -1,13 +1,14 @@
 """A pipeline as one would run it: the adapter folded into W0, and on a CPU the networks on ONNX Runtime.
 
 A forward of the bundled UNet has a fixed cost: in PyTorch that of five images on one thread, on ONNX Runtime that of
-one or two (02_rho.csv); we take it for the cost of dispatching a UNet's operations one by one. The graph is kept
+one or two (04_rho.csv); we take it for the cost of dispatching a UNet's operations one by one. The graph is kept
 without weights: W0 and every student that is merged into it share one, and bring their own.
 """
 
 import logging
 import warnings
-from collections.abc import Container
+from collections.abc import Callable, Container
+from functools import lru_cache, partial
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -56,6 +57,21 @@ def deployed(
         ready.unet = OnnxUNet(unet, graphs)
         ready.vae = OnnxDecoder(pipe.vae, graphs)
     return ready
+
+
+def deployments(graphs: Path, kept: int = 2) -> Callable[..., StableDiffusionPipeline]:
+    """A function of (pipe, adapter) that gives them `deployed` and remembers the last `kept`: each is a copy of W0.
+
+    A full LCM is its own deployed form and comes back as it is. An adapter that is trained on afterwards must have
+    another name.
+    """
+
+    remembered = lru_cache(maxsize=kept)(partial(deployed, graphs=graphs))
+
+    def deploy(pipe: StableDiffusionPipeline, adapter: str | None = None) -> StableDiffusionPipeline:
+        return pipe if pipe.unet.config.time_cond_proj_dim is not None else remembered(pipe, adapter)
+
+    return deploy
 
 
 def _check_runtime() -> None:

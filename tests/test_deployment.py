@@ -5,7 +5,7 @@ import torch
 from conftest import moved
 
 from lora_distill.adapters import plain_copy
-from lora_distill.deployment import OnnxUNet, deployed
+from lora_distill.deployment import OnnxUNet, deployed, deployments
 from lora_distill.judge.timing import runtime, threads
 from lora_distill.pipeline import decode_latents, encode_prompts, fingerprint, load_pipeline, with_unet
 from lora_distill.sampling import Sampler, initial_noise, sample
@@ -106,3 +106,14 @@ def test_an_adapter_that_is_not_there_is_refused(trained):
 def test_half_precision_stays_in_pytorch(graphs):
     pipe = deployed(load_pipeline("bundled", dtype=torch.bfloat16), graphs=graphs)
     assert runtime(pipe.unet) == "PyTorch"
+
+
+def test_the_last_deployed_pipelines_are_remembered_and_a_full_lcm_is_its_own(trained, tmp_path):
+    half = with_unet(trained, plain_copy(trained.unet).bfloat16())  # stays in PyTorch: nothing is exported
+    deploy = deployments(tmp_path, kept=1)
+    first = deploy(half)
+    assert deploy(half, None) is first and first.unet is not half.unet
+    lcm = with_unet(trained, plain_copy(trained.unet, time_cond_proj_dim=8))
+    assert deploy(lcm) is lcm and deploy(half) is first
+    other = with_unet(trained, half.unet)
+    assert deploy(other) is not first and deploy(half) is not first, "only one is kept"

@@ -2,9 +2,11 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -106,6 +108,15 @@ class Judge:
         score = clip_score(images, self.prompts.captions, self.clip, self.pipe.device.type)
         return {"content": replace(score, value=score.value / 100)}  # a cosine, as the reader's shares below 1
 
+    def milestones(self, sampler: Sampler, every: int) -> tuple[int, Callable[[int, StableDiffusionPipeline], dict]]:
+        """What a recipe takes as `each`: alignment and distance of the student every so many updates, on seed 0."""
+
+        def measure(step: int, student: StableDiffusionPipeline) -> dict[str, float]:
+            quality = self(sampler, seed=0, pipe=student)
+            return {"all_correct": quality.all_correct.value, "fd_efficientnet_lite0": quality.frechet_distance}
+
+        return every, measure
+
     def distance_interval(self, quality: Quality, resamples: int = 100) -> tuple[float, float]:
         """The 95 % bootstrap interval of the Frechet distance over the images; the reference stays as it is."""
         rows, reference = quality.features.frechet, self.reference.frechet
@@ -116,6 +127,40 @@ class Judge:
     def reference(self) -> Features:
         """The features of the reference images."""
         return self.frechet_distance.reference
+
+
+class Method(NamedTuple):
+    """How a row of a table makes its images: a sampler on a pipeline, with one adapter a training folded into it."""
+
+    sampler: Sampler
+    pipe: StableDiffusionPipeline
+    adapters: Sequence[str | None] = (None,)
+
+
+def judge_methods(
+    judge: Judge,
+    methods: dict[str, Method],
+    seeds: Iterable[int],
+    deploy: Callable[[StableDiffusionPipeline, str | None], StableDiffusionPipeline],
+) -> dict[str, list[Quality]]:
+    """Every method judged with every seed of sampling, on what `deploy(pipe, adapter)` makes of its pipeline.
+
+    Each seed takes the next of a method's trainings, and the first again after the last.
+    """
+    return {
+        name: [
+            judge(sampler, seed, deploy(pipe, adapter)) for seed, adapter in zip(seeds, cycle(adapters), strict=False)
+        ]
+        for name, (sampler, pipe, adapters) in methods.items()
+    }
+
+
+def distance_floor(distance: FrechetDistance, prompts: Prompts, seed: int) -> float | None:
+    """The Frechet distance of as many scenes as there are prompts, drawn anew from the test split: real against real.
+
+    None for photographs, whose reference holds all the real images there are.
+    """
+    return distance(drawn(prompts.scenes[0].style, "test", len(prompts), seed)) if prompts.scenes else None
 
 
 def further_distances(

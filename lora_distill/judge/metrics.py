@@ -30,6 +30,12 @@ class Proportion:
         half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
         return max(0.0, centre - half), min(1.0, centre + half)
 
+    @property
+    def columns(self) -> dict[str, float]:
+        """The interval and N as a table has them beside the share: low, high and n."""
+        low, high = self.interval
+        return {"low": low, "high": high, "n": self.count}
+
     def __str__(self) -> str:
         low, high = self.interval
         return f"{100 * self.value:.1f} % ({100 * low:.1f} to {100 * high:.1f}, N = {self.count})"

@@ -79,6 +79,23 @@ def _embeds(pipe: StableDiffusionPipeline, sampler: Sampler, prompts: list[str])
     return encode_prompts(pipe, prompts), encode_prompts(pipe, [""]) if sampler.guidance_scale != 1 else None
 
 
+def thread_counts() -> list[int]:
+    """The numbers of threads to time on: one, and as many as PyTorch has."""
+    return sorted({1, torch.get_num_threads()})
+
+
+def time_runtimes(
+    contestants: dict[str, Contestants], prompts: list[str], repeats: int
+) -> dict[tuple[str, int], dict[str, Timing]]:
+    """`time_samplers` of each runtime's contestants at each of `thread_counts`, by runtime and threads."""
+    timings = {}
+    for name, entered in contestants.items():
+        for count in thread_counts():
+            with threads(count):
+                timings[name, count] = time_samplers(entered, prompts, repeats)
+    return timings
+
+
 def time_grid(
     contestants: Contestants,
     prompts: list[str],
@@ -86,20 +103,25 @@ def time_grid(
     resolutions: list[int],
     repeats: int,
     warm_ups: int = 1,
+    measured: dict[tuple[int, int], dict[str, Timing]] | None = None,
 ) -> list[dict]:
-    """`time_samplers` at each batch size and resolution, one row a contestant, ready for `figures.save_table`.
+    """`time_samplers` at each batch size and resolution, one row a contestant.
 
     Prompts are taken in turn until a batch is full. Seconds are per image, medians over `repeats`; the spread of the
-    whole is its least and greatest.
+    whole is its lowest and highest. What was `measured` before, by resolution and batch size, is not timed again.
     """
     rows = []
     for resolution in resolutions:
         for batch_size in batch_sizes:
-            batch = list(islice(cycle(prompts), batch_size))
-            for name, timing in time_samplers(contestants, batch, repeats, resolution, warm_ups).items():
-                rows.append({"sampler": name, "resolution": resolution, "batch": batch_size}
-                            | _conditions(*contestants[name]) | _seconds(timing)
-                            | {"repeats": repeats, "warm_ups": warm_ups})  # fmt: skip
+            timings = (measured or {}).get((resolution, batch_size)) or time_samplers(
+                contestants, list(islice(cycle(prompts), batch_size)), repeats, resolution, warm_ups
+            )
+            rows += [
+                {"method": name, **_spread(timings[name]), "resolution": resolution, "batch": batch_size,
+                 **_conditions(*contestants[name]), **_parts(timings[name]),
+                 "repeats": len(timings[name].unet), "warm_ups": warm_ups}
+                for name in contestants
+            ]  # fmt: skip
     return rows
 
 
@@ -114,15 +136,12 @@ def _conditions(pipe: StableDiffusionPipeline, sampler: Sampler) -> dict:
     }
 
 
-def _seconds(timing: Timing) -> dict[str, float]:
-    return {
-        "seconds": timing.median,
-        "least": min(timing.total),
-        "greatest": max(timing.total),
-        "text_encoder": median(timing.text_encoder),
-        "unet": median(timing.unet),
-        "vae": median(timing.vae),
-    }
+def _spread(timing: Timing) -> dict[str, float]:
+    return {"seconds_an_image": timing.median, "lowest": min(timing.total), "highest": max(timing.total)}
+
+
+def _parts(timing: Timing) -> dict[str, float]:
+    return {name: median(getattr(timing, name)) for name in ("text_encoder", "unet", "vae")}
 
 
 def runtime(module: nn.Module) -> str:
@@ -147,24 +166,68 @@ def time_unet(
     return {size: median(values[2:]) for size, values in seconds.items()}
 
 
+def unet_rows(
+    pipes: dict[str, StableDiffusionPipeline], batch_sizes: list[int], repeats: int, device: str
+) -> list[dict]:
+    """`time_unet` of the pipeline of each runtime at each of `thread_counts`, a row a batch size; rho is their ratio.
+
+    `device` is the machine's name for the table.
+    """
+    rows = []
+    for name, pipe in pipes.items():
+        for count in thread_counts():
+            with threads(count):
+                seconds = time_unet(pipe, batch_sizes, repeats)
+            rows += [
+                {"runtime": name, "threads": count, "batch": size, "unet_seconds": round(value, 6), "device": device}
+                for size, value in seconds.items()
+            ]
+    return rows
+
+
+def method_rows(
+    timings: dict[tuple[str, int], dict[str, Timing]], baseline: str, deployed: str, batch: int, device: str
+) -> list[dict]:
+    """The timings of `time_runtimes` as a table: seconds an image, and what is saved of the baseline's.
+
+    The baseline is that of the same runtime and number of threads; `deployed` names the runtime that one would use,
+    `device` the machine.
+    """
+    rows = []
+    for (runtime_name, count), timed in timings.items():
+        reference = timed[baseline]
+        rows += [
+            {"runtime": runtime_name, "threads": count, "method": method, "deployed": runtime_name == deployed,
+             **{name: round(seconds, 5) for name, seconds in _spread(timing).items()},
+             "saving_percent": round(100 * (1 - timing.median / reference.median), 1),
+             "times_faster": round(reference.median / timing.median, 2),
+             "times_faster_unet": round(median(reference.unet) / median(timing.unet), 2),
+             **{f"{name}_seconds": round(seconds, 5) for name, seconds in _parts(timing).items()},
+             "batch": batch, "repeats": len(timing.unet), "device": device}
+            for method, timing in timed.items()
+        ]  # fmt: skip
+    return rows
+
+
 def compare_times(rows: list[dict], baseline: str, unet_seconds: dict[int, dict[int, float]]) -> list[dict]:
-    """Rows of `time_grid` beside those of the guided sampler `baseline`: what is saved, and how much could be.
+    """Rows of `time_grid` beside those of the guided method `baseline`: what is saved, and how much could be.
 
     `unet_seconds` are those of `time_unet` for each resolution, at the batch sizes of the grid and at twice these.
     The bound is for one pass instead of two and not for fewer steps.
     """
-    guided = {(row["resolution"], row["batch"]): row for row in rows if row["sampler"] == baseline}
+    guided = {(row["resolution"], row["batch"]): row for row in rows if row["method"] == baseline}
     compared = []
     for row in rows:
         reference, seconds = guided[row["resolution"], row["batch"]], unet_seconds[row["resolution"]]
-        unet_share = reference["unet"] / reference["seconds"]
+        unet_share = reference["unet"] / reference["seconds_an_image"]
         rho = seconds[row["batch"]] / seconds[2 * row["batch"]]
+        saving = 1 - row["seconds_an_image"] / reference["seconds_an_image"]
         compared.append(
             {**row, "unet_share": unet_share, "rho": rho,
              "bound_percent": 100 * saving_bound(unet_share, rho) if row["steps"] == reference["steps"] else None,
-             "saving_percent": 100 * (1 - row["seconds"] / reference["seconds"])}
+             "saving_percent": 100 * saving}
         )  # fmt: skip
-    return compared
+    return [{name: round(v, 5) if isinstance(v, float) else v for name, v in row.items()} for row in compared]
 
 
 def saving_bound(unet_share: float, rho: float) -> float:

@@ -140,9 +140,3 @@ def read_images(path: Path, rows: list[dict]) -> np.ndarray:
     sheet = np.asarray(Image.open(path).convert("RGB"))
     h, w = sheet.shape[0] // lines, sheet.shape[1] // columns
     return sheet.reshape(lines, h, columns, w, 3).transpose(0, 2, 1, 3, 4).reshape(-1, h, w, 3)
-
-
-def interval(proportion: Any) -> dict[str, float]:
-    """The columns low, high and n of a `metrics.Proportion`, from which error bars are drawn."""
-    low, high = proportion.interval
-    return {"low": low, "high": high, "n": proportion.count}

@@ -46,6 +46,11 @@ def test_the_interval_of_all_or_nothing_is_not_a_point(value):
     assert 0 <= low < high <= 1 and high - low == pytest.approx(3.84146 / (50 + 3.84146), rel=1e-3)
 
 
+def test_a_table_has_the_interval_and_n_of_a_share():
+    proportion = Proportion(0.8, 10)
+    assert proportion.columns == dict(zip(("low", "high", "n"), (*proportion.interval, 10), strict=True))
+
+
 def test_a_proportion_reads_as_one_line():
     assert str(Proportion(0.5, 100)) == "50.0 % (40.4 to 59.6, N = 100)"
 

@@ -1,15 +1,24 @@
 """Seconds per image: what the timer holds and in which turns, on a clock whose every second is known."""
 
-import csv
-
 import pytest
 import torch
 
 from lora_distill.judge import timing
-from lora_distill.judge.timing import compare_times, runtime, saving_bound, time_grid, time_samplers
+from lora_distill.judge.timing import (
+    Timing,
+    compare_times,
+    method_rows,
+    runtime,
+    saving_bound,
+    thread_counts,
+    time_grid,
+    time_runtimes,
+    time_samplers,
+    unet_rows,
+)
 from lora_distill.pipeline import load_pipeline, with_unet
 from lora_distill.sampling import Sampler, initial_noise, sample
-from lora_distill.storage import save_table
+from lora_distill.storage import read_table, save_table
 
 PROMPTS = ["a lion", "an owl", "a bus"]
 
@@ -78,22 +87,55 @@ def test_a_grid_has_a_row_a_contestant_batch_and_resolution_and_is_a_table(pipe,
     assert [(row["resolution"], row["batch"]) for row in rows] == [(64, 1), (64, 4), (32, 1), (32, 4)]
     assert [shape for _, shape, _ in clock.calls[::3]] == [(1, 4, 8, 8), (4, 4, 8, 8), (1, 4, 4, 4), (4, 4, 4, 4)]
     assert rows[0] == {
-        "sampler": "two passes", "resolution": 64, "batch": 1,
-        "steps": 3, "unet_passes": 6, "device": "cpu", "dtype": "float32", "runtime": "PyTorch",
-        "threads": torch.get_num_threads(),
-        "seconds": 162.0, "least": 162.0, "greatest": 162.0, "text_encoder": 2.0, "unet": 60.0, "vae": 100.0,
-        "repeats": 2, "warm_ups": 1,
+        "method": "two passes", "seconds_an_image": 162.0, "lowest": 162.0, "highest": 162.0,
+        "resolution": 64, "batch": 1, "steps": 3, "unet_passes": 6, "device": "cpu", "dtype": "float32",
+        "runtime": "PyTorch", "threads": torch.get_num_threads(),
+        "text_encoder": 2.0, "unet": 60.0, "vae": 100.0, "repeats": 2, "warm_ups": 1,
     }  # fmt: skip
     save_table(tmp_path / "times.csv", rows)
-    with (tmp_path / "times.csv").open() as file:
-        assert [float(row["seconds"]) for row in csv.DictReader(file)] == [row["seconds"] for row in rows]
+    assert read_table(tmp_path / "times.csv") == rows
+
+
+def test_what_was_measured_before_is_not_timed_again(pipe, clock):
+    before = {"one": Timing([1.0] * 5, [2.0] * 5, [3.0] * 5)}
+    rows = time_grid({"one": (pipe, Sampler(1))}, PROMPTS, [1, 2], [64], repeats=2, measured={(64, 1): before})
+    assert [(row["batch"], row["seconds_an_image"], row["repeats"]) for row in rows] == [(1, 6.0, 5), (2, 111.0, 2)]
+    assert {shape[0] for _, shape, _ in clock.calls} == {2}
+
+
+def test_every_runtime_is_timed_on_one_thread_and_on_all(pipe, clock):
+    counts = thread_counts()
+    assert counts == sorted({1, torch.get_num_threads()})
+    timings = time_runtimes({"a": {"one": (pipe, Sampler(1))}, "b": {"two": (pipe, Sampler(2))}}, PROMPTS[:1], 2)
+    assert list(timings) == [(name, count) for name in "ab" for count in counts]
+    assert timings["b", 1]["two"].unet == [20.0] * 2 and timings["a", counts[-1]]["one"].unet == [10.0] * 2
+    assert torch.get_num_threads() == counts[-1], "as it was before"
+
+
+def test_a_method_is_compared_with_the_baseline_of_its_runtime_and_threads():
+    timings = {
+        ("PyTorch", 1): {"teacher": Timing([1.0], [8.0], [1.0]), "student": Timing([1.0], [4.0], [1.0])},
+        ("ONNX Runtime", 1): {"teacher": Timing([1.0], [4.0], [1.0]), "student": Timing([1.0], [1.0], [1.0])},
+    }
+    rows = method_rows(timings, "teacher", "ONNX Runtime", batch=8, device="a CPU")
+    assert [row["saving_percent"] for row in rows] == [0.0, 40.0, 0.0, 50.0]
+    assert [row["times_faster"] for row in rows] == [1.0, 1.67, 1.0, 2.0]
+    assert [row["times_faster_unet"] for row in rows] == [1.0, 2.0, 1.0, 4.0]
+    assert [row["deployed"] for row in rows] == [False, False, True, True]
+    assert rows[1] == rows[1] | {"seconds_an_image": 6.0, "unet_seconds": 4.0, "batch": 8, "repeats": 1}
+
+
+def test_a_forward_of_the_unet_is_timed_at_each_batch_size_and_number_of_threads(pipe):
+    rows = unet_rows({"PyTorch": pipe}, [1, 2], repeats=1, device="a CPU")
+    assert [(row["threads"], row["batch"]) for row in rows] == [(t, b) for t in thread_counts() for b in (1, 2)]
+    assert all(row["unet_seconds"] > 0 and row["device"] == "a CPU" for row in rows)
 
 
 def test_a_row_has_the_median_and_the_spread_of_its_repeats(pipe, clock):
     clock.slower = {2: 3, 3: 2}  # from the VAE of the second call, which is the first repeat, to the third's UNet
     row = time_grid({"one pass": (pipe, Sampler(1))}, PROMPTS, [1], [64], repeats=3)[0]
     # repeats: text 1, 1 x 3, 1 x 2; UNet 10 x 3, 10 x 2, 10; VAE 100 x 3, 100 x 2, 100
-    assert (row["least"], row["seconds"], row["greatest"]) == (112.0, 223.0, 331.0)
+    assert (row["lowest"], row["seconds_an_image"], row["highest"]) == (112.0, 223.0, 331.0)
     assert (row["text_encoder"], row["unet"], row["vae"]) == (2.0, 20.0, 200.0)
 
 
@@ -101,7 +143,7 @@ def test_real_times_of_every_resolution_add_up(pipe):
     rows = time_grid({"one": (pipe, Sampler(1)), "two": (pipe, Sampler(1, 2.0))}, PROMPTS, [2], [32, 64], repeats=1)
     for row in rows:
         parts = row["text_encoder"] + row["unet"] + row["vae"]
-        assert 0 < parts == pytest.approx(row["seconds"])
+        assert 0 < parts == pytest.approx(row["seconds_an_image"])
 
 
 def test_another_resolution_is_another_latent_and_the_default_is_the_unets_own(pipe):
@@ -147,7 +189,7 @@ def test_shares_and_ratios_that_cannot_be_are_refused(f, rho, says):
 
 def test_savings_stand_beside_the_bound_of_the_measured_times():
     rows = [
-        {"sampler": name, "resolution": 64, "batch": 8, "steps": steps, "seconds": seconds, "unet": unet}
+        {"method": name, "resolution": 64, "batch": 8, "steps": steps, "seconds_an_image": seconds, "unet": unet}
         for name, steps, seconds, unet in (("guided", 25, 2.0, 1.6), ("one pass", 25, 1.5, 1.1), ("few", 4, 0.5, 0.1))
     ]
     guided, one_pass, few = compare_times(rows, "guided", {64: {8: 0.6, 16: 1.0}})

@@ -1,0 +1,290 @@
+"""The tables of notebooks 02 to 04: every number in a row follows from the judgements, logs and timings given."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from lora_distill.data.teacher import Prompts, scene_prompts
+from lora_distill.judge import tables
+from lora_distill.judge.judge import Judge, Method, distance_floor, drawn, judge_methods
+from lora_distill.judge.metrics import FrechetDistance, Proportion, compare, fidelity, inception_score, psnr
+from lora_distill.pipeline import load_pipeline
+from lora_distill.sampling import Sampler
+
+PROMPTS, REAL = scene_prompts("noto", "test", 8, seed=0), drawn("noto", "test", 60, seed=1)
+GUIDED, SINGLE = Sampler(25, 3.0), Sampler(25)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return load_pipeline("bundled")
+
+
+@pytest.fixture(scope="module")
+def judge(pipe):
+    return Judge(pipe, PROMPTS, REAL)
+
+
+@pytest.fixture(scope="module")
+def qualities(judge):
+    """The judgements of what was asked for, and of two other sets of drawings."""
+    asked = drawn("noto", "test", 8, seed=0)
+    return [judge.judge_images(images) for images in (asked, *(drawn("fluent", "test", 8, seed) for seed in (3, 4)))]
+
+
+def columns(rows, *names):
+    return [tuple(row[name] for name in names) for row in rows]
+
+
+# ---------------------------------------------------------------------------------------------- judging methods
+
+
+def test_each_seed_of_sampling_takes_the_next_training():
+    called = []
+    judged = judge_methods(
+        lambda sampler, seed, pipe: called.append((sampler, seed, pipe)) or seed,
+        {"teacher": Method(GUIDED, "pipe"), "student": Method(SINGLE, "pipe", ["one", "two"])},
+        [0, 1, 2],
+        lambda pipe, adapter: (pipe, adapter),
+    )
+    assert judged == {"teacher": [0, 1, 2], "student": [0, 1, 2]}
+    assert [(seed, adapter) for sampler, seed, (_, adapter) in called if sampler == GUIDED] == [
+        *((0, None), (1, None), (2, None))
+    ]
+    assert [(seed, adapter) for sampler, seed, (_, adapter) in called if sampler == SINGLE] == [
+        *((0, "one"), (1, "two"), (2, "one"))
+    ]
+
+
+def test_the_floor_is_the_distance_of_other_real_images_and_photographs_have_none():
+    distance = FrechetDistance(REAL)
+    assert distance_floor(distance, PROMPTS, seed=5) == distance(drawn("noto", "test", 8, seed=5))
+    assert distance_floor(distance, Prompts(None, ["a dog"]), seed=5) is None
+
+
+# ---------------------------------------------------------------------------------------------- curves
+
+
+def test_a_guidance_scale_has_its_share_and_distance_with_their_intervals(judge, qualities):
+    asked, other, _ = qualities
+    one, two = tables.guidance_rows({1.0: other, 3.0: asked}, judge, teacher_scale=3.0)
+    low, high = Proportion(1.0, 8).interval
+    assert (two["all_correct"], two["low"], two["high"], two["n"]) == (1.0, low, high, 8)
+    ends = judge.distance_interval(other)
+    assert (one["fd_efficientnet_lite0_low"], one["fd_efficientnet_lite0_high"]) == ends
+    assert one["fd_efficientnet_lite0"] == other.frechet_distance and one["all_correct"] == 0.0
+    assert columns([one, two], "guidance_scale", "teacher_guidance_scale") == [(1.0, 3.0), (3.0, 3.0)]
+
+
+LOG = [
+    {"step": 0, "all_correct": 0.5, "fd_efficientnet_lite0": 90.0},
+    {"step": 10, "loss": 0.3},
+    {"step": 20, "loss": 0.2},
+    {"step": 20, "all_correct": 0.75, "fd_efficientnet_lite0": 80.0},
+]
+
+
+def test_milestones_are_the_measurements_of_a_log_and_the_teacher_comes_last_without_a_step(judge, qualities):
+    rows = tables.milestone_rows({"LoRA": LOG}, qualities[0], judge)
+    assert columns(rows, "method", "step", "all_correct", "n") == [
+        *(("LoRA", 0, 0.5, 8), ("LoRA", 20, 0.75, 8), ("teacher, two passes", None, 1.0, 8))
+    ]
+    assert [row["fd_efficientnet_lite0_low"] is None for row in rows] == [True, True, False]
+    assert len({tuple(row) for row in rows}) == 1, "all rows have the same columns"
+
+
+def test_losses_are_the_other_lines_of_a_log():
+    assert tables.loss_rows({"LoRA": LOG}) == [
+        {"method": "LoRA", "step": 10, "loss": 0.3},
+        {"method": "LoRA", "step": 20, "loss": 0.2},
+    ]
+
+
+def test_a_point_of_content_knows_whether_training_made_it():
+    content = {"DDIM": {1: Proportion(0.25, 8)}, "LCM-LoRA": {1: Proportion(0.5, 8), 4: Proportion(1.0, 8)}}
+    rows = tables.passes_rows(content, ["LCM-LoRA"])
+    assert columns(rows, "method", "unet_passes", "content", "trained") == [
+        *(("DDIM", 1, 0.25, False), ("LCM-LoRA", 1, 0.5, True), ("LCM-LoRA", 4, 1.0, True))
+    ]
+    assert rows[1] | Proportion(0.5, 8).columns == rows[1]
+    overview = tables.passes_overview(content)
+    assert overview.loc["LCM-LoRA", 4] == "100.0 %" and overview.loc["DDIM", 4] == ""
+
+
+# ---------------------------------------------------------------------------------------------- quality
+
+
+def test_a_row_of_quality_is_the_mean_and_deviation_over_its_seeds(pipe, judge, qualities):
+    asked, *others = qualities
+    methods = {"teacher, two passes": Method(GUIDED, pipe), "LoRA student": Method(SINGLE, pipe, ["a", "b"])}
+    judged = {"teacher, two passes": [asked, asked], "LoRA student": others}
+    teacher, student = tables.quality_rows(judged, methods, judge, floor=43.6421, key="all")
+    distances = [quality.frechet_distance for quality in others]
+    assert student["fd_efficientnet_lite0"] == round(np.mean(distances), 2)
+    assert student["fd_efficientnet_lite0_sd"] == round(np.std(distances), 2)
+    assert student["psnr_to_teacher_db"] == round(np.mean([psnr(q.images, asked.images) for q in others]), 2)
+    assert teacher["psnr_to_teacher_db"] is None and teacher["all_correct_percent"] == 100
+    assert columns([teacher, student], "n", "seeds", "trainings", "reference_n", "unet_passes") == [
+        *((8, 2, 1, 60, 50), (8, 2, 2, 60, 25))
+    ]
+    assert tuple(student) == tables.QUALITY["all"] and student["fd_efficientnet_lite0_floor"] == 43.64
+
+
+def test_a_row_of_few_steps_has_the_content_and_the_style_where_it_is_known(pipe, judge, qualities):
+    asked, other, _ = qualities
+    unread = [replace(quality, alignment={"content": quality.alignment["content"]}) for quality in (asked, other)]
+    methods = {"base": Method(GUIDED, pipe), "photographs": Method(SINGLE, pipe)}
+    base, photographs = tables.quality_rows(
+        {"base": [asked, other], "photographs": unread}, methods, judge, None, "content"
+    )
+    assert (base["content_percent"], base["content_sd"], base["flickr_style_percent"]) == (50, 50, 50)
+    assert photographs["flickr_style_percent"] is None and photographs["fd_efficientnet_lite0_floor"] is None
+    assert tuple(base) == tuple(photographs) == tables.QUALITY["content"]
+
+
+# ---------------------------------------------------------------------------------------------- more measures
+
+
+@pytest.fixture(scope="module")
+def image_set(qualities):
+    asked, *others = [quality.images for quality in qualities]
+    rows = {"base, guided": {"trainings": 1, "unet_passes": 50}, "LCM": {"trainings": 2, "unet_passes": 4}}
+    images = {"base, guided": [asked, asked], "LCM": others}
+    return tables.ImageSet(images, rows, PROMPTS, REAL, key="content", baseline="base, guided")
+
+
+def test_every_measure_of_a_method_is_the_mean_over_its_seeds(image_set):
+    base, lcm = tables.measure_rows("few steps", image_set, seed=0)
+    judge = FrechetDistance(REAL, layers=["block10", "head", "logits"])
+    features = [judge.features(images) for images in image_set.images["LCM"]]
+    scores = [compare(one, judge.reference, seed=0) for one in features]
+    for short in ("KID", "precision", "recall"):
+        values = [one[f"{short}-EfficientNet-Lite0"].value for one in scores]
+        name = f"{short.lower()}_efficientnet_lite0"
+        assert (lcm[name], lcm[f"{name}_sd"]) == pytest.approx((np.mean(values), np.std(values)), abs=5e-5)
+    sure = [inception_score(one, splits=2).value for one in features]
+    assert lcm["is_efficientnet_lite0"] == pytest.approx(np.mean(sure), abs=5e-5)
+    asked = image_set.images["base, guided"][0]
+    near = [
+        fidelity(*pair, *[judge.features(images) for images in pair])
+        for pair in zip(image_set.images["LCM"], [asked] * 2, strict=True)
+    ]
+    assert lcm["psnr_to_teacher_db"] == pytest.approx(np.mean([one["PSNR to teacher"].value for one in near]), abs=5e-5)
+    assert (base["psnr_to_teacher_db"], base["fd_efficientnet_lite0_to_teacher"]) == (None, None)
+    assert (base["alignment_percent"], lcm["trainings"], lcm["unet_passes"], lcm["reference_n"]) == (100, 2, 4, 60)
+    assert base["fd_efficientnet_lite0_floor"] == round(judge(drawn("noto", "test", 8, seed=2)), 4)
+
+
+def test_photographs_have_no_alignment_no_floor_and_no_place_on_the_front(image_set):
+    photographs = image_set._replace(prompts=Prompts(None, PROMPTS.captions))
+    row = tables.measure_rows("few steps", photographs, seed=0)[0]
+    assert [row[name] for name in ("alignment_percent", "alignment_sd", "fd_efficientnet_lite0_floor")] == [None] * 3
+    sets = {"guided distillation": photographs, "few steps": photographs}
+    assert tables.front_rows([], sets) == []
+
+
+def test_the_front_is_the_curves_and_the_points_that_they_lack_in_the_order_of_passes(image_set):
+    sets = {"guided distillation": image_set._replace(images={}), "few steps": image_set}
+    curves = tables.passes_rows({"teacher": {50: Proportion(1.0, 8)}, "DDIM, one pass": {1: Proportion(0.5, 8)}}, [])
+    rows = tables.front_rows(curves, sets)
+    assert columns(rows, "method", "unet_passes", "content", "trained") == [
+        *(("DDIM, one pass", 1, 0.5, False), ("LCM, all weights", 4, 0.0, True), ("DDIM, guided", 50, 1.0, False))
+    ]
+    assert curves[0]["method"] == "teacher", "what was given stays as it was"
+
+
+# ---------------------------------------------------------------------------------------------- notebook 04
+
+
+TIMES = [
+    {"runtime": runtime, "threads": threads, "method": method, "deployed": runtime == "ONNX Runtime",
+     "seconds_an_image": seconds, "lowest": seconds, "highest": 2 * seconds, "saving_percent": saved,
+     "times_faster": faster, "times_faster_unet": faster, "vae_seconds": 0.01, "batch": 8, "repeats": 5}
+    for runtime in ("PyTorch", "ONNX Runtime") for threads in (1, 2)
+    for method, seconds, saved, faster in (
+        ("teacher, two passes", 0.3 / threads, 0.0, 1.0), ("LoRA student, merged", 0.2, 10.0 * threads, 1.5),
+        ("LCM-LoRA 8k", 0.1, 66.7, 3.0),
+    )
+]  # fmt: skip
+
+
+def test_our_speed_is_that_of_what_is_deployed_on_one_thread():
+    assert columns(tables.speed_rows(TIMES), "source", "method", "seconds") == [
+        ("slides, 2.4 times", "base", 2.07),
+        ("slides, 2.4 times", "LCM-LoRA", 0.86),
+        ("here, 3.0 times", "base", 0.3),
+        ("here, 3.0 times", "LCM-LoRA", 0.1),
+    ]
+
+
+def test_the_slides_distances_stand_before_ours():
+    ours = {"method": "LCM", "fd_efficientnet_lite0": 5.0, "fd_efficientnet_lite0_sd": 1.0,
+            "fd_efficientnet_lite0_floor": 2.0, "n": 8, "seeds": 3}  # fmt: skip
+    rows = tables.distance_rows([ours])
+    assert [row["distance"] for row in rows] == [None, None, 26.95, 24.85, 5.0]
+    assert [row["metric"] for row in rows[-2:]] == ["FID", "FD-EfficientNet-Lite0"] and rows[-1]["seeds"] == 3
+
+
+def test_results_say_the_seconds_of_each_runtime_and_the_range_of_the_grid():
+    grid = [
+        {"method": method, "batch": batch, "resolution": side, "saving_percent": saved, "threads": 2}
+        for method, batch, side, saved in (
+            *(("LoRA student, merged", 1, 64, 31.2), ("LoRA student, merged", 16, 96, 46.8)),
+            ("LCM-LoRA, 4 steps", 16, 96, 86.0),
+        )
+    ]
+    saved = "-10 % on 1 thread(s), -20 % on 2 thread(s)"
+    assert tables.seconds_results(TIMES, grid) == {
+        "seconds an image, merged student against teacher, batch 8, PyTorch": saved,
+        "seconds an image, merged student against teacher, batch 8, ONNX Runtime": saved,
+        "times faster at batch 8, LCM-LoRA 8k, merged, 4 steps": "3.0 on 1 thread(s), 3.0 on 2 thread(s)",
+        "saved by one pass, batch 1 to 16, 64 and 96 px": "31 to 47 % on 2 thread(s)",
+    }
+
+
+def test_results_of_guided_distillation_name_the_share_of_trained_parameters():
+    rows = [
+        {"method": name, "all_correct_percent": percent, "unet_passes": passes}
+        for name, percent, passes in (
+            *(("teacher, two passes", 97.22, 50), ("LoRA student", 97.78, 25)),
+            *(("full copy", 97.5, 25), ("no guidance", 64.44, 25)),
+        )
+    ]
+    found = tables.guided_results(rows, trained=8, frozen=1000)
+    assert found["trained parameters"] == "0.80 % of the UNet"
+    assert found["UNet passes an image, teacher and student"] == "50 and 25"
+    assert found["all correct, one pass without guidance"] == "64.4 %"
+
+
+def test_results_are_saved_under_their_title(tmp_path):
+    shown = tables.save_results(tmp_path / "02_results.json", "a title", {"a number": "3 %"})
+    assert json.loads((tmp_path / "02_results.json").read_text()) == {"a title": {"a number": "3 %"}}
+    assert shown.loc["a number", "a title"] == "3 %"
+
+
+# ---------------------------------------------------------------------------------------------- tables to read
+
+
+def test_an_overview_writes_means_with_their_deviation_and_leaves_out_what_was_not_measured():
+    rows = [
+        {"method": "teacher", "unet_passes": 50, "all_correct_percent": 97.22, "all_correct_sd": 0.79,
+         "flickr_style_percent": None, "psnr_to_teacher_db": None, "n": 60},
+        {"method": "student", "unet_passes": 25, "all_correct_percent": 97.78, "all_correct_sd": 0.8,
+         "flickr_style_percent": None, "psnr_to_teacher_db": 24.25, "n": 60},
+    ]  # fmt: skip
+    overview = tables.overview(rows)
+    assert list(overview.columns) == ["passes", "all correct, %", "PSNR to teacher, dB"]
+    assert list(overview.loc["teacher"]) == ["50", "97.2 ± 0.8", ""]
+    assert list(overview.loc["student"]) == ["25", "97.8 ± 0.8", "24.2"]
+
+
+def test_a_caption_says_what_the_table_rests_on(pipe):
+    row = {"n": 60, "seeds": 3, "trainings": 1, "reference_n": 1000, "fd_efficientnet_lite0_floor": 43.64}
+    assert tables.caption([row, row | {"trainings": 3}], Method(GUIDED, pipe)) == (
+        "N = 60 prompts x 3 seeds (students: 3 trainings), against 1000 real images; DDIM, 25 steps, w = 3, float32; "
+        "FD-EfficientNet-Lite0 of real against real at this N: 43.6"
+    )
+    bare = tables.caption([row | {"fd_efficientnet_lite0_floor": None}], Method(Sampler(4, scheduler="dpm++"), pipe))
+    assert bare == "N = 60 prompts x 3 seeds, against 1000 real images; DPMSolverMultistep, 4 steps, w = 1, float32"
