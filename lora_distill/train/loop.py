@@ -156,7 +156,9 @@ class TrainingStep:
         )
         # float32 parameters are their own masters
         self.masters = dict(zip(self.parameters, self.adamw.masters, strict=True))
-        self.model, self.optimizer = self.accelerator.prepare(objective, self.adamw)
+        # what lies on the device is not moved: tensors without values, as memory/ has them, cannot be
+        away = any(t.device != self.accelerator.device for t in (*objective.parameters(), *objective.buffers()))
+        self.model, self.optimizer = self.accelerator.prepare(objective, self.adamw, device_placement=[away, True])
 
     def __call__(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Do the step; return the loss of the batch and its scalars."""
