@@ -119,10 +119,10 @@ class Judge:
     def pictures(
         self, sampler: Sampler, seed: int, count: int, pipe: StableDiffusionPipeline | None = None
     ) -> np.ndarray:
-        """The images (count, h, w, 3) uint8 of the first prompts alone, to look at: the same noise as in `__call__`."""
-        pipe, rows = pipe or self.pipe, slice(count)
-        noise = initial_noise(pipe, count, seed)
-        embeds = self.prompt_embeds[rows], self.empty_embeds
+        """Images (n, h, w, 3) uint8 of the first `count` prompts alone, to look at: the same noise as in `__call__`."""
+        pipe, prompt_embeds = pipe or self.pipe, self.prompt_embeds[:count]
+        noise = initial_noise(pipe, len(prompt_embeds), seed)
+        embeds = prompt_embeds, self.empty_embeds
         latents = sample_in_batches(pipe, sampler, noise, *embeds, seed, self.batch_size)
         return decode_latents(pipe, latents, self.batch_size)
 
