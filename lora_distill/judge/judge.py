@@ -76,13 +76,21 @@ class Judge:
 
     def __call__(self, sampler: Sampler, seed: int, pipe: StableDiffusionPipeline | None = None) -> Quality:
         """Sample the prompts from noise that depends on the seed alone, and judge the images."""
-        pipe = pipe or self.pipe
-        return self.judge_images(decode_latents(pipe, self._latents(pipe, sampler, seed), self.batch_size))
+        return self.judge_images(self.images(sampler, seed, pipe))
 
-    def _latents(self, pipe: StableDiffusionPipeline, sampler: Sampler, seed: int) -> Tensor:
+    def images(
+        self, sampler: Sampler, seed: int, pipe: StableDiffusionPipeline | None = None, count: int | None = None
+    ) -> np.ndarray:
+        """The images (n, h, w, 3) uint8 that are judged, or those of the first `count` prompts alone."""
+        pipe = pipe or self.pipe
+        return decode_latents(pipe, self._latents(pipe, sampler, seed, count), self.batch_size)
+
+    def _latents(self, pipe: StableDiffusionPipeline, sampler: Sampler, seed: int, count: int | None) -> Tensor:
+        captions = self.prompts.captions[:count]
+
         def make() -> dict[str, Tensor]:
-            noise = initial_noise(pipe, len(self.prompts), seed)
-            embeds = self.prompt_embeds, self.empty_embeds
+            noise = initial_noise(pipe, len(captions), seed)
+            embeds = self.prompt_embeds[:count], self.empty_embeds
             return {"latents": sample_in_batches(pipe, sampler, noise, *embeds, seed, self.batch_size)}
 
         if self.cache_dir is None or sampler.adapter:  # an adapter that plays may still be in training
@@ -90,7 +98,7 @@ class Judge:
         key = cache_key(
             version=JUDGED,
             pipeline=[fingerprint(pipe), type(pipe.unet).__name__, pipe.unet.device.type],
-            captions=self.prompts.captions,
+            captions=captions,
             sampler=repr(sampler),
             seed=seed,
         )
