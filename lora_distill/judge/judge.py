@@ -86,13 +86,21 @@ class Judge:
 
     def __call__(self, sampler: Sampler, seed: int, pipe: StableDiffusionPipeline | None = None) -> Quality:
         """Sample the prompts from noise that depends on the seed alone, and judge the images."""
-        pipe = pipe or self.pipe
-        return self.judge_images(decode_latents(pipe, self._latents(pipe, sampler, seed), self.batch_size))
+        return self.judge_images(self.images(sampler, seed, pipe))
 
-    def _latents(self, pipe: StableDiffusionPipeline, sampler: Sampler, seed: int) -> Tensor:
+    def images(
+        self, sampler: Sampler, seed: int, pipe: StableDiffusionPipeline | None = None, count: int | None = None
+    ) -> np.ndarray:
+        """The images (n, h, w, 3) uint8 that are judged, or those of the first `count` prompts alone."""
+        pipe = pipe or self.pipe
+        return decode_latents(pipe, self._latents(pipe, sampler, seed, count), self.batch_size)
+
+    def _latents(self, pipe: StableDiffusionPipeline, sampler: Sampler, seed: int, count: int | None) -> Tensor:
+        captions = self.prompts.captions[:count]
+
         def make() -> dict[str, Tensor]:
-            noise = initial_noise(pipe, len(self.prompts), seed)
-            embeds = self.prompt_embeds, self.empty_embeds
+            noise = initial_noise(pipe, len(captions), seed)
+            embeds = self.prompt_embeds[:count], self.empty_embeds
             return {"latents": sample_in_batches(pipe, sampler, noise, *embeds, seed, self.batch_size)}
 
         if self.cache_dir is None or sampler.adapter:  # an adapter that plays may still be in training
@@ -100,7 +108,7 @@ class Judge:
         key = cache_key(
             version=JUDGED,
             pipeline=[fingerprint(pipe), type(pipe.unet).__name__, pipe.unet.device.type],
-            captions=self.prompts.captions,
+            captions=captions,
             sampler=repr(sampler),
             seed=seed,
         )
@@ -115,16 +123,6 @@ class Judge:
             return prompt_alignment(images, self.prompts.scenes, self.reader)
         score = clip_score(images, self.prompts.captions, self.clip, self.pipe.device.type)
         return {"content": replace(score, value=score.value / 100)}  # a cosine, as the reader's shares below 1
-
-    def pictures(
-        self, sampler: Sampler, seed: int, count: int, pipe: StableDiffusionPipeline | None = None
-    ) -> np.ndarray:
-        """Images (n, h, w, 3) uint8 of the first `count` prompts alone, to look at: the same noise as in `__call__`."""
-        pipe, prompt_embeds = pipe or self.pipe, self.prompt_embeds[:count]
-        noise = initial_noise(pipe, len(prompt_embeds), seed)
-        embeds = prompt_embeds, self.empty_embeds
-        latents = sample_in_batches(pipe, sampler, noise, *embeds, seed, self.batch_size)
-        return decode_latents(pipe, latents, self.batch_size)
 
     def milestones(
         self, sampler: Sampler, every: int

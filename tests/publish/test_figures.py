@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 
 from lora_distill import settings
-from lora_distill.judge.metrics import Proportion
 from lora_distill.publish import figures
 from lora_distill.publish.plots import FIGURES
 from lora_distill.settings import Settings
@@ -165,11 +164,6 @@ def test_pdf_is_written_where_it_is_asked_for(checkout):
     first = (folder / "02_difference.pdf").read_bytes()
     figures.redraw(folder, pdf=True)
     assert first.startswith(b"%PDF") and (folder / "02_difference.pdf").read_bytes() == first
-
-
-def test_the_interval_is_wilsons():
-    proportion = Proportion(0.8, 10)
-    assert figures.interval(proportion) == dict(zip(("low", "high", "n"), (*proportion.interval, 10), strict=True))
 
 
 def test_committed_figures_are_those_of_the_list():
