@@ -39,7 +39,8 @@ def live_bytes() -> int:
     """Bytes of all tensors that Python can reach at this moment, each storage once; no garbage is collected first."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of deprecated things that merely exist
-        tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+        tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
+    tensors = [t for t in tensors if t.device.type == "cpu"]  # those on the meta device take no memory
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
