@@ -24,6 +24,7 @@ from lora_distill.sampling import build_scheduler, unet_passes
 from lora_distill.settings import Settings, figures_dir, run_dir
 from lora_distill.storage import atomic_write, read_table
 
+pandas.set_option("display.max_colwidth", None)  # results are sentences: a notebook shows them whole
 EXTRACTOR, FD = "EfficientNet-Lite0", "fd_efficientnet_lite0"
 IS_SPLITS = 2  # of the inception score: few, for the sets are small
 TEACHER, BASE = "teacher, two passes", "base, guided"  # what the students of notebooks 02 and 03 are measured against
