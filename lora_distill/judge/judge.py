@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +24,7 @@ from lora_distill.judge.metrics import FrechetDistance, Proportion, Score, clip_
 from lora_distill.pipeline import decode_latents, encode_prompts, fingerprint, to_uint8
 from lora_distill.sampling import Sampler, initial_noise, sample_in_batches
 from lora_distill.settings import Settings
-from lora_distill.storage import cache_key, cached, load_tensors, save_tensors
+from lora_distill.storage import cache_key, cached, digest, load_tensors, save_tensors
 
 JUDGED = 1  # version of sampled latents, in the keys of their caches: raise it when they change
 
@@ -34,8 +35,17 @@ class Quality:
 
     images: np.ndarray  # (n, h, w, 3) uint8
     alignment: dict[str, Proportion | Score]  # photographs have "content" alone, by CLIP
-    frechet_distance: float  # FD-EfficientNet-Lite0 to the reference images
-    features: Features  # of the images, for `metrics.compare` with the judge's `reference` and for `metrics.fidelity`
+    distance: FrechetDistance  # to the reference images of the judge
+
+    @cached_property
+    def features(self) -> Features:
+        """Of the images, for `metrics.compare` with the judge's `reference` and for `metrics.fidelity`."""
+        return self.distance.features(self.images)
+
+    @cached_property
+    def frechet_distance(self) -> float:
+        """FD-EfficientNet-Lite0 to the reference images."""
+        return distances.frechet_distance(self.features.frechet, self.distance.reference.frechet)
 
     @property
     def all_correct(self) -> Proportion:
@@ -106,9 +116,7 @@ class Judge:
 
     def judge_images(self, images: np.ndarray) -> Quality:
         """The judgement of images that are at hand, one a prompt."""
-        features = self.frechet_distance.features(images)
-        distance = distances.frechet_distance(features.frechet, self.reference.frechet)
-        return Quality(images, self._alignment(images), distance, features)
+        return Quality(images, self._alignment(images), self.frechet_distance)
 
     def _alignment(self, images: np.ndarray) -> dict[str, Proportion | Score]:
         if self.reader:
@@ -116,14 +124,18 @@ class Judge:
         score = clip_score(images, self.prompts.captions, self.clip, self.pipe.device.type)
         return {"content": replace(score, value=score.value / 100)}  # a cosine, as the reader's shares below 1
 
-    def milestones(self, sampler: Sampler, every: int) -> tuple[int, Callable[[int, StableDiffusionPipeline], dict]]:
-        """What a recipe takes as `each`: alignment and distance of the student every so many updates, on seed 0."""
+    def milestones(
+        self, sampler: Sampler, every: int
+    ) -> tuple[int, Callable[[int, StableDiffusionPipeline], dict], str]:
+        """The `milestones` of a recipe: alignment and distance of the student every so many updates, on seed 0."""
 
         def measure(step: int, student: StableDiffusionPipeline) -> dict[str, float]:
             quality = self(sampler, seed=0, pipe=student)
             return {"all_correct": quality.all_correct.value, "fd_efficientnet_lite0": quality.frechet_distance}
 
-        return every, measure
+        reference = digest(self.reference.rows)
+        captions = self.prompts.captions
+        return every, measure, cache_key(sampler=repr(sampler), every=every, captions=captions, reference=reference)
 
     def distance_interval(self, quality: Quality, resamples: int = 100) -> tuple[float, float]:
         """The 95 % bootstrap interval of the Frechet distance over the images; the reference stays as it is."""

@@ -141,7 +141,7 @@ def inception_score(features: Features, splits: int = 10, seed: int = 0) -> Scor
 class FrechetDistance:
     """The Frechet distance, by default FD-EfficientNet-Lite0, to reference images whose features are taken once.
 
-    `reference` is an array (n, h, w, 3) uint8 or a list of such; with `cache_dir` its features are kept there. Further
+    `reference` is an array (n, h, w, 3) uint8 or a list of such; with `cache_dir` all features are kept there. Further
     measures on the same features need `layers`, by default the distance's own alone.
     """
 
@@ -157,15 +157,17 @@ class FrechetDistance:
         self.extractor = load_extractor(extractor, source, device)
         self.layers = tuple(layers or [LAYERS[extractor].frechet])
         self.name = metric_name("FD", extractor)
-        keep = partial(cached_features, cache_dir=cache_dir) if cache_dir else extract
-        self.reference = keep(self.extractor, reference, layers=self.layers)
+        self.cache_dir = cache_dir
+        self.reference = self.features(reference)
 
     def __call__(self, images: np.ndarray | Iterable[np.ndarray]) -> float:
         """The distance of images (n, h, w, 3) uint8 to the reference."""
         return distances.frechet_distance(self.features(images).frechet, self.reference.frechet)
 
     def features(self, images: np.ndarray | Iterable[np.ndarray]) -> Features:
-        """The layers of images (n, h, w, 3) uint8, in one pass over them."""
+        """The layers of images (n, h, w, 3) uint8, in one pass over them; from the cache where they are in it."""
+        if self.cache_dir:
+            return cached_features(self.extractor, images, self.cache_dir, self.layers)
         return extract(self.extractor, images, self.layers)
 
 

@@ -1,102 +1,264 @@
-"""The three accounts side by side, scheme by scheme, and the command that writes them with their provenance."""
+"""Tables of memory and operations: rows of notebook 01, and the command `memory` that writes them with provenance."""
 
 import json
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from itertools import product
+from pathlib import Path
 from typing import Any
 
+import pandas
 import torch
+from diffusers import AutoencoderKL
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
-from lora_distill.memory.account import account
-from lora_distill.memory.flops import step_flops
-from lora_distill.memory.measure import measure_cuda, simulate, track
-from lora_distill.memory.schemes import INFERENCE, TERMS, TRAINING, Inference, Setup, find_scheme
-from lora_distill.settings import Settings, figures_dir
-from lora_distill.shapes import meta_unet, unet_config
-from lora_distill.storage import atomic_write, device_name, manifest, save_table
+from lora_distill import storage
+from lora_distill.memory.account import account, largest_batch
+from lora_distill.memory.measure import Peak, measure_cuda, simulate, track
+from lora_distill.memory.schemes import INFERENCE, TERMS, TRAINING, Scheme, Setup, find_scheme
+from lora_distill.settings import Settings, figures_dir, run_dir
+from lora_distill.shapes import SD15_VAE, meta_unet, unet_config
 
-GB = 1e9
+SIMULATION = 1  # version of what is simulated, in the keys of its cache: raise it when the numbers change
+SIMULATED_WITH = ("torch", "diffusers", "peft", "accelerate")
+GB, TERA = 1e9, 1e12
+RESERVE = 1.5 * GB  # of a card: the CUDA context, the kernels' workspaces and what the allocator cannot place
 BATCHES = (1, 2, 4, 8, 16)
 SMALL = 50e6  # parameters of a UNet that a CPU can train in passing
+READINGS = {  # of "50 % less memory": before, after
+    "before distillation": ("full_finetune", "lora_finetune"),
+    "conventional": ("conventional_distillation", "lora_distillation_shared"),
+    "sharing": ("lora_distillation_separate", "lora_distillation_shared"),
+    "inference": ("guided_batched", "one_pass_merged"),
+}
+CHANGED = (  # schemes of `what_pays`
+    TRAINING["full_finetune"],
+    TRAINING["lora_distillation_shared"],
+    replace(TRAINING["lcm_lora_shared"], label="LCM-LoRA, one W0", precision="mixed"),
+)
+CHANGES = {
+    "gradient checkpointing": {"checkpointing": True},
+    "16-bit base": {"precision": "mixed, 16-bit base"},
+    "16-bit throughout": {"precision": "16-bit"},
+    "8-bit optimizer": {"optimizer": "adamw-8bit"},
+    "int8 base": {"quantised_base": "int8"},
+    "nf4 base": {"quantised_base": "nf4"},
+}
+SAMPLERS = {  # steps, and what each of them runs
+    "guided, 25 steps": (25, "guided_batched"),
+    "one pass, 25 steps, unmerged": (25, "one_pass_unmerged"),
+    "one pass, 25 steps, merged": (25, "one_pass_merged"),
+    "LCM-LoRA, 4 steps, unmerged": (4, "few_step"),
+}
+Config = Mapping[str, Any]
+Rows = list[dict[str, Any]]
+
+# ---------------------------------------------------------------------------------------------- on paper
 
 
-def compare(name: str, setup: Setup, config: Mapping[str, Any], device: str) -> dict[str, Any]:
-    """One row: a scheme's peak in GB on paper, simulated and measured, with their ratios and the simulation's terms.
+def on_paper(scheme: Scheme, config: Config, **setup: Any) -> float:
+    """Bytes at the peak of a step, by hand; `setup` as in `Setup`."""
+    return sum(account(scheme, Setup(**setup), config).values())
+
+
+def savings(config: Config, batches: Sequence[int] = (1, 4, 16)) -> Rows:
+    """What each reading of "50 % less" saves on paper, in per cent by batch, a row a precision and checkpointing."""
+    rows = []
+    for reading, (before, after) in READINGS.items():
+        trains = before in TRAINING
+        modes = (
+            product(("float32", "mixed", "16-bit"), (False, True))
+            if trains
+            else (("float32", False), ("16-bit", False))
+        )
+        for precision, checkpointing in modes:
+            setup = {"precision": precision, "checkpointing": checkpointing}
+            row = {"reading": reading, **setup}
+            for batch in batches:
+                peaks = [on_paper(find_scheme(name), config, batch=batch, **setup) for name in (before, after)]
+                row[f"batch_{batch}"] = round(100 * (1 - peaks[1] / peaks[0]), 1)
+            rows.append(row)
+    return rows
+
+
+def starred(rows: Rows) -> pandas.DataFrame:
+    """The table of `savings` with a star at half or more."""
+    table = pandas.DataFrame(rows)
+    batches = table.filter(like="batch_").map(lambda saved: f"{saved:.1f}" + "*" * (saved >= 50))
+    return table.assign(**batches)
+
+
+def largest_batches(config: Config, cards: Sequence[int] = (8, 12, 16, 24), most: int = 256) -> Rows:
+    """The largest batch on paper that leaves `RESERVE` free on cards of so many times 2^30 bytes, a row a scheme."""
+    rows = []
+    for (name, scheme), checkpointing in product(TRAINING.items(), (False, True)):
+        setup = Setup(checkpointing=checkpointing)
+        fits = {f"{c}_gb_card": largest_batch(scheme, setup, config, c * 2**30 - RESERVE, most) for c in cards}
+        rows.append({"scheme": name, "checkpointing": checkpointing, **fits})
+    return rows
+
+
+def what_pays(config: Config, batches: Sequence[int] = (1, 16)) -> Rows:
+    """What each change of settings does to a peak on paper, in GB, a row a change and batch, a column a scheme."""
+    rows = []
+    for batch, (change, setup) in product(batches, CHANGES.items()):
+        row = {"change": change, "batch": batch}
+        for scheme in CHANGED:
+            changed = on_paper(scheme, config, batch=batch, **setup) - on_paper(scheme, config, batch=batch)
+            row[scheme.label] = round(changed / GB, 2)
+        rows.append(row)
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------- three ways
+
+
+def simulated(scheme: Scheme, setup: Setup, batches: Iterable[int], config: Config, cache_dir: Path) -> list[Peak]:
+    """`simulate` for every batch, kept in `cache_dir`."""
+    inputs = {
+        "version": SIMULATION,
+        "scheme": repr(scheme),
+        "unet": {key: value for key, value in config.items() if not key.startswith("_")},
+        "packages": {name: storage.versions()[name] for name in SIMULATED_WITH},
+    }
+    keys = {batch: storage.cache_key(setup=repr(replace(setup, batch=batch)), **inputs) for batch in batches}
+    paths = {batch: cache_dir / f"simulated-{key}.json" for batch, key in keys.items()}
+    missing = [batch for batch, path in paths.items() if not path.exists()]
+    if missing:
+        for batch, peak in zip(missing, simulate(scheme, setup, config, *missing), strict=True):
+            storage.atomic_write(paths[batch], json.dumps(asdict(peak)))
+    return [Peak(**json.loads(path.read_text())) for path in paths.values()]
+
+
+def compare(name: str, setup: Setup, batches: Sequence[int], config: Config, device: str, cache_dir: Path) -> Rows:
+    """A row a batch: a scheme's peak in GB on paper, simulated and measured, their ratios, the simulation's terms.
 
     Measured is torch.cuda.max_memory_allocated on a GPU; on a CPU the live tensors of a real step of a small UNet,
     and of a large one nothing. A step that does not fit the GPU has no measurement either.
     """
-    scheme = find_scheme(name)
-    paper, terms = account(scheme, setup, config), simulate(scheme, setup, config)
-    on_paper, simulated = sum(paper.values()), sum(terms.values())
-    measured, reserved = _measured(scheme, setup, config, device)
-    return {
-        "scheme": name,
-        "precision": setup.precision or scheme.precision,
-        "batch": setup.batch,
-        "checkpointing": setup.checkpointing,
-        "account_gb": _gb(on_paper),
-        "simulation_gb": _gb(simulated),
-        "measured_gb": _gb(measured),
-        "reserved_gb": _gb(reserved),
-        "account_to_simulation": round(on_paper / simulated, 4),
-        "account_to_measured": measured and round(on_paper / measured, 4),
-        **{f"{term}_gb": _gb(terms[term]) for term in TERMS},
-    }
+    scheme, rows = find_scheme(name), []
+    for batch, simulation in zip(batches, simulated(scheme, setup, batches, config, cache_dir), strict=True):
+        setup = replace(setup, batch=batch)
+        paper = sum(account(scheme, setup, config).values())
+        measured, reserved = _measured(scheme, setup, config, device)
+        row = {"scheme": name, "precision": setup.precision or scheme.precision}
+        row |= {"batch": batch, "checkpointing": setup.checkpointing}
+        row |= {"account_gb": _gb(paper), "simulation_gb": _gb(simulation.total)}
+        row |= {"measured_gb": _gb(measured), "reserved_gb": _gb(reserved)}
+        row |= {"account_to_simulation": round(paper / simulation.total, 4)}
+        row |= {"account_to_measured": measured and round(paper / measured, 4)}
+        rows.append(row | {f"{term}_gb": _gb(simulation.terms[term]) for term in TERMS})
+    return rows
 
 
-def _measured(scheme, setup: Setup, config: Mapping[str, Any], device: str) -> tuple[float | None, float | None]:
+def _measured(scheme: Scheme, setup: Setup, config: Config, device: str) -> tuple[int | None, int | None]:
     if device.startswith("cuda"):
         try:
-            peak = measure_cuda(scheme, setup, config, device)
+            return measure_cuda(scheme, setup, config, device)
         except torch.OutOfMemoryError:
             return None, None
-        return peak.allocated, peak.reserved
     if sum(p.numel() for p in meta_unet(config).parameters()) > SMALL:
         return None, None
-    return sum(track(scheme, setup, config).values()), None
+    return track(scheme, setup, config)[0].total, None
 
 
 def _gb(size: float | None) -> float | None:
     return None if size is None else float(f"{size / GB:.6g}")
 
 
-def setups(name: str, resolution: int, batches: Iterable[int] = BATCHES) -> list[Setup]:
-    """The setups in which a scheme is reported: every batch, training with and without checkpointing."""
-    modes = (False,) if isinstance(find_scheme(name), Inference) else (False, True)
-    return [Setup(batch, resolution, checkpointing) for checkpointing in modes for batch in batches]
-
-
-def write(settings: Settings, device: str) -> list[str]:
-    """Write figures/<profile>/01_memory_*.csv, 01_flops.csv and a manifest; return the paths.
-
-    The first is named for what it holds: `measured` with a GPU or on a small UNet, `simulated` otherwise.
-    """
-    config, folder = unet_config(settings.pipeline), figures_dir(settings)
-    resolution = 8 * config["sample_size"]
+def three_ways(pipeline: str, device: str, cache_dir: Path) -> Rows:
+    """`compare` of all schemes: SD 1.5 at 512 px with batches 1 and 16, and a pipeline's UNet at its size with 4."""
+    sd15, local = unet_config("sd15-shape"), unet_config(pipeline)
+    cases = [("SD 1.5", name, Setup(), (1, 16), sd15) for name in TRAINING | INFERENCE]
+    cases += [(pipeline, name, Setup(4, 8 * local["sample_size"]), (4,), local) for name in TRAINING | INFERENCE]
     rows = []
-    for name in TRAINING | INFERENCE:
-        for setup in setups(name, resolution):
-            rows.append(compare(name, setup, config, device))
-            print(_line(rows[-1]), flush=True)
+    for unet, *case in tqdm(cases, "simulating", mininterval=2, ncols=100, file=sys.stdout):
+        rows += [{"unet": unet} | row for row in compare(*case, device, cache_dir)]
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------- operations
+
+
+def step_tflop(names: Iterable[str], config: Config, resolution: int, cache_dir: Path) -> dict[str, float]:
+    """TFLOP of one step on one image by scheme, as the simulation counts them."""
+    setup = Setup(1, resolution)
+    return {name: simulated(find_scheme(name), setup, [1], config, cache_dir)[0].flops / TERA for name in names}
+
+
+def decoder_flops(vae_config: Config, resolution: int) -> int:
+    """Operations of decoding one latent to a picture of `resolution` pixels."""
+    with torch.device("meta"):
+        vae = AutoencoderKL.from_config(dict(vae_config))
+        latents = torch.empty(1, vae.config.latent_channels, resolution // 8, resolution // 8)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        vae.decode(latents)
+    return counter.get_total_flops()
+
+
+def image_tflop(step: Mapping[str, float]) -> Rows:
+    """TFLOP of a picture of SD 1.5 at 512 px, a row a sampler; `step` is from `step_tflop`."""
+    decoder = round(decoder_flops(SD15_VAE, 512) / TERA, 3)
+    return [
+        {"sampler": name, "unet_tflop": round(steps * step[scheme], 3), "decoder_tflop": decoder}
+        for name, (steps, scheme) in SAMPLERS.items()
+    ]
+
+
+# ---------------------------------------------------------------------------------------------- what is written
+
+
+def results(config: Config, saved: Rows, compared: Rows) -> dict[str, dict[str, str]]:
+    """The main numbers of notebook 01 as text, from its tables `savings` and `three_ways`."""
+    by_reading = {(row["reading"], row["precision"]): row for row in saved if not row["checkpointing"]}
+    simulation = {(row["scheme"], row["batch"]): row["simulation_gb"] for row in compared if row["unet"] == "SD 1.5"}
+    lcm = ("lcm_lora_script", "lcm_lora_shared")
+    checkpointed = {name: on_paper(TRAINING[name], config, batch=16, checkpointing=True) / GB for name in lcm}
+    worst = max(abs(row["account_to_simulation"] - 1) for row in compared)
+
+    def mixed(reading: str) -> str:
+        return " and ".join(f"{by_reading[reading, 'mixed'][f'batch_{batch}']:.0f} %" for batch in (1, 16))
+
+    at_inference = by_reading["inference", "16-bit"]["batch_1"]
+    lines = {
+        "saved by sharing W0, mixed precision, batch 1 and 16": mixed("sharing"),
+        "saved against conventional distillation, mixed, batch 1 and 16": mixed("conventional"),
+        "saved by LoRA before distillation, mixed, batch 1 and 16": mixed("before distillation"),
+        "saved at inference by dropping guidance, 16-bit, batch 1": f"{at_inference:.0f} %",
+        "LCM-LoRA, batch 1: public script, one 16-bit W0": " and ".join(
+            f"{simulation[name, 1]:.2f} GB" for name in lcm
+        ),
+        "LCM-LoRA, batch 16 with checkpointing: the same": " and ".join(f"{checkpointed[name]:.2f} GB" for name in lcm),
+        "account against simulation, largest difference": f"{100 * worst:.1f} %",
+    }
+    return {"memory of SD 1.5 at 512 px (UNet part)": lines}
+
+
+def write(
+    settings: Settings,
+    device: str,
+    names: Sequence[str] = tuple(TRAINING | INFERENCE),
+    batches: Sequence[int] = BATCHES,
+) -> list[str]:
+    """Write runs/<profile>/figures/01_memory_*.csv, 01_flops.csv and a manifest; return the paths.
+
+    The first is named for what it holds: `measured` with a GPU or on a small UNet, `simulated` otherwise. Training is
+    reported with and without gradient checkpointing.
+    """
+    config, folder, cache_dir = unet_config(settings.pipeline), figures_dir(settings), run_dir(settings) / "cache"
+    resolution, rows = 8 * config["sample_size"], []
+    cases = [(name, again) for name in names for again in ((False, True) if name in TRAINING else (False,))]
+    for name, checkpointing in tqdm(cases, "schemes", mininterval=2, ncols=100, file=sys.stdout):
+        setup = Setup(resolution=resolution, checkpointing=checkpointing)
+        rows += compare(name, setup, batches, config, device, cache_dir)
+    tflop = step_tflop(names, config, resolution, cache_dir)
+    flops = [{"scheme": name, "tflop_an_image_and_step": float(f"{size:.5g}")} for name, size in tflop.items()]
     kind = "measured" if any(row["measured_gb"] is not None for row in rows) else "simulated"
     paths = [folder / f"01_memory_{kind}.csv", folder / "01_flops.csv", folder / "01_memory.json"]
-    save_table(paths[0], [{**row, "device": device_name(device)} for row in rows])
-    save_table(paths[1], flops_table(config, resolution))
-    account_of_run = manifest(settings, kind=kind, unit="GB = 1e9 bytes, the UNet's part of one step")
-    atomic_write(paths[2], json.dumps(account_of_run | {"device": device_name(device)}, indent=2) + "\n")
+    storage.save_table(paths[0], [{**row, "device": storage.device_name(device)} for row in rows])
+    storage.save_table(paths[1], flops)
+    made_by = storage.manifest(settings, kind=kind, unit="GB = 1e9 bytes, the UNet's part of one step")
+    storage.atomic_write(paths[2], json.dumps(made_by | {"device": storage.device_name(device)}, indent=2) + "\n")
     return [str(path) for path in paths]
-
-
-def flops_table(config: Mapping[str, Any], resolution: int) -> list[dict[str, Any]]:
-    """TFLOP of one step on one image, for every scheme."""
-    steps = {name: step_flops(find_scheme(name), Setup(1, resolution), config) for name in TRAINING | INFERENCE}
-    return [{"scheme": name, "tflop_an_image_and_step": float(f"{flops / 1e12:.5g}")} for name, flops in steps.items()]
-
-
-def _line(row: dict[str, Any]) -> str:
-    checkpointing = ", checkpointing" if row["checkpointing"] else ""
-    measured = "" if row["measured_gb"] is None else f", measured {row['measured_gb']:.3g}"
-    return (
-        f"{row['scheme']}, batch {row['batch']}{checkpointing}: "
-        f"account {row['account_gb']:.3g} GB, simulation {row['simulation_gb']:.3g}{measured}"
-    )

@@ -12,6 +12,8 @@ import torch
 
 from lora_distill.adapters import TARGETS
 
+TOKENS = 77  # of a prompt, in every Stable Diffusion
+
 # weights: W0 and every further UNet. lora: A and B. gradients: of what is trained. optimizer: its states, and float32
 # masters of 16-bit weights. casts: 16-bit copies of weights that autocast makes. activations: all else, from tensors
 # kept for backward to those in flight.

@@ -1,10 +1,9 @@
-"""One training or sampling step of each scheme, built from what the project and the public scripts really run.
+"""One training or sampling step of each scheme on zeros: the training loop's own step, and a sampler's UNet passes.
 
-The same step runs on fake tensors, on a CPU and on a GPU; `lora_distill.memory` names the schemes.
+The same step runs on fake tensors, on a CPU and on a GPU; `lora_distill.memory.schemes` names the schemes.
 """
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,83 +15,68 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from lora_distill import diffusion
 from lora_distill.adapters import add_adapter
-from lora_distill.memory.layers import TOKENS
-from lora_distill.memory.schemes import Inference, Precision, Scheme, Setup, Training, check, latent_size, precision_of
+from lora_distill.memory import schemes
+from lora_distill.memory.schemes import TOKENS, Inference, Scheme, Setup, Training
 from lora_distill.shapes import SD15_SCHEDULER, materialise, meta_unet
+from lora_distill.train.loop import Schedule, TrainingStep
 from lora_distill.train.objectives import ConsistencyDistillation, Denoising, GuidanceDistillation
-from lora_distill.train.optimizer import MasterAdamW
 
-ADAPTER = "student"
 Batch = dict[str, Tensor]
 
 
 @dataclass
 class Step:
-    """A scheme made ready: call it to run one step."""
+    """A scheme made ready: call it with the number of images to run one step."""
 
-    run: Callable[[], None]
-    weights: list[Tensor]
-    lora: list[Tensor]
-    trained: list[nn.Parameter]
-    optimizer: MasterAdamW | None = None
+    run: Callable[[Batch], Any]
+    inputs: Callable[[int], Batch]
+    unets: list[UNet2DConditionModel]
+    training: TrainingStep | None = None  # what `run` is, where the scheme trains
 
-    def __call__(self) -> None:
-        self.run()
+    def __call__(self, batch: int) -> None:
+        self.run(self.inputs(batch))
 
 
-def prepare(scheme: Scheme, setup: Setup, config: Mapping[str, Any], device: str) -> Step:
-    """Build a scheme's UNets for a UNet config, with zeros for weights, and its optimizer with its states.
+def prepare(scheme: Scheme, setup: Setup, unet_config: Mapping[str, Any], device: str) -> Step:
+    """Build a scheme's UNets with zeros for weights and, where it trains, the loop's step with AdamW's states.
 
     Raises ValueError for what no run can use, and for settings that only the account knows.
     """
-    check(scheme, setup, config)
+    schemes.check(scheme, setup, unet_config)
     if setup.optimizer != "adamw" or setup.quantised_base != "none":
         raise ValueError("an 8-bit optimizer and a quantised base are settings of the account alone")
-    precision = precision_of(scheme, setup)
-    inputs = make_inputs(scheme, setup, config, device)
-    if isinstance(scheme, Inference):
-        return _prepare_inference(scheme, precision, config, inputs, device)
-    return _prepare_training(scheme, precision, setup.checkpointing, config, inputs, device)
-
-
-def make_inputs(scheme: Scheme, setup: Setup, config: Mapping[str, Any], device: str) -> Batch:
-    """Zeros for everything that a step is given; 16-bit where nothing casts it on the way."""
-    precision, side = precision_of(scheme, setup), latent_size(setup)
+    precision = schemes.precision_of(scheme, setup)
     zeros = partial(torch.zeros, dtype=torch.float32 if precision.autocast else precision.frozen, device=device)
-    return {
-        "latents": zeros(setup.batch, config["in_channels"], side, side),
-        "eps": zeros(setup.batch, config["in_channels"], side, side),
-        "timesteps": torch.zeros(setup.batch, dtype=torch.long, device=device),
-        "guidance_scale": zeros(setup.batch),
-        "inside": torch.arange(setup.batch, device=device),
-        "prompt_embeds": zeros(setup.batch, TOKENS, config["cross_attention_dim"]),
-        "empty_embeds": zeros(1, TOKENS, config["cross_attention_dim"]),
-    }
-
-
-def _prepare_inference(scheme: Inference, precision: Precision, config, inputs: Batch, device: str) -> Step:
-    unet = _unet(config, precision.frozen, device, scheme.rank, scheme.targets, precision.frozen)
-    run = partial(sampling_step, unet.eval(), inputs, scheme.passes, scheme.copies)
-    return Step(run, *_weights_and_lora([unet]), trained=[])
-
-
-def _prepare_training(scheme: Training, precision: Precision, checkpointing, config, inputs: Batch, device) -> Step:
+    empty_embeds = zeros(1, TOKENS, unet_config["cross_attention_dim"])
+    inputs = partial(_inputs, zeros, unet_config["in_channels"], schemes.latent_size(setup), empty_embeds)
+    if isinstance(scheme, Inference):
+        unet = _unet(unet_config, precision.frozen, device, scheme.rank, scheme.targets, precision.frozen).eval()
+        return Step(partial(sampling_step, unet, scheme.passes, scheme.copies), inputs, [unet])
     full = scheme.trains == "unet"
-    dtype = precision.trained if full else precision.frozen
-    student = _unet(config, dtype, device, 0 if full else scheme.rank, scheme.targets, precision.trained).train()
-    if checkpointing:
+    dtype, rank = (precision.trained, 0) if full else (precision.frozen, scheme.rank)
+    student = teacher = _unet(unet_config, dtype, device, rank, scheme.targets, precision.trained).train()
+    if setup.checkpointing:
         student.enable_gradient_checkpointing()
-    teacher = None if scheme.teacher == "none" else student
     if scheme.teacher == "separate":
-        teacher = _unet(config, precision.frozen, device).requires_grad_(False)
-    trained = [p for p in student.parameters() if p.requires_grad]
-    # foreach is what AdamW takes on a GPU by itself; elsewhere it has to be asked
-    optimizer = MasterAdamW(trained, foreach=True)
-    loss = _loss(scheme, precision, student, teacher, inputs, device)
-    run = partial(_train, loss, trained, optimizer)
-    _make_states(trained, optimizer)
-    unets = [student] if teacher is None or teacher is student else [student, teacher]
-    return Step(run, *_weights_and_lora(unets), trained, optimizer)
+        teacher = _unet(unet_config, precision.frozen, device).requires_grad_(False)
+    objective = _objective(scheme, student, teacher, empty_embeds)
+    schedule = Schedule(1, setup.batch, 1e-4, mixed_precision="bf16" if precision.autocast else "no")
+    step = TrainingStep(objective, schedule, device)
+    _like_a_gpus_adamw(step)
+    return Step(step, inputs, [student] if teacher is student else [student, teacher], step)
+
+
+def _inputs(zeros: Callable[..., Tensor], channels: int, side: int, empty_embeds: Tensor, batch: int) -> Batch:
+    """Zeros for everything that a step is given; `zeros` has 16 bits where nothing casts them on the way."""
+    return {
+        "latents": zeros(batch, channels, side, side),
+        "eps": zeros(batch, channels, side, side),
+        "timesteps": torch.zeros(batch, dtype=torch.long, device=empty_embeds.device),
+        "guidance_scale": zeros(batch),
+        "inside": torch.arange(batch, device=empty_embeds.device),
+        "prompt_embeds": zeros(batch, *empty_embeds.shape[1:]),
+        "empty_embeds": empty_embeds,
+    }
 
 
 def _unet(config, dtype, device, rank=0, targets="attention", lora_dtype=torch.float32) -> UNet2DConditionModel:
@@ -100,83 +84,63 @@ def _unet(config, dtype, device, rank=0, targets="attention", lora_dtype=torch.f
     with _disable_current_modes():
         unet = meta_unet(config, dtype)
         if rank:
-            add_adapter(unet, ADAPTER, rank=rank, alpha=rank, targets=targets, dtype=lora_dtype)
+            add_adapter(unet, "student", rank=rank, alpha=rank, targets=targets, dtype=lora_dtype)
     materialise(unet, device)
     return unet
 
 
-def _weights_and_lora(unets: list[UNet2DConditionModel]) -> tuple[list[Tensor], list[Tensor]]:
-    named = [pair for unet in unets for pair in unet.named_parameters()]
-    return [p for name, p in named if "lora_" not in name], [p for name, p in named if "lora_" in name]
+def _objective(scheme: Training, student, teacher, empty_embeds: Tensor) -> nn.Module:
+    if scheme.objective == "consistency" and scheme.teacher == "separate":
+        return ConsistencyOfTheScript(student, teacher)
+    scheduler = DDIMScheduler(**SD15_SCHEDULER)
+    # fake indices cannot read a real table
+    scheduler.alphas_cumprod = torch.full((len(scheduler.alphas_cumprod),), 0.5, device=empty_embeds.device)
+    if scheme.objective == "denoising":
+        return Denoising(student, scheduler)
+    if scheme.objective == "guidance":
+        return GuidanceDistillation(student, teacher, scheduler, 7.5, empty_embeds)
+    return ConsistencyDistillation(student, teacher, scheduler, empty_embeds)
 
 
-def _make_states(trained: list[nn.Parameter], optimizer: MasterAdamW) -> None:
-    """AdamW makes its states in its first step; without this they would be missing when the first step peaks."""
-    for parameter in trained:
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    for parameter in trained:
-        parameter.grad = None
-
-
-def _train(loss: Callable[[], Tensor], trained: list[nn.Parameter], optimizer: MasterAdamW) -> None:
-    """An update as the training loop makes it: forward, backward, clip, step."""
-    loss().backward()
-    nn.utils.clip_grad_norm_(trained, 1.0)
-    optimizer.step()
-    for parameter in trained:
-        parameter.grad = None
+def _like_a_gpus_adamw(step: TrainingStep) -> None:
+    """Foreach, as AdamW takes it on a GPU by itself; and states, which its first step would make after the peak."""
+    step.adamw.param_groups[0]["foreach"] = True
+    for master in step.masters.values():
+        moments = {"exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}
+        step.adamw.state[master] = {"step": torch.tensor(0.0), **moments}
 
 
 # ---------------------------------------------------------------------------------------------- forward passes
 
 
-def _loss(scheme: Training, precision: Precision, student, teacher, inputs: Batch, device: str) -> Callable[[], Tensor]:
-    """The forward passes of a scheme up to its loss, under autocast where its precision says so."""
-    autocast = partial(torch.autocast, torch.device(device).type, torch.bfloat16) if precision.autocast else nullcontext
-    if scheme.objective == "consistency" and scheme.teacher == "separate":
-        return partial(consistency_of_the_script, student, teacher, inputs, autocast)
-    scheduler, empty_embeds = _scheduler(device), inputs["empty_embeds"]
-    if scheme.objective == "denoising":
-        objective = Denoising(student, scheduler)
-    elif scheme.objective == "guidance":
-        objective = GuidanceDistillation(student, teacher, scheduler, 7.5, empty_embeds)
-    else:
-        objective = ConsistencyDistillation(student, teacher, scheduler, empty_embeds)
-    return partial(_under, autocast, lambda: objective(inputs)[0])
-
-
-def _under(context: Callable, call: Callable[[], Tensor]) -> Tensor:
-    with context():
-        return call()
-
-
-def _scheduler(device: str) -> DDIMScheduler:
-    """SD 1.5's, with a table that fake tensors can index."""
-    scheduler = DDIMScheduler(**SD15_SCHEDULER)
-    scheduler.alphas_cumprod = torch.zeros(len(scheduler.alphas_cumprod), device=device)
-    return scheduler
-
-
-def consistency_of_the_script(student, teacher, batch: Batch, autocast: Callable) -> Tensor:
-    """The forward passes of diffusers' LCM-LoRA script for SD 1.5, in its order: student, teacher twice, target.
+class ConsistencyOfTheScript(nn.Module):
+    """The passes of diffusers' train_lcm_distill_lora_sd_wds.py in its order: student, teacher twice, target.
 
     The project's own `ConsistencyDistillation` puts the student last, so that no graph is alive while the others run.
     """
-    x_t, timesteps, embeds = batch["latents"], batch["timesteps"], batch["prompt_embeds"]
-    with autocast():
-        output = student(x_t, timesteps, embeds).sample
-    with torch.no_grad(), autocast():
-        cond = teacher(x_t, timesteps, embeds).sample
-        uncond = teacher(x_t, timesteps, batch["empty_embeds"].expand_as(embeds)).sample
-        x_prev = diffusion.guide(uncond, cond, 7.5).to(x_t.dtype)  # the DDIM step keeps this shape
-    with torch.no_grad(), autocast():
-        target = student(x_prev, timesteps, embeds).sample
-    return diffusion.mean_squared_error(output, target)
+
+    def __init__(self, student: UNet2DConditionModel, teacher: UNet2DConditionModel):
+        super().__init__()
+        self.student, self.teacher = student, teacher
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        x_t, embeds = batch["latents"], batch["prompt_embeds"]
+        output = self._evaluate(self.student, batch, x_t, embeds)
+        with torch.no_grad():
+            cond = self._evaluate(self.teacher, batch, x_t, embeds)
+            uncond = self._evaluate(self.teacher, batch, x_t, batch["empty_embeds"].expand_as(embeds))
+            x_prev = diffusion.guide(uncond, cond, 7.5).to(x_t.dtype)  # the DDIM step keeps this shape
+            target = self._evaluate(self.student, batch, x_prev, embeds)
+        return diffusion.mean_squared_error(output, target), {}
+
+    def _evaluate(self, unet: UNet2DConditionModel, batch: Batch, x_t: Tensor, embeds: Tensor) -> Tensor:
+        output = unet(x_t, batch["timesteps"], embeds).sample
+        torch.clear_autocast_cache()  # the script enters autocast anew for every pass
+        return output
 
 
 @torch.no_grad()
-def sampling_step(unet: UNet2DConditionModel, batch: Batch, passes: int, copies: int) -> Tensor:
+def sampling_step(unet: UNet2DConditionModel, passes: int, copies: int, batch: Batch) -> Tensor:
     """The UNet's part of a sampler's step: one evaluation, two of them, or one of a doubled batch."""
     latents = torch.cat([batch["latents"]] * copies) if copies > 1 else batch["latents"]
     embeds = torch.cat([batch["prompt_embeds"]] * copies) if copies > 1 else batch["prompt_embeds"]

@@ -27,6 +27,7 @@ from lora_distill.train.optimizer import MasterAdamW
 CHECKPOINT = "checkpoint.safetensors"  # of an unfinished training
 RESULT = "result.safetensors"  # of a finished one
 LOG = "log.jsonl"
+Milestones = tuple[int, Callable[..., dict], str]  # every so many updates, what is measured, and a key of it
 
 
 @dataclass(frozen=True)
@@ -70,34 +71,36 @@ def train(
     folder: Path,
     *,
     device: str | torch.device = "cpu",
-    each: tuple[int, Callable[[int], dict]] | None = None,
+    milestones: Milestones | None = None,
     title: str = "training",
 ) -> list[dict]:
     """Minimise `objective(batch) -> (loss, scalars)` over its trainable parameters; return the rows of the log.
 
-    `draw_batch(step, batch_size, generator)` samples a batch. With `each = (n, call)` the dict `call(step)` is added to
-    the log before the first step, after every n-th and after the last.
+    `draw_batch(step, batch_size, generator)` samples a batch. With `milestones = (n, measure, key)` the dict
+    `measure(step)` is added to the log before the first step, after every n-th and after the last; `key` names all that
+    it depends on.
 
     The trained parameters and the log are written to `folder`/result.safetensors. If that file exists, it is loaded and
     nothing is trained; else training goes on from the checkpoint in `folder`, if any. A damaged file is ignored with a
-    warning. Raises ValueError for a file of another schedule.
+    warning, one with other milestones than those asked for silently. Raises ValueError for one of another schedule.
     """
     step = TrainingStep(objective, schedule, device)
-    result = _Result(step.parameters, schedule, folder)
+    every, measure, measured = milestones or (0, None, None)
+    result = _Result(step.parameters, schedule, measured, folder)
     if (log := result.restore()) is not None:
         return log
     masters, adamw, main = step.masters, step.adamw, step.accelerator.is_main_process
     decay = schedule.ema_decay
     ema = EMAModel(masters.values(), decay=decay, use_ema_warmup=True, power=0.75) if decay else None
-    state = _State(masters, adamw, ema, step.accelerator.scaler, schedule, folder)
+    state = _State(masters, adamw, ema, step.accelerator.scaler, schedule, measured, folder)
     first_step, log = state.restore()
     adamw.publish()
     if ema:  # consistency distillation takes its target from the moving average
         objective.moving_average = dict(zip(step.parameters, ema.shadow_params, strict=True))
 
     progress = tqdm(total=schedule.steps, initial=first_step, desc=title, mininterval=2, file=sys.stdout, ncols=100)
-    if each and first_step == 0:
-        log.append({"step": 0, **each[1](0)})
+    if every and first_step == 0:
+        log.append({"step": 0, **measure(0)})
     clock, images = time.perf_counter(), 0
     for update in range(first_step, schedule.steps):
         adamw.param_groups[0]["lr"] = schedule.learning_rate_at(update)
@@ -119,8 +122,8 @@ def train(
             clock, images = time.perf_counter(), 0
             log.append(row)
             progress.set_postfix_str(f"loss {row['loss']:.4f}, {row['images_per_s']:.0f} images/s", refresh=False)
-        if each and (done % each[0] == 0 or done == schedule.steps):
-            log.append({"step": done, **_measured(each[1], done, ema, adamw)})
+        if every and (done % every == 0 or done == schedule.steps):
+            log.append({"step": done, **_at_average(measure, done, ema, adamw)})
             clock, images = time.perf_counter(), 0
         if main and done % schedule.checkpoint_every == 0 and done < schedule.steps:
             state.save(done, log)
@@ -153,7 +156,9 @@ class TrainingStep:
         )
         # float32 parameters are their own masters
         self.masters = dict(zip(self.parameters, self.adamw.masters, strict=True))
-        self.model, self.optimizer = self.accelerator.prepare(objective, self.adamw)
+        # what lies on the device is not moved: tensors without values, as memory/ has them, cannot be
+        away = any(t.device != self.accelerator.device for t in (*objective.parameters(), *objective.buffers()))
+        self.model, self.optimizer = self.accelerator.prepare(objective, self.adamw, device_placement=[away, True])
 
     def __call__(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Do the step; return the loss of the batch and its scalars."""
@@ -169,7 +174,7 @@ class TrainingStep:
         return loss, scalars
 
 
-def _measured(call: Callable[[int], dict], step: int, ema: EMAModel | None, adamw: MasterAdamW) -> dict:
+def _at_average(call: Callable[[int], dict], step: int, ema: EMAModel | None, adamw: MasterAdamW) -> dict:
     """`call(step)` with the weights that training would return now: those of the moving average, if there is one."""
     if ema is None:
         return call(step)
@@ -193,8 +198,8 @@ def peak_memory_mb(device: torch.device) -> float | None:
 # ---------------------------------------------------------------------------------------------- files of a training
 
 
-def _restored(path: Path, schedule: Schedule) -> tuple[dict[str, Tensor], dict] | None:
-    """Tensors and metadata of a file; None if it does not exist or, with a warning, is damaged.
+def _restored(path: Path, schedule: Schedule, measured: str | None) -> tuple[dict[str, Tensor], dict] | None:
+    """Tensors and metadata of a file; None if it does not exist, lacks the milestones or, with a warning, is damaged.
 
     Raises ValueError for a file of another schedule.
     """
@@ -208,7 +213,7 @@ def _restored(path: Path, schedule: Schedule) -> tuple[dict[str, Tensor], dict] 
     metadata = {key: json.loads(text) for key, text in texts.items()}
     if metadata["schedule"] != repr(schedule):
         raise ValueError(f"{path} was made with other settings; delete it, or train into another folder")
-    return tensors, metadata
+    return (tensors, metadata) if measured in (None, metadata["measured"]) else None
 
 
 @dataclass
@@ -217,19 +222,21 @@ class _Result:
 
     parameters: dict[str, nn.Parameter]
     schedule: Schedule
+    measured: str | None  # the key of the milestones in the log
     folder: Path
 
     def save(self, log: list[dict]) -> None:
         """Write the result, then remove the checkpoint."""
-        metadata = {"schedule": json.dumps(repr(self.schedule)), "log": json.dumps(log)}
-        save_tensors(self.folder / RESULT, self.parameters, metadata)
+        metadata = {"schedule": repr(self.schedule), "measured": self.measured, "log": log}
+        texts = {key: json.dumps(value) for key, value in metadata.items()}
+        save_tensors(self.folder / RESULT, self.parameters, texts)
         (self.folder / CHECKPOINT).unlink(missing_ok=True)
         _write_log(self.folder, log)
 
     @torch.no_grad()
     def restore(self) -> list[dict] | None:
         """Load the result into the parameters and return its log; None if there is no result."""
-        if (found := _restored(self.folder / RESULT, self.schedule)) is None:
+        if (found := _restored(self.folder / RESULT, self.schedule, self.measured)) is None:
             return None
         tensors, metadata = found
         for name, p in self.parameters.items():
@@ -247,6 +254,7 @@ class _State:
     ema: EMAModel | None
     scaler: torch.amp.GradScaler | None  # of fp16 training
     schedule: Schedule
+    measured: str | None
     folder: Path
 
     def save(self, step: int, log: list[dict]) -> None:
@@ -257,13 +265,14 @@ class _State:
             shadows = zip(self.parameters, self.ema.shadow_params, strict=True)
             tensors |= {f"ema.{name}": shadow for name, shadow in shadows}
         scaler = self.scaler.state_dict() if self.scaler else None
-        metadata = {"step": step, "schedule": repr(self.schedule), "log": log, "scaler": scaler}
-        save_tensors(self.folder / CHECKPOINT, tensors, {key: json.dumps(value) for key, value in metadata.items()})
+        metadata = {"step": step, "schedule": repr(self.schedule), "measured": self.measured, "log": log}
+        texts = {key: json.dumps(value) for key, value in (metadata | {"scaler": scaler}).items()}
+        save_tensors(self.folder / CHECKPOINT, tensors, texts)
         _write_log(self.folder, log)
 
     def restore(self) -> tuple[int, list[dict]]:
         """The number of steps done and the log so far: (0, []) without a checkpoint."""
-        if (found := _restored(self.folder / CHECKPOINT, self.schedule)) is None:
+        if (found := _restored(self.folder / CHECKPOINT, self.schedule, self.measured)) is None:
             return 0, []
         tensors, metadata = found
         self._load(tensors, metadata)

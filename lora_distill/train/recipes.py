@@ -18,12 +18,11 @@ from lora_distill.data.teacher import noised_batches
 from lora_distill.pipeline import adapter_dtype, encode_prompts, fingerprint, with_unet
 from lora_distill.settings import Settings
 from lora_distill.storage import cache_key, digest
-from lora_distill.train.loop import Schedule, train
+from lora_distill.train.loop import Milestones, Schedule, train
 from lora_distill.train.objectives import ConsistencyDistillation, ConsistencyMimicry, Denoising, GuidanceDistillation
 
 RECIPE = 1  # version of recipes, loop and objectives, part of the keys of trainings: raise it when a result changes
 W_EMBEDDING = 256  # features of w that a full LCM takes, as in the published LCM
-Milestones = tuple[int, Callable[[int, StableDiffusionPipeline], dict]]
 
 
 # ---------------------------------------------------------------------------------------------- guided distillation
@@ -35,12 +34,13 @@ def distil_lora(
     settings: Settings,
     folder: Path,
     name: str = "student",
-    each: Milestones | None = None,
+    milestones: Milestones | None = None,
 ) -> list[dict]:
     """The paper's method: the teacher is W0 alone, the student W0 with the adapter `name`; return the log.
 
     An adapter of this name is replaced; the trained one is also written to `lora_file(folder, name)`. `teacher` is from
-    `data.teacher.teacher_set`. With `each = (n, measure)`, `measure(step, pipe)` is added to the log every n steps.
+    `data.teacher.teacher_set`. With `milestones = (n, measure, key)`,
+    `measure(step, pipe)` is added to the log every n steps.
     """
     if name in adapter_names(pipe.unet):
         pipe.unet.delete_adapters(name)
@@ -55,7 +55,7 @@ def distil_lora(
     )
     lora = {"rank": settings.lora_rank, "alpha": settings.lora_alpha, "targets": settings.lora_targets}
     plan = schedule(settings, settings.learning_rate)
-    log = _distil("lora", pipe, pipe.unet, teacher, settings, plan, folder, each, **lora)
+    log = _distil("lora", pipe, pipe.unet, teacher, settings, plan, folder, milestones, **lora)
     save_adapter(pipe.unet, name, lora_file(folder, name))
     return log
 
@@ -65,13 +65,13 @@ def distil_full_copy(
     teacher: dict[str, Tensor],
     settings: Settings,
     folder: Path,
-    each: Milestones | None = None,
+    milestones: Milestones | None = None,
 ) -> tuple[StableDiffusionPipeline, list[dict]]:
     """The conventional method: the student is a full copy of the UNet; return its pipeline and the log."""
     pipe.unet.requires_grad_(False)  # adapters that were trained on it before included
     student = plain_copy(pipe.unet)
     plan = schedule(settings, settings.full_learning_rate)
-    log = _distil("full copy", pipe, student, teacher, settings, plan, folder, each)
+    log = _distil("full copy", pipe, student, teacher, settings, plan, folder, milestones)
     return with_unet(pipe, student.requires_grad_(False)), log
 
 
@@ -83,7 +83,7 @@ def train_lcm(
     images: EncodedImages,
     settings: Settings,
     folder: Path,
-    each: Milestones | None = None,
+    milestones: Milestones | None = None,
 ) -> tuple[StableDiffusionPipeline, list[dict]]:
     """Phase 2: train a copy, all weights, as a full LCM for w ~ U[w_min, w_max]; return its pipeline and the log."""
     pipe.unet.requires_grad_(False)  # adapters that were trained on it before included
@@ -92,7 +92,7 @@ def train_lcm(
     draw_batch = _batches(pipe, images, settings, settings.w_min, settings.w_max)
     plan = _plan(settings, settings.lcm_learning_rate)
     lcm_pipe = with_unet(pipe, student)
-    log = fit("lcm", objective, draw_batch, lcm_pipe, plan, folder, each, **_key(pipe, images, settings))
+    log = fit("lcm", objective, draw_batch, lcm_pipe, plan, folder, milestones, **_key(pipe, images, settings))
     student.requires_grad_(False)
     return lcm_pipe, log
 
@@ -103,14 +103,14 @@ def train_lcm_lora(
     settings: Settings,
     folder: Path,
     name: str = "lcm_lora",
-    each: Milestones | None = None,
+    milestones: Milestones | None = None,
 ) -> list[dict]:
     """LCM-LoRA (Luo et al. 2023b): consistency distillation of the adapter `name`, at one fixed w; return the log."""
     _new_adapter(pipe, name, settings.lcm_rank, settings.lcm_targets, settings)
     objective = _consistency(pipe, pipe.unet, settings)
     draw_batch = _batches(pipe, images, settings, settings.guidance_scale, settings.guidance_scale)
     plan = _plan(settings, settings.lcm_lora_learning_rate)
-    return _fit_adapter(name, objective, draw_batch, pipe, plan, folder, each, **_key(pipe, images, settings))
+    return _fit_adapter(name, objective, draw_batch, pipe, plan, folder, milestones, **_key(pipe, images, settings))
 
 
 def mimic_lcm(
@@ -120,7 +120,7 @@ def mimic_lcm(
     settings: Settings,
     folder: Path,
     name: str = "mimic",
-    each: Milestones | None = None,
+    milestones: Milestones | None = None,
 ) -> list[dict]:
     """Phase 3: the adapter `name` learns the clean latents that a trained LCM predicts, by MSE + KL; return the log."""
     _new_adapter(pipe, name, settings.lcm_rank, settings.lcm_targets, settings)
@@ -129,7 +129,7 @@ def mimic_lcm(
     draw_batch = _batches(pipe, images, settings, settings.guidance_scale, settings.guidance_scale)
     plan = replace(_plan(settings, settings.lcm_lora_learning_rate), ema_decay=0.0)
     key = {**_key(pipe, images, settings), **weights, "lcm": digest(lcm_pipe.unet.state_dict())}
-    return _fit_adapter(name, objective, draw_batch, pipe, plan, folder, each, **key)
+    return _fit_adapter(name, objective, draw_batch, pipe, plan, folder, milestones, **key)
 
 
 def finetune_lora(
@@ -140,7 +140,7 @@ def finetune_lora(
     rank: int,
     targets: str,
     name: str = "finetune",
-    each: Milestones | None = None,
+    milestones: Milestones | None = None,
 ) -> list[dict]:
     """The slides' baseline: the adapter `name` is trained with the denoising loss on the images; return the log."""
     _new_adapter(pipe, name, rank, targets, settings)
@@ -148,7 +148,7 @@ def finetune_lora(
     draw_batch = image_batches(images, pipe.scheduler.config.num_train_timesteps)
     plan = replace(_plan(settings, settings.finetune_learning_rate), steps=settings.finetune_steps, ema_decay=0.0)
     key = {"pipeline": fingerprint(pipe), "images": images.key, "rank": rank, "targets": targets}
-    return _fit_adapter(name, objective, draw_batch, pipe, plan, folder, each, **key)
+    return _fit_adapter(name, objective, draw_batch, pipe, plan, folder, milestones, **key)
 
 
 # ---------------------------------------------------------------------------------------------- what they share
@@ -167,14 +167,14 @@ def _distil(
     settings: Settings,
     plan: Schedule,
     folder: Path,
-    each: Milestones | None,
+    milestones: Milestones | None,
     **depends_on,
 ) -> list[dict]:
     w, empty_embeds = settings.guidance_scale, teacher["empty_embeds"]
     objective = GuidanceDistillation(student, pipe.unet, pipe.scheduler, w, empty_embeds)
     draw_batch = noised_batches(teacher, pipe.scheduler.config.num_train_timesteps)
     depends_on |= {"teacher": digest(teacher), "guidance_scale": w}
-    return fit(title, objective, draw_batch, with_unet(pipe, student), plan, folder, each, **depends_on)
+    return fit(title, objective, draw_batch, with_unet(pipe, student), plan, folder, milestones, **depends_on)
 
 
 def fit(
@@ -184,7 +184,7 @@ def fit(
     student_pipe: StableDiffusionPipeline,
     plan: Schedule,
     folder: Path,
-    each: Milestones | None = None,
+    milestones: Milestones | None = None,
     **depends_on,
 ) -> list[dict]:
     """Train in a folder named by `title` and a key; return the log.
@@ -192,9 +192,11 @@ def fit(
     The key is a digest of the plan and of `depends_on`, all else that decides the result.
     """
     key = cache_key(version=RECIPE, plan=repr(plan), **depends_on)
-    milestones = each and (each[0], lambda step: each[1](step, student_pipe))
+    if milestones:
+        every, measure, measured = milestones
+        milestones = every, lambda step: measure(step, student_pipe), measured
     run = folder / f"{title.replace(' ', '_')}-{key}"
-    return train(objective, draw_batch, plan, run, device=student_pipe.device, each=milestones, title=title)
+    return train(objective, draw_batch, plan, run, device=student_pipe.device, milestones=milestones, title=title)
 
 
 def schedule(settings: Settings, learning_rate: float) -> Schedule:
@@ -222,10 +224,10 @@ def _fit_adapter(
     pipe: StableDiffusionPipeline,
     plan: Schedule,
     folder: Path,
-    each: Milestones | None,
+    milestones: Milestones | None,
     **depends_on,
 ) -> list[dict]:
-    log = fit(name, objective, draw_batch, pipe, plan, folder, each, **depends_on)
+    log = fit(name, objective, draw_batch, pipe, plan, folder, milestones, **depends_on)
     save_adapter(pipe.unet, name, lora_file(folder, name))
     return log
 

@@ -15,7 +15,8 @@ def test_the_first_images_of_a_judge_are_those_of_all(bundle):
 
 def test_milestones_are_the_judgement_of_the_student_on_seed_0(bundle):
     judge = Judge(bundle, scene_prompts("noto", "val", 4, seed=0), drawn("noto", "val", 150, seed=1))
-    every, measure = judge.milestones(Sampler(2), every=50)
+    every, measure, key = judge.milestones(Sampler(2), every=50)
+    assert key == judge.milestones(Sampler(2), every=50)[2] != judge.milestones(Sampler(3), every=50)[2]
     quality = judge(Sampler(2), seed=0)
     assert every == 50 and measure(100, bundle) == {
         "all_correct": quality.all_correct.value,

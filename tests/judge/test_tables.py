@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lora_distill.data.teacher import Prompts, scene_prompts
-from lora_distill.judge import tables
+from lora_distill.judge import overview, tables
 from lora_distill.judge.judge import Judge, Method, distance_floor, drawn, judge_methods
 from lora_distill.judge.metrics import FrechetDistance, Proportion, compare, fidelity, inception_score, psnr
 from lora_distill.pipeline import load_pipeline
@@ -109,8 +109,8 @@ def test_a_point_of_content_knows_whether_training_made_it():
         *(("DDIM", 1, 0.25, False), ("LCM-LoRA", 1, 0.5, True), ("LCM-LoRA", 4, 1.0, True))
     ]
     assert rows[1] | Proportion(0.5, 8).columns == rows[1]
-    overview = tables.passes_overview(content)
-    assert overview.loc["LCM-LoRA", 4] == "100.0 %" and overview.loc["DDIM", 4] == ""
+    shown = overview.passes(content)
+    assert shown.loc["LCM-LoRA", 4] == "100.0 %" and shown.loc["DDIM", 4] == ""
 
 
 # ---------------------------------------------------------------------------------------------- quality
@@ -236,7 +236,7 @@ def test_results_say_the_seconds_of_each_runtime_and_the_range_of_the_grid():
         )
     ]
     saved = "-10 % on 1 thread(s), -20 % on 2 thread(s)"
-    assert tables.seconds_results(TIMES, grid) == {
+    assert overview.seconds_results(TIMES, grid) == {
         "seconds an image, merged student against teacher, batch 8, PyTorch": saved,
         "seconds an image, merged student against teacher, batch 8, ONNX Runtime": saved,
         "times faster at batch 8, LCM-LoRA 8k, merged, 4 steps": "3.0 on 1 thread(s), 3.0 on 2 thread(s)",
@@ -252,14 +252,14 @@ def test_results_of_guided_distillation_name_the_share_of_trained_parameters():
             *(("full copy", 97.5, 25), ("no guidance", 64.44, 25)),
         )
     ]
-    found = tables.guided_results(rows, trained=8, frozen=1000)
+    found = overview.guided_results(rows, trained=8, frozen=1000)
     assert found["trained parameters"] == "0.80 % of the UNet"
     assert found["UNet passes an image, teacher and student"] == "50 and 25"
     assert found["all correct, one pass without guidance"] == "64.4 %"
 
 
 def test_results_are_saved_under_their_title(tmp_path):
-    shown = tables.save_results(tmp_path / "02_results.json", "a title", {"a number": "3 %"})
+    shown = overview.save_results(tmp_path / "02_results.json", "a title", {"a number": "3 %"})
     assert json.loads((tmp_path / "02_results.json").read_text()) == {"a title": {"a number": "3 %"}}
     assert shown.loc["a number", "a title"] == "3 %"
 
@@ -274,17 +274,17 @@ def test_an_overview_writes_means_with_their_deviation_and_leaves_out_what_was_n
         {"method": "student", "unet_passes": 25, "all_correct_percent": 97.78, "all_correct_sd": 0.8,
          "flickr_style_percent": None, "psnr_to_teacher_db": 24.25, "n": 60},
     ]  # fmt: skip
-    overview = tables.overview(rows)
-    assert list(overview.columns) == ["passes", "all correct, %", "PSNR to teacher, dB"]
-    assert list(overview.loc["teacher"]) == ["50", "97.2 ± 0.8", ""]
-    assert list(overview.loc["student"]) == ["25", "97.8 ± 0.8", "24.2"]
+    shown = overview.quality(rows)
+    assert list(shown.columns) == ["passes", "all correct, %", "PSNR to teacher, dB"]
+    assert list(shown.loc["teacher"]) == ["50", "97.2 ± 0.8", ""]
+    assert list(shown.loc["student"]) == ["25", "97.8 ± 0.8", "24.2"]
 
 
 def test_a_caption_says_what_the_table_rests_on(pipe):
     row = {"n": 60, "seeds": 3, "trainings": 1, "reference_n": 1000, "fd_efficientnet_lite0_floor": 43.64}
-    assert tables.caption([row, row | {"trainings": 3}], Method(GUIDED, pipe)) == (
+    assert overview.caption([row, row | {"trainings": 3}], Method(GUIDED, pipe)) == (
         "N = 60 prompts x 3 seeds (students: 3 trainings), against 1000 real images; DDIM, 25 steps, w = 3, float32; "
         "FD-EfficientNet-Lite0 of real against real at this N: 43.6"
     )
-    bare = tables.caption([row | {"fd_efficientnet_lite0_floor": None}], Method(Sampler(4, scheduler="dpm++"), pipe))
+    bare = overview.caption([row | {"fd_efficientnet_lite0_floor": None}], Method(Sampler(4, scheduler="dpm++"), pipe))
     assert bare == "N = 60 prompts x 3 seeds, against 1000 real images; DPMSolverMultistep, 4 steps, w = 1, float32"

@@ -43,11 +43,11 @@ def test_the_lora_run_holds_one_w0_and_the_conventional_run_four_more(bundle, te
         return {}
 
     before = live_bytes()
-    distil_lora(bundle, teacher, SETTINGS, tmp_path, each=(2, measure))
+    distil_lora(bundle, teacher, SETTINGS, tmp_path, milestones=(2, measure, "bytes"))
     assert max(taken) < 0.1 * w0
     taken.clear()
     before = live_bytes()
-    distil_full_copy(bundle, teacher, SETTINGS, tmp_path, each=(2, measure))
+    distil_full_copy(bundle, teacher, SETTINGS, tmp_path, milestones=(2, measure, "bytes"))
     assert 2.9 * w0 < max(taken) < 3.1 * w0
 
 
@@ -61,9 +61,10 @@ def test_w0_is_untouched_and_at_most_5_percent_are_trained(bundle, teacher, tmp_
 
 
 def test_the_log_holds_measurements_at_the_milestones(bundle, teacher, tmp_path):
-    log = distil_lora(bundle, teacher, SETTINGS, tmp_path, each=(2, lambda step, pipe: {"seen": step}))
+    log = distil_lora(bundle, teacher, SETTINGS, tmp_path, milestones=(2, lambda step, pipe: {"seen": step}, "seen"))
     assert [row["step"] for row in log if "seen" in row] == [0, 2, 4]
-    assert distil_lora(bundle, teacher, SETTINGS, tmp_path, each=(2, lambda step, pipe: {})) == log, "read back"
+    again = distil_lora(bundle, teacher, SETTINGS, tmp_path, milestones=(2, lambda step, pipe: 1 / 0, "seen"))
+    assert again == log, "read back"
 
 
 def test_stock_diffusers_draws_the_student_from_its_file(bundle, teacher, tmp_path):

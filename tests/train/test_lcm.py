@@ -51,7 +51,8 @@ def test_an_lcm_lora_needs_no_second_unet(bundle, images, tmp_path):
     weights, taken = w0(bundle), []
     size = sum(p.nbytes for p in bundle.unet.parameters())
     before = live_bytes()
-    train_lcm_lora(bundle, images, SETTINGS, tmp_path, each=(1, lambda *_: taken.append(live_bytes() - before) or {}))
+    milestones = 1, lambda *_: taken.append(live_bytes() - before) or {}, "bytes"
+    train_lcm_lora(bundle, images, SETTINGS, tmp_path, milestones=milestones)
     assert max(taken) < 0.3 * size, "A, B, their moving average and Adam's moments, at rank 2 on all layers"
     assert all(torch.equal(weights[name], value) for name, value in w0(bundle).items())
 

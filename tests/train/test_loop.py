@@ -112,7 +112,7 @@ def test_batches_depend_on_seed_and_step_alone():
 
 
 def test_the_log_says_what_happened(tmp_path):
-    _, log = trained(tmp_path, each=(3, lambda step: {"seen": step}))
+    _, log = trained(tmp_path, milestones=(3, lambda step: {"seen": step}, "steps"))
     rows = [row for row in log if "loss" in row]
     assert [row["step"] for row in rows] == [2, 4, 6]
     assert all(row.keys() >= {"loss", "bias", "learning_rate", "images_per_s", "peak_memory_mb"} for row in rows)
@@ -181,8 +181,16 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(tmp_path):
 
 def test_a_finished_run_is_read_back(tmp_path):
     line, log = trained(tmp_path)
-    again, read = trained(tmp_path, each=(1, lambda step: 1 / 0))
+    again, read = trained(tmp_path)
     assert torch.equal(again.weight, line.weight) and read == log
+
+
+def test_a_finished_run_is_read_back_with_its_milestones_and_trained_again_for_others(tmp_path):
+    line, log = trained(tmp_path, milestones=(3, lambda step: {"seen": step}, "steps"))
+    _, read = trained(tmp_path, milestones=(3, lambda step: 1 / 0, "steps"))
+    assert read == log == trained(tmp_path)[1], "whoever asks for no milestones takes those that are there"
+    again, other = trained(tmp_path, milestones=(3, lambda step: {"other": step}, "others"))
+    assert [row["other"] for row in other if "other" in row] == [0, 3, 6] and torch.equal(again.weight, line.weight)
 
 
 def test_the_checkpoint_is_gone_when_the_result_is_there(tmp_path):

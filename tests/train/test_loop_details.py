@@ -32,7 +32,8 @@ def draw(step, batch_size, generator):
 def weights_at_each_step(plan, folder):
     """The weights that a measurement sees before the first update and after every one, and those left behind."""
     objective, seen = Distance(), []
-    train(objective, draw, plan, folder, each=(1, lambda step: seen.append(objective.weight.detach().clone()) or {}))
+    look = lambda step: seen.append(objective.weight.detach().clone()) or {}  # noqa: E731
+    train(objective, draw, plan, folder, milestones=(1, look, "weights"))
     return seen, objective.weight
 
 

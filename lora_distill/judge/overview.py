@@ -1,0 +1,195 @@
+"""The tables of notebooks 02 to 04 as one reads them: what was found in words, and rows as short tables."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import pandas
+
+from lora_distill.judge.judge import Method, Quality
+from lora_distill.judge.metrics import Proportion
+from lora_distill.judge.tables import BASE, EXTRACTOR, FD, TEACHER, sd_column
+from lora_distill.sampling import build_scheduler
+from lora_distill.storage import atomic_write
+
+pandas.set_option("display.max_colwidth", None)  # results are sentences: a notebook shows them whole
+
+# ---------------------------------------------------------------------------------------------- results
+
+
+def guided_results(rows: list[dict], trained: int, frozen: int) -> dict[str, str]:
+    """What notebook 02 found, in words: of its `quality_rows`, and of how many parameters beside W0 were trained."""
+    by_name = {row["method"]: row for row in rows}
+    correct = {name: f"{row['all_correct_percent']:.1f} %" for name, row in by_name.items()}
+    return {
+        "all correct, teacher with two passes": correct[TEACHER],
+        "all correct, LoRA student with one pass": correct["LoRA student"],
+        "all correct, one pass without guidance": correct["no guidance"],
+        "all correct, full copy with one pass": correct["full copy"],
+        "UNet passes an image, teacher and student": " and ".join(
+            str(by_name[name]["unet_passes"]) for name in (TEACHER, "LoRA student")
+        ),
+        "trained parameters": f"{100 * trained / frozen:.2f} % of the UNet",
+    }
+
+
+def few_step_results(rows: list[dict], sizes: Iterable[str], rank: int) -> dict[str, str]:
+    """What notebook 03 found, in words: of its `quality_rows`, the names of the data sets and LCM-LoRA's rank."""
+    by_name, sizes = {row["method"]: row for row in rows}, list(sizes)
+    content = {name: f"{row['content_percent']:.1f} %" for name, row in by_name.items()}
+    untrained = ("DDIM, 4 passes", "DPM++, 4 passes", "LCM scheduler")
+    compared = (BASE, f"fine-tuned, rank {rank}", *(f"LCM-LoRA {size}" for size in sizes))
+    distance = ", ".join(f"{by_name[name][FD]:.1f}" for name in compared)
+    return {
+        "content correct, guided teacher": content[BASE],
+        f"content correct, LCM-LoRA {' and '.join(sizes)}, 4 passes": " and ".join(
+            content[f"LCM-LoRA {size}"] for size in sizes
+        ),
+        "content correct, LoRA that mimics the LCM, 4 passes": content["LoRA mimics LCM"],
+        "content correct, base with 4 guided steps, 8 passes": content["base, guided, 4 steps"],
+        "content correct, base with 4 passes: DDIM, DPM++, LCM scheduler": ", ".join(
+            content[f"base, {name}"] for name in untrained
+        ),
+        f"FD-{EXTRACTOR} to Flickr: base, fine-tune, LCM-LoRA {', '.join(sizes)}": distance,
+    }
+
+
+def evaluation_results(measured: list[dict]) -> dict[str, str]:
+    """What notebook 04's `measure_rows` say of teacher and LoRA student, in words."""
+    pair = [next(row for row in measured if row["method"] == name) for name in (TEACHER, "LoRA student")]
+    kid, recall = "kid_efficientnet_lite0", "recall_efficientnet_lite0"
+    return {
+        f"KID-{EXTRACTOR}: teacher, LoRA student": ", ".join(f"{r[kid]:.3f} ± {r[f'{kid}_sd']:.3f}" for r in pair),
+        f"recall-{EXTRACTOR}: teacher, LoRA student": ", ".join(f"{r[recall]:.2f}" for r in pair),
+    }
+
+
+def seconds_results(times: list[dict], grid: list[dict]) -> dict[str, str]:
+    """What notebook 04 timed, in words: of `timing.method_rows`, and of `timing.compare_times` over the grid."""
+    found, batch = {}, times[0]["batch"]
+    for runtime in dict.fromkeys(row["runtime"] for row in times):
+        student = [row for row in times if (row["runtime"], row["method"]) == (runtime, "LoRA student, merged")]
+        found[f"seconds an image, merged student against teacher, batch {batch}, {runtime}"] = ", ".join(
+            f"{-row['saving_percent']:+.0f} % on {row['threads']} thread(s)" for row in student
+        )
+    fast = [row for row in times if row["deployed"] and row["method"] == "LCM-LoRA 8k"]
+    found[f"times faster at batch {batch}, LCM-LoRA 8k, merged, 4 steps"] = ", ".join(
+        f"{row['times_faster']:.1f} on {row['threads']} thread(s)" for row in fast
+    )
+    student = [row for row in grid if row["method"] == "LoRA student, merged"]
+    sizes, pixels = ([row[key] for row in student] for key in ("batch", "resolution"))
+    saved = [row["saving_percent"] for row in student]
+    found[f"saved by one pass, batch {min(sizes)} to {max(sizes)}, {min(pixels)} and {max(pixels)} px"] = (
+        f"{min(saved):.0f} to {max(saved):.0f} % on {student[0]['threads']} thread(s)"
+    )
+    return found
+
+
+def save_results(path: Path, title: str, results: dict[str, str]) -> pandas.DataFrame:
+    """Write what a notebook found as JSON, under a title, for the summary of a run; the same as a table to read."""
+    atomic_write(path, json.dumps({title: results}, indent=1))
+    return pandas.DataFrame({title: results})
+
+
+# ---------------------------------------------------------------------------------------------- tables to read
+
+
+HEADINGS = {  # of the columns that are shown: the heading, and the digits of its numbers
+    "method": ("", None),
+    "weight": ("λ", 1),
+    "content": ("content", 2),
+    "style": ("Flickr's style", 2),
+    "unet_passes": ("passes", None),
+    "all_correct_percent": ("all correct, %", 1),
+    "content_percent": ("content, %", 1),
+    "flickr_style_percent": ("Flickr's style, %", 0),
+    "alignment_percent": ("aligned, %", 1),
+    FD: ("FD", 1),
+    "kid_efficientnet_lite0": ("KID", 3),
+    "is_efficientnet_lite0": ("IS", 2),
+    "precision_efficientnet_lite0": ("precision", 2),
+    "recall_efficientnet_lite0": ("recall", 2),
+    "psnr_to_teacher_db": ("PSNR to teacher, dB", 1),
+    f"{FD}_to_teacher": ("FD to teacher", 1),
+}
+
+
+def passes(content: dict[str, dict[int, Proportion]]) -> pandas.DataFrame:
+    """Content correct in per cent, a row a method and a column a number of UNet passes."""
+    table = pandas.DataFrame(
+        {method: {n: f"{100 * share.value:.1f} %" for n, share in points.items()} for method, points in content.items()}
+    )
+    return table.sort_index().T.fillna("").rename_axis(columns="passes")
+
+
+def ablation(judged: dict[str, Quality], logs: dict[str, list[dict]]) -> pandas.DataFrame:
+    """Content, distance, and the first and last value of each term of the loss, a row a mimic; the LCM has no log."""
+    table = {}
+    for name, quality in judged.items():
+        first, last = (logs[name][0], logs[name][-1]) if name in logs else ({}, {})
+        row = {"content, %": f"{100 * quality.alignment['content'].value:.1f}", "FD": f"{quality.frechet_distance:.1f}"}
+        row |= {term.upper(): f"{first[term]:.4f} → {last[term]:.4f}" if first else "" for term in ("mse", "kl")}
+        table[name] = row
+    return pandas.DataFrame(table).T
+
+
+def further(rows: list[dict]) -> pandas.DataFrame:
+    """The rows of `judge.further_distances`, a column a metric; empty where no extractor was asked for."""
+    table = {}
+    for row in rows:
+        table.setdefault((row["set"], row["method"]), {})[row["metric"]] = f"{row['value']:.3f} ± {row['sd']:.3f}"
+    return pandas.DataFrame(table).T
+
+
+def seconds(times: list[dict]) -> pandas.DataFrame:
+    """The rows of `timing.method_rows` as one reads them, in milliseconds."""
+    table = [
+        {"runtime": row["runtime"], "threads": row["threads"], "method": row["method"],
+         "ms an image": f"{1000 * row['seconds_an_image']:.1f}",
+         "range": f"{1000 * row['lowest']:.1f} to {1000 * row['highest']:.1f}",
+         "of it VAE": f"{1000 * row['vae_seconds']:.1f}", "saved": f"{row['saving_percent']:.0f} %",
+         "times faster": f"{row['times_faster']:.1f}", "in the UNet": f"{row['times_faster_unet']:.1f}"}
+        for row in times
+    ]  # fmt: skip
+    return pandas.DataFrame(table).set_index(["runtime", "threads", "method"])
+
+
+def seconds_caption(times: list[dict]) -> str:
+    """What a table of seconds rests on."""
+    return (
+        f"batch {times[0]['batch']}, prompt to pixels, medians of {times[0]['repeats']} in turns; {times[0]['device']}"
+    )
+
+
+def quality(rows: list[dict]) -> pandas.DataFrame:
+    """Rows as a table to read: the columns of HEADINGS that they have, means as `mean ± sd`."""
+    columns = [column for column in HEADINGS if any(row.get(column) is not None for row in rows)]
+    table = {HEADINGS[column][0]: [_written(row, column) for row in rows] for column in columns}
+    return pandas.DataFrame(table).set_index(HEADINGS[columns[0]][0]).rename_axis(None)
+
+
+def _written(row: dict, column: str) -> str:
+    """A cell as text; nothing where nothing was measured."""
+    value, sd, digits = row[column], row.get(sd_column(column)), HEADINGS[column][1]
+    if value is None or digits is None:
+        return "" if value is None else str(value)
+    return f"{value:.{digits}f}" + (f" ± {sd:.{digits}f}" if sd is not None else "")
+
+
+def caption(rows: list[dict], teacher: Method | None = None) -> str:
+    """What a table of quality rests on: N, seeds, trainings, real images, how the teacher samples, and the floor."""
+    first, trainings = rows[0], max(row["trainings"] for row in rows)
+    text = f"N = {first['n']} prompts x {first['seeds']} seeds"
+    text += f" (students: {trainings} trainings)" if trainings > 1 else ""
+    text += f", against {first['reference_n']} real images"
+    text += f"; {sampling(teacher)}" if teacher else ""
+    floor = first[f"{FD}_floor"]
+    return text + (f"; FD-{EXTRACTOR} of real against real at this N: {floor:.1f}" if floor is not None else "")
+
+
+def sampling(method: Method) -> str:
+    """How a method samples, in words: scheduler, steps, w and dtype."""
+    sampler, pipe, _ = method
+    scheduler = type(build_scheduler(pipe, sampler.scheduler)).__name__.removesuffix("Scheduler")
+    dtype = str(pipe.unet.dtype).removeprefix("torch.")
+    return f"{scheduler}, {sampler.steps} steps, w = {sampler.guidance_scale:g}, {dtype}"
