@@ -12,6 +12,8 @@ from lora_distill.judge.tables import BASE, EXTRACTOR, FD, TEACHER, sd_column
 from lora_distill.sampling import build_scheduler
 from lora_distill.storage import atomic_write
 
+pandas.set_option("display.max_colwidth", None)  # results are sentences: a notebook shows them whole
+
 # ---------------------------------------------------------------------------------------------- results
 
 
