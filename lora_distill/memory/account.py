@@ -132,7 +132,7 @@ class UNet:
                 keys = module.inner_dim * (x if context is None else context).shape[1]
                 shared = y * any(p.requires_grad for p in module.to_out.parameters())  # the next layer keeps y too
                 kept = {id(module): 2 * y + 2 * keys - shared}
-                block.copied += shared
+                block.copied += shared * isinstance(module.to_out[0], BaseTunerLayer)
             case GEGLU():
                 kept = {id(module): 3 * y}
             case _:

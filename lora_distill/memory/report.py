@@ -1,10 +1,13 @@
 """Tables of memory and operations: rows of notebook 01, and the command `memory` that writes them with provenance."""
 
+import gc
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +22,13 @@ from lora_distill.memory.account import account, largest_batch
 from lora_distill.memory.measure import Peak, measure_cuda, simulate, track
 from lora_distill.memory.schemes import INFERENCE, TERMS, TRAINING, Scheme, Setup, find_scheme
 from lora_distill.settings import Settings, figures_dir, run_dir
-from lora_distill.shapes import SD15_VAE, meta_unet, unet_config
+from lora_distill.shapes import SD15_VAE, unet_config
 
-SIMULATION = 1  # version of what is simulated, in the keys of its cache: raise it when the numbers change
-SIMULATED_WITH = ("torch", "diffusers", "peft", "accelerate")
+PEAKS = 1  # version of what is simulated and tracked, in the keys of the cache: raise it when the numbers change
+PEAKS_DEPEND_ON = ("torch", "diffusers", "peft", "accelerate")
 GB, TERA = 1e9, 1e12
 RESERVE = 1.5 * GB  # of a card: the CUDA context, the kernels' workspaces and what the allocator cannot place
 BATCHES = (1, 2, 4, 8, 16)
-SMALL = 50e6  # parameters of a UNet that a CPU can train in passing
 READINGS = {  # of "50 % less memory": before, after
     "before distillation": ("full_finetune", "lora_finetune"),
     "conventional": ("conventional_distillation", "lora_distillation_shared"),
@@ -54,6 +56,8 @@ SAMPLERS = {  # steps, and what each of them runs
 }
 Config = Mapping[str, Any]
 Rows = list[dict[str, Any]]
+Way = Callable[..., list[Peak]]  # simulate or track
+Case = tuple[str, Setup, Sequence[int], Config]  # a scheme's name, its setup, batches and UNet
 
 # ---------------------------------------------------------------------------------------------- on paper
 
@@ -115,21 +119,45 @@ def what_pays(config: Config, batches: Sequence[int] = (1, 16)) -> Rows:
 # ---------------------------------------------------------------------------------------------- three ways
 
 
-def simulated(scheme: Scheme, setup: Setup, batches: Iterable[int], config: Config, cache_dir: Path) -> list[Peak]:
-    """`simulate` for every batch, kept in `cache_dir`."""
-    inputs = {
-        "version": SIMULATION,
-        "scheme": repr(scheme),
-        "unet": {key: value for key, value in config.items() if not key.startswith("_")},
-        "packages": {name: storage.versions()[name] for name in SIMULATED_WITH},
-    }
-    keys = {batch: storage.cache_key(setup=repr(replace(setup, batch=batch)), **inputs) for batch in batches}
-    paths = {batch: cache_dir / f"simulated-{key}.json" for batch, key in keys.items()}
-    missing = [batch for batch, path in paths.items() if not path.exists()]
-    if missing:
-        for batch, peak in zip(missing, simulate(scheme, setup, config, *missing), strict=True):
+def peaks(way: Way, name: str, setup: Setup, batches: Sequence[int], config: Config, cache_dir: Path) -> list[Peak]:
+    """`simulate` or `track` of a scheme for every batch, kept in `cache_dir`."""
+    paths = _paths(way, name, setup, batches, config, cache_dir)
+    if missing := [batch for batch, path in paths.items() if not path.exists()]:
+        for batch, peak in zip(missing, way(find_scheme(name), setup, config, *missing), strict=True):
             storage.atomic_write(paths[batch], json.dumps(asdict(peak)))
     return [Peak(**json.loads(path.read_text())) for path in paths.values()]
+
+
+def _paths(
+    way: Way, name: str, setup: Setup, batches: Sequence[int], config: Config, cache_dir: Path
+) -> dict[int, Path]:
+    """The cache's file of every batch."""
+    versions = storage.versions()
+    parts = {"version": PEAKS, "packages": [versions[package] for package in PEAKS_DEPEND_ON]}
+    parts |= {"scheme": repr(find_scheme(name)), "unet": {k: v for k, v in config.items() if not k.startswith("_")}}
+    keys = {batch: storage.cache_key(setup=repr(replace(setup, batch=batch)), **parts) for batch in batches}
+    return {batch: cache_dir / f"{way.__name__}-{key}.json" for batch, key in keys.items()}
+
+
+def fill_cache(cases: Iterable[Case], device: str, cache_dir: Path) -> None:
+    """Run what `compare` will read, in two processes: a simulation is plain Python and takes one core."""
+    jobs = [(way, *case) for case in cases for way in ((simulate, track) if _tracks(device, case[-1]) else (simulate,))]
+    jobs = [job for job in jobs if not all(path.exists() for path in _paths(*job, cache_dir).values())]
+    if jobs:
+        with ProcessPoolExecutor(2, get_context("spawn"), initializer=_start) as pool:
+            done = as_completed([pool.submit(peaks, *job, cache_dir) for job in jobs])
+            for job in tqdm(done, "simulating", len(jobs), mininterval=2, ncols=100, file=sys.stdout):
+                job.result()
+
+
+def _start() -> None:
+    """Let the garbage collector pass over all that a process has imported: a fifth of its time."""
+    gc.freeze()
+
+
+def _tracks(device: str, config: Config) -> bool:
+    """Whether steps are measured on the CPU: where the UNet is small, below 50 million parameters."""
+    return device == "cpu" and account(INFERENCE["one_pass_merged"], Setup(), config)["weights"] < 2 * 50e6
 
 
 def compare(name: str, setup: Setup, batches: Sequence[int], config: Config, device: str, cache_dir: Path) -> Rows:
@@ -139,10 +167,10 @@ def compare(name: str, setup: Setup, batches: Sequence[int], config: Config, dev
     and of a large one nothing. A step that does not fit the GPU has no measurement either.
     """
     scheme, rows = find_scheme(name), []
-    for batch, simulation in zip(batches, simulated(scheme, setup, batches, config, cache_dir), strict=True):
+    for batch, simulation in zip(batches, peaks(simulate, name, setup, batches, config, cache_dir), strict=True):
         setup = replace(setup, batch=batch)
         paper = sum(account(scheme, setup, config).values())
-        measured, reserved = _measured(scheme, setup, config, device)
+        measured, reserved = _measured(name, setup, config, device, cache_dir)
         row = {"scheme": name, "precision": setup.precision or scheme.precision}
         row |= {"batch": batch, "checkpointing": setup.checkpointing}
         row |= {"account_gb": _gb(paper), "simulation_gb": _gb(simulation.total)}
@@ -153,15 +181,15 @@ def compare(name: str, setup: Setup, batches: Sequence[int], config: Config, dev
     return rows
 
 
-def _measured(scheme: Scheme, setup: Setup, config: Config, device: str) -> tuple[int | None, int | None]:
-    if device.startswith("cuda"):
-        try:
-            return measure_cuda(scheme, setup, config, device)
-        except torch.OutOfMemoryError:
-            return None, None
-    if sum(p.numel() for p in meta_unet(config).parameters()) > SMALL:
+def _measured(name: str, setup: Setup, config: Config, device: str, cache_dir: Path) -> tuple[int | None, int | None]:
+    if _tracks(device, config):
+        return peaks(track, name, setup, [setup.batch], config, cache_dir)[0].total, None
+    if device == "cpu":
         return None, None
-    return track(scheme, setup, config)[0].total, None
+    try:
+        return measure_cuda(find_scheme(name), setup, config, device)
+    except torch.OutOfMemoryError:
+        return None, None
 
 
 def _gb(size: float | None) -> float | None:
@@ -171,12 +199,10 @@ def _gb(size: float | None) -> float | None:
 def three_ways(pipeline: str, device: str, cache_dir: Path) -> Rows:
     """`compare` of all schemes: SD 1.5 at 512 px with batches 1 and 16, and a pipeline's UNet at its size with 4."""
     sd15, local = unet_config("sd15-shape"), unet_config(pipeline)
-    cases = [("SD 1.5", name, Setup(), (1, 16), sd15) for name in TRAINING | INFERENCE]
-    cases += [(pipeline, name, Setup(4, 8 * local["sample_size"]), (4,), local) for name in TRAINING | INFERENCE]
-    rows = []
-    for unet, *case in tqdm(cases, "simulating", mininterval=2, ncols=100, file=sys.stdout):
-        rows += [{"unet": unet} | row for row in compare(*case, device, cache_dir)]
-    return rows
+    cases = [("SD 1.5", (name, Setup(), (1, 16), sd15)) for name in TRAINING | INFERENCE]
+    cases += [(pipeline, (name, Setup(4, 8 * local["sample_size"]), (4,), local)) for name in TRAINING | INFERENCE]
+    fill_cache([case for _, case in cases], device, cache_dir)
+    return [{"unet": unet} | row for unet, case in cases for row in compare(*case, device, cache_dir)]
 
 
 # ---------------------------------------------------------------------------------------------- operations
@@ -185,7 +211,7 @@ def three_ways(pipeline: str, device: str, cache_dir: Path) -> Rows:
 def step_tflop(names: Iterable[str], config: Config, resolution: int, cache_dir: Path) -> dict[str, float]:
     """TFLOP of one step on one image by scheme, as the simulation counts them."""
     setup = Setup(1, resolution)
-    return {name: simulated(find_scheme(name), setup, [1], config, cache_dir)[0].flops / TERA for name in names}
+    return {name: peaks(simulate, name, setup, [1], config, cache_dir)[0].flops / TERA for name in names}
 
 
 def decoder_flops(vae_config: Config, resolution: int) -> int:
@@ -248,11 +274,15 @@ def write(
     reported with and without gradient checkpointing.
     """
     config, folder, cache_dir = unet_config(settings.pipeline), figures_dir(settings), run_dir(settings) / "cache"
-    resolution, rows = 8 * config["sample_size"], []
-    cases = [(name, again) for name in names for again in ((False, True) if name in TRAINING else (False,))]
-    for name, checkpointing in tqdm(cases, "schemes", mininterval=2, ncols=100, file=sys.stdout):
-        setup = Setup(resolution=resolution, checkpointing=checkpointing)
-        rows += compare(name, setup, batches, config, device, cache_dir)
+    resolution = 8 * config["sample_size"]
+    modes = [
+        (name, Setup(resolution=resolution, checkpointing=checkpointing))
+        for name in names
+        for checkpointing in ((False, True) if name in TRAINING else (False,))
+    ]
+    cases = [(*mode, batches, config) for mode in modes]
+    fill_cache(cases, device, cache_dir)
+    rows = [row for case in cases for row in compare(*case, device, cache_dir)]
     tflop = step_tflop(names, config, resolution, cache_dir)
     flops = [{"scheme": name, "tflop_an_image_and_step": float(f"{size:.5g}")} for name, size in tflop.items()]
     kind = "measured" if any(row["measured_gb"] is not None for row in rows) else "simulated"

@@ -56,12 +56,12 @@ def test_31_percent_of_sd15_are_linear():
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("name", TRAINING)
 def test_account_is_the_simulation_within_5_percent_in_training(name, checkpointing):
-    assert agree(TRAINING[name], Setup(1, 64, checkpointing), "bundled", 1, 4, 16)
+    assert agree(TRAINING[name], Setup(1, 64, checkpointing), "bundled", 4, 16)
 
 
 @pytest.mark.parametrize("name", INFERENCE)
 def test_account_is_the_simulation_within_5_percent_in_sampling(name):
-    assert agree(INFERENCE[name], Setup(1, 64), "bundled", 1, 4, 16)
+    assert agree(INFERENCE[name], Setup(1, 64), "bundled", 4, 16)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

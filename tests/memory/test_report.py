@@ -6,13 +6,14 @@ import pytest
 
 from lora_distill import settings as settings_module
 from lora_distill.memory import report
+from lora_distill.memory.measure import simulate
 from lora_distill.memory.schemes import INFERENCE, Setup
 from lora_distill.settings import Settings, figures_dir
 from lora_distill.shapes import SD15_VAE, unet_config
 from lora_distill.storage import read_table
 
 BUNDLE, SD15 = unet_config("bundled"), unet_config("sd15-shape")
-ONE_PASS = INFERENCE["one_pass_merged"]
+ONE_PASS = "one_pass_merged"
 
 
 @pytest.fixture
@@ -38,16 +39,29 @@ def test_a_small_unet_is_measured_on_the_cpu_and_all_is_written(written):
 # ---------------------------------------------------------------------------------------------- cache
 
 
-def test_a_batch_that_was_simulated_is_read_from_disk(tmp_path, monkeypatch):
-    first = report.simulated(ONE_PASS, Setup(1, 64), [1, 2], BUNDLE, tmp_path)
-    monkeypatch.setattr(report, "simulate", lambda scheme, setup, config, *batches: 1 / 0)
-    assert report.simulated(ONE_PASS, Setup(1, 64), [2, 1], BUNDLE, tmp_path) == first[::-1]
+def counted(calls):
+    """`simulate`, with the batches of every call written down."""
+
+    def way(scheme, setup, config, *batches):
+        calls.append(batches)
+        return simulate(scheme, setup, config, *batches)
+
+    return way
+
+
+def test_a_batch_that_was_simulated_is_read_from_disk(tmp_path):
+    calls = []
+    first = report.peaks(counted(calls), ONE_PASS, Setup(1, 64), [1, 2], BUNDLE, tmp_path)
+    assert report.peaks(counted(calls), ONE_PASS, Setup(1, 64), [2, 1], BUNDLE, tmp_path) == first[::-1]
+    assert first == simulate(INFERENCE[ONE_PASS], Setup(1, 64), BUNDLE, 1, 2)
+    report.peaks(counted(calls), ONE_PASS, Setup(1, 64), [1, 3], BUNDLE, tmp_path)
+    assert calls == [(1, 2), (3,)]
 
 
 @pytest.mark.parametrize("change", [{"resolution": 128}, {"precision": "float32"}])
 def test_another_setup_is_simulated_anew(tmp_path, change):
-    [first] = report.simulated(ONE_PASS, Setup(1, 64), [1], BUNDLE, tmp_path)
-    [other] = report.simulated(ONE_PASS, Setup(**{"resolution": 64, **change}), [1], BUNDLE, tmp_path)
+    [first] = report.peaks(simulate, ONE_PASS, Setup(1, 64), [1], BUNDLE, tmp_path)
+    [other] = report.peaks(simulate, ONE_PASS, Setup(**{"resolution": 64, **change}), [1], BUNDLE, tmp_path)
     assert first.total < other.total
 
 
