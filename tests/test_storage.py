@@ -3,6 +3,7 @@
 import re
 import resource
 import signal
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -70,14 +71,16 @@ def test_the_digest_knows_names_shapes_dtypes_and_values_but_no_order():
     assert len({digest(tensors) for tensors in [TENSORS, *others]}) == 5
 
 
-@pytest.fixture
+@contextmanager
 def small_disk():
-    """No file of this process can grow beyond a kilobyte."""
+    """No file of this process can grow beyond a kilobyte; for a write alone, since pytest's own output is a file too."""
     limits, action = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, action)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, action)
 
 
 @pytest.mark.parametrize(
@@ -89,8 +92,8 @@ def small_disk():
     ],
     ids=["tensors", "array", "text"],
 )
-def test_a_full_disk_leaves_the_old_file_and_nothing_else(path, small_disk, write):
-    with pytest.raises(OSError, match=f"{path} could not be written"):
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(path, write):
+    with pytest.raises(OSError, match=f"{path} could not be written"), small_disk():
         write(path)
     assert load_tensors(path)[1] == {"step": "7"} and list(path.parent.iterdir()) == [path]
 
