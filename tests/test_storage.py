@@ -73,7 +73,7 @@ def test_the_digest_knows_names_shapes_dtypes_and_values_but_no_order():
 
 @contextmanager
 def small_disk():
-    """No file of this process can grow beyond a kilobyte; for a write alone, since pytest's own output is a file too."""
+    """No file of this process can grow beyond a kilobyte: for one write alone, as pytest's output may be a file."""
     limits, action = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
     try:
