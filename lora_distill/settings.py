@@ -49,6 +49,9 @@ class Settings(BaseModel):
 
     guidance_scale: float = Field(3.0, ge=1, description="w of the teacher; 1 is no guidance")
     sampling_steps: int = Field(25, ge=1, description="steps of the multi-step samplers")
+    scheduler: Literal["own", "ddim", "dpm++"] = Field(
+        "own", description="of the multi-step samplers: own, the pipeline's; ddim, with trailing timesteps; dpm++"
+    )
 
     train_steps: int = Field(150, ge=1, description="optimiser updates")
     batch_size: int = Field(32, ge=1, description="images a forward pass")
@@ -61,6 +64,16 @@ class Settings(BaseModel):
     ema_decay: float = Field(0.0, ge=0, lt=1, description="decay of the weights' moving average; 0 is off")
     log_every: int = Field(10, ge=1, description="updates between lines of the log")
     checkpoint_every: int = Field(100, ge=1, description="updates between checkpoints")
+    gradient_checkpointing: bool = Field(
+        False, description="compute activations again in backward: less memory, a third more time"
+    )
+    compile: bool = Field(False, description="torch.compile of the UNet's forward passes, for a GPU")
+    full_copies: bool = Field(
+        True, description="train a whole UNet too: the conventional copy, the full LCM and the LoRA that mimics it"
+    )
+    optimizer: Literal["adamw", "adamw-8bit"] = Field(
+        "adamw", description="of the full copies; adamw-8bit needs a GPU and bitsandbytes"
+    )
 
     lora_rank: int = Field(4, ge=1, description="rank of the adapters")
     lora_alpha: int = Field(4, ge=1, description="scale of the adapters, as alpha / rank")

@@ -19,7 +19,9 @@ import pandas
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tqdm import tqdm
 
+from lora_distill import processes
 from lora_distill.settings import Settings, repository_root
 
 PACKAGES = (
@@ -35,16 +37,18 @@ class DamagedFileError(ValueError):
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path, *, by_any: bool = False) -> Iterator[Path]:
     """A temporary path to write to, renamed to `path` at the end of the block; on any error `path` is left unchanged.
 
-    Raises OSError that names the file, for instance when the disk is full.
+    Of several processes the main one alone leaves a file, unless it is written `by_any`. Raises OSError that names the
+    file, for instance when the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield temporary
-        os.replace(temporary, path)
+        if by_any or processes.is_main():
+            os.replace(temporary, path)
     except OSError as error:
         raise OSError(error.errno, f"{path} could not be written: {error.strerror}") from None
     except SafetensorError as error:  # safetensors raises this when the disk is full
@@ -59,11 +63,13 @@ def atomic_write(path: Path, content: bytes | str) -> None:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write tensors and text metadata whole, as one safetensors file with a digest of both."""
+def save_tensors(
+    path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None, *, by_any: bool = False
+) -> None:
+    """Write tensors and text metadata whole, as one safetensors file with a digest of both; see `whole_file`."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = metadata or {}
-    with whole_file(path) as temporary:
+    with whole_file(path, by_any=by_any) as temporary:
         save_file(tensors, temporary, {**metadata, "digest": _seal(tensors, metadata)})
 
 
@@ -157,14 +163,45 @@ def cache_key(**parts: Any) -> str:
 def cached(folder: Path, kind: str, key: str, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Tensors from `folder`/`kind`-`key`.safetensors, made and written if there is no such file or it is damaged."""
     path = folder / f"{kind}-{key}.safetensors"
-    if path.exists():
-        try:
-            return load_tensors(path)[0]
-        except DamagedFileError as error:
-            warnings.warn(f"{error}; made again", stacklevel=2)
-    tensors = make()
-    save_tensors(path, tensors)
-    return tensors
+    tensors = _kept(path)
+    if processes.agree(tensors is None):
+        tensors = make()
+        save_tensors(path, tensors)
+    return tensors or make()
+
+
+def cached_parts(
+    folder: Path, kind: str, key: str, rows: int, size: int, make: Callable[[slice], dict[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """`make(slice)` of `rows` rows, `size` at a time, joined; each part is a file, so that a cut run goes on.
+
+    The parts lie in `folder`/`kind`-`key`/. Several processes each make some of them; no result depends on how many.
+    Raises FileNotFoundError where the processes do not see each other's files.
+    """
+    parts = {folder / f"{kind}-{key}" / f"{start:06}.safetensors": slice(start, min(start + size, rows))
+             for start in range(0, rows, size)}  # fmt: skip
+    missing = processes.agree([path.name for path in parts if _kept(path) is None])
+    for name in tqdm(processes.share(missing), desc=kind, mininterval=2, leave=False, disable=not processes.is_main()):
+        path = folder / f"{kind}-{key}" / name
+        save_tensors(path, make(parts[path]), by_any=True)
+    processes.wait()
+    if lost := [path for path in parts if not path.exists()]:
+        raise FileNotFoundError(
+            f"{lost[0]}: written by another process and not seen by this one; they must share runs/"
+        )
+    joined = [load_tensors(path)[0] for path in parts]
+    return {name: torch.cat([part[name] for part in joined]) for name in joined[0]}
+
+
+def _kept(path: Path) -> dict[str, torch.Tensor] | None:
+    """The tensors of a cache's file; None if it does not exist or, with a warning, is damaged."""
+    if not path.exists():
+        return None
+    try:
+        return load_tensors(path)[0]
+    except DamagedFileError as error:
+        warnings.warn(f"{error}; made again", stacklevel=3)
+        return None
 
 
 # ---------------------------------------------------------------------------------------------- provenance
