@@ -13,12 +13,12 @@ T = TypeVar("T")
 
 def count() -> int:
     """How many processes run side by side."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
 def index() -> int:
     """The number of this process, from 0."""
-    return int(os.environ.get("RANK", "0")) if count() > 1 else 0
+    return int(os.environ["RANK"]) if count() > 1 else 0
 
 
 def is_main() -> bool:
