@@ -14,7 +14,6 @@ import diffusers.utils.logging
 import numpy as np
 import torch
 import transformers.utils.logging
-from accelerate import PartialState
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
@@ -148,7 +147,7 @@ def _from_pretrained(source: Path | str, dtype: torch.dtype) -> StableDiffusionP
 
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
-    return "the text encoder's weights do not fit its config" if "ignore_mismatched_sizes" in text else text[:300]
+    return "weights do not fit the config of their part" if "ignore_mismatched_sizes" in text else text[:300]
 
 
 def _check_whole(pipe: StableDiffusionPipeline, folder: Path, variant: str | None) -> None:
@@ -213,11 +212,13 @@ def choose_device(device: str) -> str:
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: {device}, but PyTorch finds no GPU here; auto or cpu would do")
     if kind == "cuda" and number and int(number) >= torch.cuda.device_count():
-        raise ValueError(f"device: {device}, but there are {torch.cuda.device_count()} GPUs, numbered from 0")
+        count = torch.cuda.device_count()
+        raise ValueError(f"device: {device}, but this machine has {count} GPU{'s' * (count != 1)}, numbered from 0")
     if processes.count() > 1:
         if number:
             raise ValueError(f"device: {device} is one GPU for {processes.count()} processes; auto or {kind} would do")
-        return str(PartialState(cpu=kind == "cpu").device)
+        own = processes.connect(cpu=kind == "cpu").device
+        return str(own) if kind == "cuda" else kind
     if number:
         torch.cuda.set_device(int(number))
     return device
@@ -290,7 +291,11 @@ def _weights_digest(module: nn.Module) -> str:
     if any(tensor.requires_grad or tensor.is_inference() for tensor in weights.values()):
         return digest(weights)  # in training, where a moving average is put in place through .data
     state = [(StorageWeakRef(t.untyped_storage()), t.storage_offset(), t._version) for t in weights.values()]
-    merged = [list(layer.merged_adapters) for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+    merged = [
+        (name, *layer.merged_adapters)
+        for name, layer in module.named_modules()
+        if isinstance(layer, BaseTunerLayer) and layer.merged_adapters
+    ]  # PEFT adds them through .data
     if _digests.get(module, (None, None))[0] != (state, merged, list(weights)):
         _digests[module] = (state, merged, list(weights)), digest(weights)
     return _digests[module][1]

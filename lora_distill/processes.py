@@ -6,7 +6,10 @@ Their folders must be the same, on one machine or on a shared disk.
 
 import os
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:  # imported where it is needed: the command line's --help does not wait for torch
+    from accelerate import PartialState
 
 T = TypeVar("T")
 
@@ -37,6 +40,7 @@ def agree(value: T) -> T:
         return value
     from accelerate.utils import broadcast_object_list
 
+    connect()
     values: list[Any] = [value]
     broadcast_object_list(values)
     return values[0]
@@ -45,6 +49,13 @@ def agree(value: T) -> T:
 def wait() -> None:
     """Wait until every process is here."""
     if count() > 1:
-        from accelerate import PartialState
+        connect().wait_for_everyone()
 
-        PartialState().wait_for_everyone()
+
+def connect(cpu: bool = False) -> "PartialState":
+    """Connect the processes, once, and return accelerate's state of them. On a GPU each takes its own, unless `cpu`."""
+    import torch
+    from accelerate import PartialState
+
+    # without a GPU accelerate connects processes only if told that they run on the CPU; else each believes to be alone
+    return PartialState(cpu=cpu or not torch.cuda.is_available())

@@ -127,7 +127,7 @@ def test_an_update_that_bfloat16_cannot_hold_is_not_lost_when_deployed():
     with pytest.warns(UserWarning, match=r"adapter 'student' is not folded into W0 but runs beside it: .*bfloat16"):
         ready = deployed(pipe, "student")
     assert torch.equal(drawn(ready), drawn(pipe, student)), "the very student that was trained"
-    assert difference(pipe, pipe, student) > 0.02, "the adapter counts"
+    assert difference(pipe, pipe, student) > 0.01, "the adapter counts"
     assert {p.data_ptr() for p in ready.unet.parameters()} == {p.data_ptr() for p in pipe.unet.parameters()}
     assert fingerprint(ready) != fingerprint(pipe)
 
