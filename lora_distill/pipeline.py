@@ -104,7 +104,8 @@ def _weights(part: Path) -> set[Path]:
 
 def _check_weights(file: Path) -> None:
     try:
-        safe_open(file, framework="pt").__enter__()
+        with safe_open(file, framework="pt"):
+            pass
     except FileNotFoundError:
         raise FileNotFoundError(f"{file}: missing, though the index beside it names it") from None
     except SafetensorError as error:
@@ -121,6 +122,10 @@ def _check_kind(source: Path | str) -> None:
         raise ValueError(
             f"{source}: its UNet takes {channels} channels and latents have {latent}: a pipeline for inpainting or "
             "another edit; a text-to-image pipeline is needed"
+        )
+    if unet.get("addition_embed_type"):
+        raise ValueError(
+            f"{source}: its UNet takes more than a prompt, as Stable Diffusion XL's does; 1 and 2 are read"
         )
     kind = scheduler.get("prediction_type", "epsilon")
     if kind not in PREDICTION_TYPES:
@@ -180,14 +185,18 @@ def _prepared(pipe: StableDiffusionPipeline, device: str) -> StableDiffusionPipe
     said = "force_upcast" not in pipe.vae.config.get("_use_default_values", ())
     if pipe.vae.dtype == torch.float16 and said and pipe.vae.config.force_upcast:
         pipe.vae.float()
+    if pipe.unet.dtype == torch.bfloat16:
+        _warn_of_emulation(device)
     if torch.device(device).type == "cuda":
-        if pipe.unet.dtype == torch.float32:
-            torch.set_float32_matmul_precision("high")  # TF32
-        if pipe.unet.dtype == torch.bfloat16:
-            _warn_of_emulation(device)
-        for part in (pipe.unet, pipe.vae):
-            part.to(memory_format=torch.channels_last)
+        _tune_for_gpu(pipe)
     return pipe.to(device)
+
+
+def _tune_for_gpu(pipe: StableDiffusionPipeline) -> None:
+    """TF32 for products of float32 matrices, and the layout in which cuDNN convolves fastest."""
+    torch.set_float32_matmul_precision("high")
+    for part in (pipe.unet, pipe.vae):
+        part.to(memory_format=torch.channels_last)
 
 
 def _warn_of_emulation(device: str) -> None:
@@ -274,8 +283,8 @@ def fingerprint(pipe: StableDiffusionPipeline) -> str:
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """A digest of all that turns text into tokens: vocabulary, merges, added tokens, normalisation, length."""
-    rules = json.loads(tokenizer.backend_tokenizer.to_str())
-    rules = {name: value for name, value in rules.items() if name not in ("truncation", "padding")}  # of the last call
+    rules = tokenizer.backend_tokenizer.to_str()
+    rules = rules[rules.index('"added_tokens"') :]  # before them stand truncation and padding of the last call
     return cache_key(rules=rules, length=tokenizer.model_max_length, pad=tokenizer.pad_token_id)
 
 

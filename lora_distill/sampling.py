@@ -97,6 +97,8 @@ def sampler_label(pipe: StableDiffusionPipeline, sampler: Sampler) -> str:
 
 
 def _scheduler_name(scheduler: SchedulerMixin) -> str:
+    if isinstance(scheduler, DDIMScheduler) and (spacing := scheduler.config.timestep_spacing) != "trailing":
+        return f"DDIM ({spacing})"  # beside the named one, whose timesteps are trailing
     if not isinstance(scheduler, DPMSolverMultistepScheduler):
         return type(scheduler).__name__.removesuffix("Scheduler").removesuffix("Discrete")
     kind, order = scheduler.config.algorithm_type, scheduler.config.solver_order
@@ -168,7 +170,7 @@ def sample(
 
 
 def _draws_noise(scheduler: SchedulerMixin) -> bool:
-    return isinstance(scheduler, RANDOM) or scheduler.config.get("algorithm_type", "").startswith("sde")
+    return isinstance(scheduler, RANDOM) or str(scheduler.config.get("algorithm_type")).startswith("sde")
 
 
 def _embedded_guidance(pipe: StableDiffusionPipeline, sampler: Sampler, count: int) -> Tensor | None:

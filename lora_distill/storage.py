@@ -69,6 +69,8 @@ def save_tensors(
     path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None, *, by_any: bool = False
 ) -> None:
     """Write tensors and text metadata whole, as one safetensors file with a digest of both; see `whole_file`."""
+    if not (by_any or processes.is_main()):
+        return
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = metadata or {}
     with whole_file(path, by_any=by_any) as temporary:

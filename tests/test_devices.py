@@ -2,12 +2,21 @@
 
 import pytest
 import torch
+from conftest import moved
 
 from lora_distill import pipeline
-from lora_distill.adapters import role
+from lora_distill.adapters import merged_copy, plain_copy, role
 from lora_distill.deployment import deployed
 from lora_distill.judge.timing import runtime
-from lora_distill.pipeline import choose_device, compiled, is_compiled, load_pipeline, pipeline_for
+from lora_distill.pipeline import (
+    choose_device,
+    compiled,
+    encode_prompts,
+    fingerprint,
+    is_compiled,
+    load_pipeline,
+    pipeline_for,
+)
 from lora_distill.settings import Settings
 
 
@@ -60,6 +69,26 @@ def test_a_gpu_that_emulates_bfloat16_is_named_with_what_would_do(monkeypatch):
     pipeline._warn_of_emulation("cpu")
 
 
+def test_the_layout_for_a_gpu_changes_no_result(bundle):
+    def results(pipe):
+        moved(pipe.unet, "student", targets="all")
+        inputs = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor(500)
+        embeds = encode_prompts(pipe, ["a lion", "an owl"])
+        with torch.no_grad():
+            unets = pipe.unet, merged_copy(pipe.unet, "student"), plain_copy(pipe.unet)
+            return [unet(*inputs, embeds).sample for unet in unets] + [pipe.vae.decode(inputs[0]).sample]
+
+    expected, before = results(load_pipeline("bundled")), fingerprint(bundle)
+    precision = torch.get_float32_matmul_precision()
+    try:
+        pipeline._tune_for_gpu(bundle)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    assert bundle.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(results(bundle), expected, strict=True))
+    assert fingerprint(bundle) == before
+
+
 def test_attention_is_pytorch_s_own_for_all_roles(bundle):
     assert {type(processor).__name__ for processor in bundle.unet.attn_processors.values()} == {"AttnProcessor2_0"}
 
@@ -86,8 +115,6 @@ def eager(monkeypatch):
 
 
 def test_a_compiled_unet_keeps_its_roles_and_its_outputs(unet, inputs, eager):
-    from conftest import moved
-
     def outputs():
         found = []
         with torch.no_grad():
@@ -107,8 +134,6 @@ def test_a_compiled_unet_keeps_its_roles_and_its_outputs(unet, inputs, eager):
 
 
 def test_gradients_of_a_compiled_unet_are_the_same(unet, inputs, eager):
-    from conftest import moved
-
     parameters = moved(unet, "student")
 
     def gradients():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lora_distill import pipeline
 from lora_distill.adapters import plain_copy
 from lora_distill.pipeline import BUNDLED, decode_latents, encode_prompts, fingerprint, load_pipeline
 from lora_distill.sampling import Sampler, initial_noise, sample, unet_passes
@@ -107,6 +108,13 @@ def test_a_sampler_is_named_after_the_scheduler_that_it_builds(old):
     assert sampler_label(pipe, Sampler(4)) == "PNDM, 4 steps, 5 passes"
     assert sampler_label(pipe, Sampler(1, scheduler="lcm")) == "LCM, 1 step, 1 pass"
     assert sampler_label(load_pipeline("bundled"), Sampler(25, 3.0)) == "DDIM, 25 steps, 50 passes"
+
+
+def test_two_kinds_of_ddim_have_two_names(bundle):
+    from lora_distill.sampling import sampler_name
+
+    bundle.scheduler.register_to_config(timestep_spacing="leading")
+    assert [sampler_name(bundle, Sampler(scheduler=name)) for name in ("own", "ddim")] == ["DDIM (leading)", "DDIM"]
 
 
 @pytest.mark.parametrize("scheduler", ["EulerAncestralDiscreteScheduler", "DDPMScheduler"])
@@ -226,6 +234,26 @@ def test_a_unet_for_inpainting_is_refused(folder):
     edited(folder, "unet", in_channels=9)
     with pytest.raises(ValueError, match=r"its UNet takes 9 channels and latents have 4: a pipeline for inpainting"):
         load_pipeline(str(folder))
+
+
+def test_a_unet_of_stable_diffusion_xl_is_refused(folder):
+    edited(folder, "unet", addition_embed_type="text_time")
+    with pytest.raises(ValueError, match=r"its UNet takes more than a prompt, as Stable Diffusion XL's does"):
+        load_pipeline(str(folder))
+
+
+def test_a_hub_pipeline_with_fp16_files_alone_is_loaded_from_these(monkeypatch, bundle):
+    tried = []
+
+    def from_pretrained(name, variant, **_):
+        tried.append(variant)
+        if variant is None:
+            raise OSError("no file named diffusion_pytorch_model.safetensors\nin this repository")
+        return bundle
+
+    monkeypatch.setattr(pipeline.StableDiffusionPipeline, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(pipeline, "part_config", lambda kind, source, part: {})
+    assert load_pipeline("somebody/fp16-alone") is bundle and tried == [None, "fp16"]
 
 
 def test_where_there_are_fp16_files_alone_they_are_used(folder):
