@@ -6,9 +6,14 @@ Their folders must be the same, on one machine or on a shared disk.
 
 import os
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
+PATIENCE = timedelta(hours=2)  # for a process that is slower than the others; a killed one ends them all at once
 
 
 def count() -> int:
@@ -31,12 +36,22 @@ def share(items: Sequence[T]) -> Sequence[T]:
     return items[index() :: count()]
 
 
+def start(cpu: bool | None = None) -> None:
+    """Bring the processes together; on the CPU if there is no GPU or `cpu` says so. Only the first call counts."""
+    if count() > 1:
+        import torch
+        from accelerate import PartialState
+
+        PartialState(cpu=not torch.cuda.is_available() if cpu is None else cpu, timeout=PATIENCE)
+
+
 def agree(value: T) -> T:
     """The main process's value, on every process: whoever decides by a file asks here, for files appear meanwhile."""
     if count() == 1:
         return value
     from accelerate.utils import broadcast_object_list
 
+    start()
     values: list[Any] = [value]
     broadcast_object_list(values)
     return values[0]
@@ -47,4 +62,21 @@ def wait() -> None:
     if count() > 1:
         from accelerate import PartialState
 
+        start()
         PartialState().wait_for_everyone()
+
+
+def all_rows(rows: "Tensor") -> "Tensor":
+    """The rows of a batch of which each process has its part, in their order; gradients reach the own ones.
+
+    What follows is computed by every process. As gradients are averaged over the processes afterwards, those of the
+    own rows are multiplied by their number here.
+    """
+    if count() == 1:
+        return rows
+    import torch
+
+    parts = [torch.empty_like(rows) for _ in range(count())]
+    torch.distributed.all_gather(parts, rows.detach().contiguous())
+    parts[index()] = rows.detach() + count() * (rows - rows.detach())
+    return torch.cat(parts)

@@ -186,9 +186,8 @@ def consistency_batches(
     """A function that samples batches for `ConsistencyDistillation` from those of `draw_batch`.
 
     Timesteps are moved up to the DDIM grid, that of `LCMScheduler`: 19, 39, ..., 999 for skip = 20 of 1000 timesteps.
-    Added are `guidance_scale` (b,), uniform in [w_min, w_max], and `inside`, the indices of the rows whose timestep is
-    above the first grid point. Raises ValueError for a skip that does not divide the timesteps and unless
-    1 <= w_min <= w_max.
+    Added is `guidance_scale` (b,), uniform in [w_min, w_max]. Raises ValueError for a skip that does not divide the
+    timesteps and unless 1 <= w_min <= w_max.
     """
     if skip < 1 or train_timesteps % skip:
         raise ValueError(f"ddim_skip: expected a divisor of the {train_timesteps} timesteps, got {skip}")
@@ -199,7 +198,6 @@ def consistency_batches(
         batch = draw_batch(step, batch_size, generator)
         timesteps = (batch["timesteps"] // skip + 1) * skip - 1
         guidance_scale = w_min + (w_max - w_min) * torch.rand(batch_size, generator=generator)
-        inside = torch.nonzero(timesteps >= skip).flatten()  # on the CPU: on a GPU it would synchronise
-        return {**batch, "timesteps": timesteps, "guidance_scale": guidance_scale, "inside": inside}
+        return {**batch, "timesteps": timesteps, "guidance_scale": guidance_scale}
 
     return draw
