@@ -1,6 +1,7 @@
 """Stable Diffusion pipelines: load one, encode prompts, decode latents."""
 
 import io
+import json
 import warnings
 from collections.abc import Iterator, Mapping
 from copy import copy
@@ -14,10 +15,10 @@ import transformers.utils.logging
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPTokenizer, PretrainedConfig
+from transformers import CLIPTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from lora_distill.shapes import BUNDLED, SD15_SHAPE, stable_diffusion_15
-from lora_distill.storage import atomic_write, digest
+from lora_distill.storage import atomic_write, cache_key, digest
 
 for library in (diffusers, transformers):
     library.utils.logging.disable_progress_bar()  # loading is short, and the bars would stay in notebooks
@@ -91,6 +92,13 @@ def fingerprint(pipe: StableDiffusionPipeline) -> str:
     settings = repr((sorted(pipe.tokenizer.get_vocab().items()), [_plain(config) for config in configs]))
     text = torch.frombuffer(bytearray(settings.encode()), dtype=torch.uint8)
     return digest({key.replace(".base_layer", ""): value for key, value in weights.items()} | {"settings": text})
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A digest of all that turns text into tokens: vocabulary, merges, added tokens, normalisation, length."""
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    rules = {name: value for name, value in rules.items() if name not in ("truncation", "padding")}  # of the last call
+    return cache_key(rules=rules, length=tokenizer.model_max_length, pad=tokenizer.pad_token_id)
 
 
 def _plain(config: Mapping[str, Any] | PretrainedConfig) -> list[tuple[str, str]]:

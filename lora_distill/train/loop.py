@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, TorchDynamoPlugin
+from accelerate.utils import GradientAccumulationPlugin, TorchDynamoPlugin
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -129,7 +129,7 @@ def train(
             row |= {"learning_rate": schedule.learning_rate_at(update), "images_per_s": round(images / seconds, 2)}
             row |= {"peak_memory_mb": peak_memory_mb(step.device)}
             clock, images = time.perf_counter(), 0
-            log.append(row)
+            log.append(processes.agree(row))
             progress.set_postfix_str(f"loss {row['loss']:.4f}, {row['images_per_s']:.0f} images/s", refresh=False)
         if every and (done % every == 0 or done == schedule.steps):
             log.append({"step": done, **_measured(measure, done, average)})
@@ -191,7 +191,7 @@ class TrainingStep:
         self.adamw.zero_grad()  # an update that the scaler left out has not dropped them
 
     def over_processes(self, scalars: dict[str, Tensor]) -> dict[str, float]:
-        """The mean of each scalar over the processes. This waits for the device: the loop asks for logged steps only."""
+        """The mean of each scalar over the processes. It waits for the device: the loop asks at logged steps only."""
         values = torch.stack([value.detach().float() for value in scalars.values()])
         return dict(zip(scalars, self.accelerator.reduce(values, "mean").tolist(), strict=True))
 
@@ -212,7 +212,6 @@ def _accelerator(schedule: Schedule, device: str | torch.device) -> Accelerator:
         mixed_precision="no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=schedule.gradient_accumulation),
         dynamo_plugin=TorchDynamoPlugin(backend="NO"),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # they are constants
         cpu=torch.device(device).type == "cpu",
     )
 

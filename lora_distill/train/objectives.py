@@ -1,8 +1,8 @@
 """Training objectives: small modules, `objective(batch) -> (loss, scalars)`.
 
 A batch has `latents` (b, 4, h, w), `eps` (the noise, same shape), `timesteps` (b,) and `prompt_embeds`
-(b, tokens, dim); for the consistency objectives also `guidance_scale` (b,). All randomness is in the batch. Nothing here
-waits for the device: no shape and no branch depends on a value.
+(b, tokens, dim); for the consistency objectives also `guidance_scale` (b,). All randomness is in the batch. No shape
+and no branch depends on a value, so that nothing waits for a GPU.
 """
 
 import torch
