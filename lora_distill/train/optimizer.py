@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+EIGHT_BITS_ON = "cuda"  # the kind of device that bitsandbytes' kernels are for
+
 
 class Masters:
     """The part of an optimizer on `masters` that takes gradients from `parameters` and writes new weights back."""
@@ -75,7 +77,7 @@ def adamw_8bit(parameters: Iterable[nn.Parameter], **options) -> Masters:
     Raises ValueError where it cannot run: without a GPU, or without bitsandbytes.
     """
     parameters = list(parameters)
-    if any(p.device.type != "cuda" for p in parameters):
+    if any(p.device.type != EIGHT_BITS_ON for p in parameters):
         raise ValueError("optimizer: adamw-8bit needs a CUDA GPU; adamw runs everywhere")
     try:
         from bitsandbytes.optim import AdamW8bit
