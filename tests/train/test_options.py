@@ -45,8 +45,8 @@ def draw(step, batch_size, generator):
 
 
 def recomputed(unet, found):
-    """Count forward passes of the middle block in `found`."""
-    unet.mid_block.resnets[0].register_forward_hook(lambda *_: found.append(torch.is_grad_enabled()))
+    """Note in `found` every forward pass of the first block, and whether it has gradients."""
+    unet.down_blocks[0].resnets[0].register_forward_hook(lambda *_: found.append(torch.is_grad_enabled()))
 
 
 def test_activations_are_computed_again_and_the_adapter_is_the_same(teacher, tmp_path):
@@ -79,7 +79,7 @@ def test_of_a_full_copy_the_student_alone_is_checkpointed_and_a_flag_that_was_se
 def test_8_bits_without_a_gpu_are_refused_in_one_line_and_never_replaced(teacher, tmp_path):
     settings = SETTINGS.model_copy(update={"optimizer": "adamw-8bit"})
     pipe = load_pipeline("bundled")
-    with pytest.raises(ValueError, match="^optimizer: adamw-8bit needs a CUDA GPU; adamw runs everywhere$"):
+    with pytest.raises(ValueError, match=r"^optimizer: adamw-8bit needs a CUDA GPU; adamw runs everywhere$"):
         distil_full_copy(pipe, teacher, settings, tmp_path)
     assert not list(tmp_path.rglob("*.safetensors"))
     distil_lora(pipe, teacher, settings, tmp_path)  # an adapter has few weights: adamw
@@ -88,7 +88,7 @@ def test_8_bits_without_a_gpu_are_refused_in_one_line_and_never_replaced(teacher
 def test_8_bits_without_their_package_are_refused_in_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     weight = SimpleNamespace(device=torch.device("cuda"))
-    with pytest.raises(ValueError, match="^optimizer: adamw-8bit needs bitsandbytes: pip install bitsandbytes, or"):
+    with pytest.raises(ValueError, match=r"^optimizer: adamw-8bit needs bitsandbytes: pip install bitsandbytes, or"):
         optimizer.adamw_8bit([weight], lr=1e-3)
 
 
