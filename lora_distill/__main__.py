@@ -111,23 +111,29 @@ def settings(profile: Profile = "cpu") -> None:
 
 @app.command(rich_help_panel=MODELS)
 def distill(profile: Profile = "cpu") -> None:
-    """Distil guidance into a LoRA on one W0 and write the LoRA file, which stock diffusers loads."""
-    import torch
+    """Distil guidance into a LoRA on one W0 and write the LoRA file, which stock diffusers loads.
 
+    On several GPUs: accelerate launch --num_processes N -m lora_distill distill; each process takes its part of every
+    batch, and of the teacher's images.
+    """
+    from lora_distill import processes
     from lora_distill.data.teacher import teacher_set, training_captions
-    from lora_distill.pipeline import choose_device, load_pipeline
-    from lora_distill.sampling import Sampler
+    from lora_distill.pipeline import pipeline_for
+    from lora_distill.sampling import multi_step
     from lora_distill.settings import load_settings, run_dir
     from lora_distill.train.recipes import distil_lora, lora_file
 
     checked = load_settings(profile)
     folder = run_dir(checked)
-    pipe = load_pipeline(checked.pipeline, choose_device(checked.device), getattr(torch, checked.dtype))
-    captions = training_captions(checked.data, checked.style, checked.teacher_images, checked.seed)
-    sampler = Sampler(checked.sampling_steps, checked.guidance_scale)
-    teacher = teacher_set(pipe, captions, sampler, checked.seed, folder / "cache")
+    cache = folder / "cache"
+    pipe = pipeline_for(checked)
+    of_images = {"share": checked.image_share, "skip_unusable": checked.skip_unusable, "cache_dir": cache}
+    captions = training_captions(checked.data, checked.style, checked.teacher_images, checked.seed, **of_images)
+    sampler = multi_step(checked, checked.guidance_scale)
+    teacher = teacher_set(pipe, captions, sampler, checked.seed, cache, checked.eval_batch)
     distil_lora(pipe, teacher, checked, folder)
-    print(lora_file(folder, "student"))
+    if processes.is_main():
+        print(lora_file(folder, "student"))
 
 
 @app.command(rich_help_panel=MODELS)

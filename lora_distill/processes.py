@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # imported where it is needed: the command line's --help does not wait for torch
+    from accelerate import PartialState
     from torch import Tensor
 
 T = TypeVar("T")
@@ -18,12 +19,12 @@ PATIENCE = timedelta(hours=2)  # for a process that is slower than the others; a
 
 def count() -> int:
     """How many processes run side by side."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
 def index() -> int:
     """The number of this process, from 0."""
-    return int(os.environ.get("RANK", "0")) if count() > 1 else 0
+    return int(os.environ["RANK"]) if count() > 1 else 0
 
 
 def is_main() -> bool:
@@ -36,22 +37,13 @@ def share(items: Sequence[T]) -> Sequence[T]:
     return items[index() :: count()]
 
 
-def start(cpu: bool | None = None) -> None:
-    """Bring the processes together; on the CPU if there is no GPU or `cpu` says so. Only the first call counts."""
-    if count() > 1:
-        import torch
-        from accelerate import PartialState
-
-        PartialState(cpu=not torch.cuda.is_available() if cpu is None else cpu, timeout=PATIENCE)
-
-
 def agree(value: T) -> T:
     """The main process's value, on every process: whoever decides by a file asks here, for files appear meanwhile."""
     if count() == 1:
         return value
     from accelerate.utils import broadcast_object_list
 
-    start()
+    connect()
     values: list[Any] = [value]
     broadcast_object_list(values)
     return values[0]
@@ -60,10 +52,16 @@ def agree(value: T) -> T:
 def wait() -> None:
     """Wait until every process is here."""
     if count() > 1:
-        from accelerate import PartialState
+        connect().wait_for_everyone()
 
-        start()
-        PartialState().wait_for_everyone()
+
+def connect(cpu: bool = False) -> "PartialState":
+    """Connect the processes, once, and return accelerate's state of them. On a GPU each takes its own, unless `cpu`."""
+    import torch
+    from accelerate import PartialState
+
+    # without a GPU accelerate connects processes only if told that they run on the CPU; else each believes to be alone
+    return PartialState(cpu=cpu or not torch.cuda.is_available(), timeout=PATIENCE)
 
 
 def all_rows(rows: "Tensor") -> "Tensor":

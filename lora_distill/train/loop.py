@@ -207,12 +207,14 @@ def _accelerator(schedule: Schedule, device: str | torch.device) -> Accelerator:
     Precision is ours: accelerate scales no loss of 16-bit weights, and none on a CPU.
     """
     AcceleratorState._reset_state()  # a variable of the shell may have given it a precision
-    processes.start(cpu=torch.device(device).type == "cpu")
+    on_cpu = torch.device(device).type == "cpu"
+    if processes.count() > 1:
+        processes.connect(on_cpu)
     return Accelerator(
         mixed_precision="no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=schedule.gradient_accumulation),
         dynamo_plugin=TorchDynamoPlugin(backend="NO"),
-        cpu=torch.device(device).type == "cpu",
+        cpu=on_cpu,
     )
 
 

@@ -17,7 +17,7 @@ from lora_distill import processes
 from lora_distill.adapters import adapter_names, add_adapter, plain_copy, save_adapter
 from lora_distill.data.encoded import EncodedImages, consistency_batches, image_batches
 from lora_distill.data.teacher import noised_batches
-from lora_distill.pipeline import adapter_dtype, encode_prompts, fingerprint, with_unet
+from lora_distill.pipeline import adapter_dtype, compiled, encode_prompts, fingerprint, is_compiled, with_unet
 from lora_distill.settings import Settings
 from lora_distill.storage import cache_key, digest
 from lora_distill.train.loop import Milestones, Schedule, train
@@ -71,7 +71,7 @@ def distil_full_copy(
 ) -> tuple[StableDiffusionPipeline, list[dict]]:
     """The conventional method: the student is a full copy of the UNet; return its pipeline and the log."""
     pipe.unet.requires_grad_(False)  # adapters that were trained on it before included
-    student = plain_copy(pipe.unet)
+    student = _like(pipe.unet, plain_copy(pipe.unet))
     plan = replace(schedule(settings, settings.full_learning_rate), optimizer=settings.optimizer)
     log = _distil("full copy", pipe, student, teacher, settings, plan, folder, milestones)
     return with_unet(pipe, student.requires_grad_(False)), log
@@ -89,7 +89,7 @@ def train_lcm(
 ) -> tuple[StableDiffusionPipeline, list[dict]]:
     """Phase 2: train a copy, all weights, as a full LCM for w ~ U[w_min, w_max]; return its pipeline and the log."""
     pipe.unet.requires_grad_(False)  # adapters that were trained on it before included
-    student = plain_copy(pipe.unet, time_cond_proj_dim=W_EMBEDDING)
+    student = _like(pipe.unet, plain_copy(pipe.unet, time_cond_proj_dim=W_EMBEDDING))
     objective = _consistency(pipe, student, settings)
     draw_batch = _batches(pipe, images, settings, settings.w_min, settings.w_max)
     plan = replace(_plan(settings, settings.lcm_learning_rate), optimizer=settings.optimizer)
@@ -260,6 +260,13 @@ def _save(pipe: StableDiffusionPipeline, name: str, folder: Path) -> None:
     """Write the LoRA file of an adapter; when this returns, every process can read it."""
     save_adapter(pipe.unet, name, lora_file(folder, name))
     processes.wait()
+
+
+def _like(unet: UNet2DConditionModel, copy: UNet2DConditionModel) -> UNet2DConditionModel:
+    """The copy, compiled if the UNet is."""
+    if is_compiled(unet):
+        compiled(copy)
+    return copy
 
 
 def _new_adapter(pipe: StableDiffusionPipeline, name: str, rank: int, targets: str, settings: Settings) -> None:

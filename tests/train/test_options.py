@@ -14,7 +14,7 @@ from lora_distill import processes
 from lora_distill.adapters import adapter_parameters, add_adapter
 from lora_distill.data.encoded import consistency_batches
 from lora_distill.data.teacher import teacher_set
-from lora_distill.pipeline import load_pipeline
+from lora_distill.pipeline import is_compiled, load_pipeline
 from lora_distill.sampling import Sampler
 from lora_distill.settings import Settings
 from lora_distill.train import optimizer
@@ -71,6 +71,42 @@ def test_of_a_full_copy_the_student_alone_is_checkpointed_and_a_flag_that_was_se
     pipe.unet.enable_gradient_checkpointing()
     distil_lora(pipe, teacher, settings, tmp_path)
     assert pipe.unet.is_gradient_checkpointing
+
+
+# ---------------------------------------------------------------------------------------------- torch.compile
+
+
+def test_a_compiled_unet_trains_the_same_and_is_compiled_once_a_role(tmp_path):
+    """Teacher, target and student, which are one UNet. The backend runs the graphs as they are."""
+    graphs, seen, trained = [], [], []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def draw_batch(step, batch_size, generator):
+        seen.append(len(graphs))
+        return consistency_batches(draw, 1000, 20, 2.0, 5.0)(step, batch_size, generator)
+
+    for with_compile in (False, True):
+        unet = small_unet()
+        parameters = add_adapter(unet, "student", rank=2, alpha=2)
+        if with_compile:
+            unet.compile(backend=backend)
+        objective = ConsistencyDistillation(unet, unet, DDIMScheduler(), EMPTY)
+        plan = Schedule(4, 2, 1e-2, log_every=1, ema_decay=0.9)
+        train(objective, draw_batch, plan, tmp_path / str(with_compile))
+        trained.append(parameters)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*trained, strict=True))
+    assert 3 <= seen[-3] == seen[-2] == seen[-1] == len(graphs), "all in the first update"
+
+
+def test_a_full_copy_is_compiled_if_w0_is(teacher, tmp_path, monkeypatch):
+    pipe = load_pipeline("bundled")
+    monkeypatch.setattr("lora_distill.train.recipes.train", lambda *_, **__: [])
+    assert not is_compiled(distil_full_copy(pipe, teacher, SETTINGS, tmp_path)[0].unet)
+    pipe.unet.compile(backend="eager")
+    assert is_compiled(distil_full_copy(pipe, teacher, SETTINGS, tmp_path)[0].unet)
 
 
 # ---------------------------------------------------------------------------------------------- optimizers
