@@ -45,8 +45,8 @@ def draw(step, batch_size, generator):
 
 
 def recomputed(unet, found):
-    """Note in `found` every forward pass of the first block, and whether it has gradients."""
-    unet.down_blocks[0].resnets[0].register_forward_hook(lambda *_: found.append(torch.is_grad_enabled()))
+    """Note in `found` every forward pass of the last block, and whether it has gradients."""
+    unet.up_blocks[-1].resnets[0].register_forward_pre_hook(lambda *_: found.append(torch.is_grad_enabled()))
 
 
 def test_activations_are_computed_again_and_the_adapter_is_the_same(teacher, tmp_path):
@@ -106,6 +106,7 @@ def test_a_full_copy_is_compiled_if_w0_is(teacher, tmp_path, monkeypatch):
     monkeypatch.setattr("lora_distill.train.recipes.train", lambda *_, **__: [])
     assert not is_compiled(distil_full_copy(pipe, teacher, SETTINGS, tmp_path)[0].unet)
     pipe.unet.compile(backend="eager")
+    monkeypatch.setattr("lora_distill.pipeline._cannot_compile", lambda device: None)
     assert is_compiled(distil_full_copy(pipe, teacher, SETTINGS, tmp_path)[0].unet)
 
 
@@ -234,7 +235,7 @@ def test_the_tables_of_an_objective_lie_on_its_device():
 def test_another_number_of_processes_is_another_training(teacher, tmp_path, monkeypatch):
     pipe, keys = load_pipeline("bundled"), []
     monkeypatch.setattr("lora_distill.train.recipes.train", lambda *args, **_: keys.append(args[3].name))
-    monkeypatch.setattr(processes, "wait", lambda: None)
+    monkeypatch.setattr("lora_distill.train.recipes._save", lambda *_: None)
     for count in (1, 2, 2):
         monkeypatch.setattr(processes, "count", lambda count=count: count)
         distil_lora(pipe, teacher, SETTINGS, tmp_path)
