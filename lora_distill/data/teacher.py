@@ -102,18 +102,19 @@ def noised_batches(
 ) -> Callable[[int, int, torch.Generator], dict[str, Tensor]]:
     """A function that samples batches for the objectives from a teacher set.
 
-    It takes (step, batch_size, generator). A batch has teacher `latents` and noise `eps` (b, 4, h, w), uniform
+    It takes (step, batch_size, generator). A batch, on the CPU, has teacher `latents` and noise `eps` (b, 4, h, w), uniform
     `timesteps` (b,) and `prompt_embeds` (b, tokens, dim).
     """
 
+    latents, embeds = teacher["latents"].cpu(), teacher["prompt_embeds"].cpu()  # rows of a GPU's would make it wait
+
     def draw_batch(step: int, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
-        rows = torch.randint(len(teacher["latents"]), (batch_size,), generator=generator)
-        latents = teacher["latents"][rows.to(teacher["latents"].device)]
+        rows = torch.randint(len(latents), (batch_size,), generator=generator)
         return {
-            "latents": latents,
-            "prompt_embeds": teacher["prompt_embeds"][rows.to(latents.device)],
-            "eps": torch.randn(latents.shape, generator=generator).to(latents),
-            "timesteps": torch.randint(train_timesteps, (batch_size,), generator=generator).to(latents.device),
+            "latents": latents[rows],
+            "prompt_embeds": embeds[rows],
+            "eps": torch.randn(latents[rows].shape, generator=generator).to(latents.dtype),
+            "timesteps": torch.randint(train_timesteps, (batch_size,), generator=generator),
         }
 
     return draw_batch
