@@ -113,8 +113,8 @@ def settings(profile: Profile = "cpu") -> None:
 def distill(profile: Profile = "cpu") -> None:
     """Distil guidance into a LoRA on one W0 and write the LoRA file, which stock diffusers loads.
 
-    On several GPUs: accelerate launch --num_processes N -m lora_distill distill; each process takes its part of every
-    batch, and of the teacher's images.
+    On several GPUs: accelerate launch --multi_gpu --num_processes N -m lora_distill distill; each process takes its
+    part of every batch, and of the teacher's images.
     """
     from lora_distill import processes
     from lora_distill.data.teacher import teacher_set, training_captions
@@ -144,16 +144,18 @@ def sample(
     lora: Annotated[Path | None, typer.Option(help="a LoRA file; the student then samples")] = None,
     guidance_scale: Annotated[float, typer.Option(min=1, help="1 is one pass a step")] = 1.0,
     steps: Annotated[int, typer.Option(min=1)] = 25,
+    scheduler: Annotated[str, typer.Option(help="own, ddim, dpm++ or lcm: the last for an LCM-LoRA")] = "own",
+    resolution: Annotated[int | None, typer.Option(help="side in pixels; by default the UNet's own")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Draw prompts with a pipeline, with or without a LoRA."""
     from lora_distill import adapters, sampling
     from lora_distill import pipeline as pipelines
 
-    pipe = pipelines.load_pipeline(pipeline, pipelines.choose_device("auto"))
+    pipe = pipelines.load_pipeline(pipeline, pipelines.choose_device("auto"), resolution=resolution)
     if lora:
         adapters.load_adapter(pipe.unet, "student", lora)
-    sampler = sampling.Sampler(steps, guidance_scale, adapter="student" if lora else None)
+    sampler = sampling.Sampler(steps, guidance_scale, adapter="student" if lora else None, scheduler=scheduler)
     noise = sampling.initial_noise(pipe, len(prompts), seed)
     embeds, empty = pipelines.encode_prompts(pipe, prompts), pipelines.encode_prompts(pipe, [""])
     latents = sampling.sample_in_batches(pipe, sampler, noise, embeds, empty, seed)

@@ -102,10 +102,9 @@ def noised_batches(
 ) -> Callable[[int, int, torch.Generator], dict[str, Tensor]]:
     """A function that samples batches for the objectives from a teacher set.
 
-    It takes (step, batch_size, generator). A batch, on the CPU, has teacher `latents` and noise `eps` (b, 4, h, w), uniform
-    `timesteps` (b,) and `prompt_embeds` (b, tokens, dim).
+    It takes (step, batch_size, generator). A batch, on the CPU, has teacher `latents` and noise `eps` (b, 4, h, w),
+    uniform `timesteps` (b,) and `prompt_embeds` (b, tokens, dim).
     """
-
     latents, embeds = teacher["latents"].cpu(), teacher["prompt_embeds"].cpu()  # rows of a GPU's would make it wait
 
     def draw_batch(step: int, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
