@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from lora_distill.storage import load_tensors
-from lora_distill.train.loop import CHECKPOINT, LOG, RESULT
+from lora_distill import processes
+from lora_distill.storage import load_tensors, mapped_rows
+from lora_distill.train.loop import CHECKPOINT, LOG, RESULT, Schedule, train
 
 TESTS = Path(__file__).parent
 
@@ -199,6 +201,18 @@ def test_bars_come_from_one_process(folders):
 
 def test_a_batch_that_two_processes_cannot_share_evenly_is_one_line(folders):
     assert folders[2].count("refused: batch_size: expected a multiple of the 2 processes, got 3") == 2
+
+
+def test_processes_without_a_shared_disk_are_told_so(tmp_path, monkeypatch):
+    """As a process sees it that is not the main one, when that one has a file."""
+    monkeypatch.setattr(processes, "is_main", lambda: False)
+    monkeypatch.setattr(processes, "agree", lambda value: True)
+    line = nn.Linear(1, 1)
+    with pytest.raises(FileNotFoundError, match=f"{RESULT}: the main process reads it .* they must share runs/"):
+        train(line, lambda *_: {}, Schedule(1, 1, 1e-3), tmp_path)
+    monkeypatch.setattr(processes, "agree", lambda value: False)
+    with pytest.raises(FileNotFoundError, match=r"rows.npy: the main process reads it .* they must share runs/"):
+        mapped_rows(tmp_path / "rows.npy", (1,), 1, lambda parts: [])
 
 
 def test_a_killed_process_ends_the_job_and_the_next_start_goes_on_to_the_same_bits(folders, tmp_path):

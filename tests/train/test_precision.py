@@ -24,7 +24,7 @@ PRECISIONS = {
     "fp16 autocast": (torch.float32, torch.float32, "fp16"),
     "fp16 autocast on fp16": (torch.float16, torch.float32, "fp16"),
 }
-FULL = ["bf16", "fp16", "bf16 autocast", "fp16 autocast"]  # W0 is trained
+FULL = list(PRECISIONS)  # W0 is trained, in its own dtype
 
 
 def draw(step, batch_size, generator):
@@ -125,17 +125,19 @@ def test_the_scale_of_the_loss_is_in_the_checkpoint(tmp_path, decay):
 # ---------------------------------------------------------------------------------------------- consistency
 
 
-def consistency(w0, trained):
-    unet, parameters = student(w0, trained, full=False)
-    return ConsistencyDistillation(unet, unet, DDIMScheduler(), torch.zeros(1, 5, 8)), parameters
+def consistency(w0, trained, full=False):
+    unet, parameters = student(w0, trained, full)
+    teacher = small_unet().to(w0) if full else unet
+    return ConsistencyDistillation(unet, teacher, DDIMScheduler(), torch.zeros(1, 5, 8)), parameters
 
 
 draw_consistency = consistency_batches(draw, 1000, 20, 2.0, 5.0)
 
 
+@pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize(("w0", "trained", "autocast"), PRECISIONS.values(), ids=PRECISIONS)
-def test_the_target_runs_in_the_dtype_of_the_student(tmp_path, w0, trained, autocast):
-    objective, _ = consistency(w0, trained)
+def test_the_target_runs_in_the_dtype_of_the_student(tmp_path, w0, trained, autocast, full):
+    objective, _ = consistency(w0, trained, full)
     seen = set()
     objective.student.unet.register_forward_hook(lambda module, inputs, output: seen.add(output.sample.dtype))
     objective.student.unet.register_forward_pre_hook(lambda module, inputs: seen.add(inputs[0].dtype))
@@ -143,6 +145,7 @@ def test_the_target_runs_in_the_dtype_of_the_student(tmp_path, w0, trained, auto
     train(objective, draw_consistency, replace(PLAN, steps=2, ema_decay=0.9, mixed_precision=autocast), tmp_path)
     lowered = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(autocast, w0)
     assert lowered in seen and seen <= {w0, lowered}
+    assert {value.dtype for value in objective.moving_average.values()} == {w0 if full else trained}
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16", "fp16", "bf16 autocast"])
