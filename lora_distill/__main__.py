@@ -4,9 +4,12 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from lora_distill.settings import Settings
 
 # Modules are imported by the command that needs them, so that --help does not wait for torch.
 app = typer.Typer(
@@ -180,8 +183,28 @@ def measure(
     from lora_distill.settings import load_settings
 
     checked = load_settings(profile)
-    for path in benchmark.run(checked, choose_device(checked.device), minutes):
+    tables = benchmark.run(checked, choose_device(checked.device), minutes)
+    _draw_measured(checked, tables)
+    for path in tables:
         print(os.path.relpath(path))
+
+
+def _draw_measured(checked: "Settings", tables: list[Path]) -> None:
+    """Draw the tables of `measure`; a machine that only measures need not have matplotlib."""
+    from lora_distill.storage import read_table
+
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        print("not drawn, matplotlib is not installed: python -m lora_distill figures draws them elsewhere")
+        return
+    matplotlib.use("Agg")
+    from lora_distill.publish import figures as saved
+
+    for path in tables:
+        rows = read_table(path)
+        if any(row.get("measured_gb") or row.get("seconds_an_image") for row in rows):
+            saved.save(path.stem, checked, rows)
 
 
 @app.command(rich_help_panel=MODELS)

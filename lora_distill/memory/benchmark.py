@@ -215,13 +215,12 @@ def write(
     """Write both tables and what made them. Rows of another device that were there before stay."""
     folder = figures_dir(settings)
     tables = {MEMORY: memory_rows(results, device, config, cache_dir), SECONDS: seconds_rows(results, device)}
-    paths = [folder / f"{name}.csv" for name in tables]
-    for path, rows in zip(paths, tables.values(), strict=True):
-        if rows:
-            storage.save_table(path, rows + of_other_devices(settings, path.stem, rows, device))
+    tables = {folder / f"{name}.csv": rows for name, rows in tables.items() if rows}
+    for path, rows in tables.items():
+        storage.save_table(path, rows + of_other_devices(settings, path.stem, rows, device))
     made_by = storage.manifest(settings, unit="GB = 1e9 bytes; seconds", machine=storage.device_name(device))
     storage.atomic_write(folder / f"01_measured_{_kind(device)}.json", json.dumps(made_by, indent=2) + "\n")
-    return paths
+    return list(tables)
 
 
 def read(profile: str, name: str) -> Rows:
@@ -256,11 +255,12 @@ def memory_rows(results: dict[Part, Result], device: str, config: report.Config,
         live, all_ = found.get("live"), found.get("resident") or found.get("reserved")
         seconds = found.get("seconds") or []
         rows.append(
-            {"scheme": part.name, "resolution": part.resolution, "batch": part.batch, "precision": part.precision,
+            {"scheme": part.name, "label": find_scheme(part.name).label,
+             "resolution": part.resolution, "batch": part.batch, "precision": part.precision,
              "optimizer": part.setup.optimizer if part.name in TRAINING else None,
              "account_gb": _gb(paper), "simulation_gb": _gb(simulated), "measured_gb": _gb(live),
              "process_gb": _gb(all_), "process_before_gb": _gb(found.get("resident_before")),
-             "account_to_measured": live and round(paper / live, 4),
+             "account_to_measured": live and paper / live,
              "seconds_a_step": median(seconds) if seconds else None, "steps_timed": len(seconds),
              "images_per_s": part.batch / median(seconds) if seconds else None, **_made(part, found, device)}
         )  # fmt: skip

@@ -332,6 +332,8 @@ FIGURES = {
         "The account against simulation and measurement",
         ("memory-account-is-true", "conventional-raises-memory"),
     ),
+    "01_measured_memory": Plot(plots_memory.measured_peaks, "Measured peak memory of the architecture's steps", MEMORY),
+    "01_measured_seconds": Plot(plots_memory.measured_seconds, "Measured seconds an image of the architecture", SPEED),
     "02_guidance_curve": Plot(quality_against_guidance, "Quality against guidance"),
     "02_guidance_grid": Plot(image_grid, "The same noise at several guidance scales"),
     "02_difference": Plot(guidance_against_timestep, "What guidance adds, against the timestep"),
