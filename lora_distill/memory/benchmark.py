@@ -255,7 +255,7 @@ def memory_rows(results: dict[Part, Result], device: str, config: report.Config,
         live, all_ = found.get("live"), found.get("resident") or found.get("reserved")
         seconds = found.get("seconds") or []
         rows.append(
-            {"scheme": part.name, "label": find_scheme(part.name).label,
+            {"scheme": part.name, "label": _label(part),
              "resolution": part.resolution, "batch": part.batch, "precision": part.precision,
              "optimizer": part.setup.optimizer if part.name in TRAINING else None,
              "account_gb": _gb(paper), "simulation_gb": _gb(simulated), "measured_gb": _gb(live),
@@ -265,6 +265,12 @@ def memory_rows(results: dict[Part, Result], device: str, config: report.Config,
              "images_per_s": part.batch / median(seconds) if seconds else None, **_made(part, found, device)}
         )  # fmt: skip
     return [_rounded(row) for row in rows]
+
+
+def _label(part: Part) -> str:
+    """A scheme's label, without the precision that it names where another is in force."""
+    label = find_scheme(part.name).label
+    return label if part.precision == "16-bit" else label.replace(" 16-bit", "")
 
 
 def _simulated(part: Part, config: report.Config, cache_dir: Path) -> int | None:

@@ -26,6 +26,13 @@ WORKS = {
 }
 
 
+CONDITIONS = {  # columns of tables that `measure` writes
+    "machine": ("machine",), "precision": ("dtype", "precision"), "runtime": ("runtime",), "batch": ("batch",),
+    "resolution": ("resolution",),
+}  # fmt: skip
+CONDITION_TEXTS = {"batch": "batch {}", "resolution": "{} px"}
+
+
 class ClaimsError(ValueError):
     """A ledger or a table that cannot be read; the message is one line that names the claim or the file."""
 
@@ -126,6 +133,7 @@ def judge(claim: Claim, folder: Path) -> Verdict:
         verdict, here = RULES[claim.id](**quantities)
     except ArithmeticError as error:
         raise ClaimsError(f"claim {claim.id}: {error}") from None
+    here += conditions(claim, folder)
     if verdict == TOO_COARSE:
         return Verdict(claim, quantities, NOT_TESTABLE, f"{here}: {TOO_COARSE}")
     return Verdict(claim, quantities, verdict, here)
@@ -142,10 +150,7 @@ def measure(quantity: Quantity, folder: Path) -> float | list[float]:
     Raises `Missing` when the table, the row or the value is not there, `ClaimsError` when the table is malformed.
     """
     path, table = _read(quantity, folder)
-    if unknown := {*quantity.where, quantity.column} - set(table.columns):
-        raise ClaimsError(f"{path} has no column {min(unknown)!r}; it has {', '.join(map(str, table.columns))}")
-    for column, value in quantity.where.items():
-        table = table[table[column] == value]
+    table = _rows(quantity, path, table)
     place = ", ".join(f"{column} {value}" for column, value in quantity.where.items())
     try:
         values = pandas.to_numeric(table[quantity.column]).dropna()
@@ -160,6 +165,20 @@ def measure(quantity: Quantity, folder: Path) -> float | list[float]:
     if len(values) > 1:
         raise ClaimsError(f"{path}: {len(values)} rows for {place}; one was expected")
     return float(values.iloc[0])
+
+
+def conditions(claim: Claim, folder: Path) -> str:
+    """Machine, precision, runtime, batch and size of what a claim rests on, as far as its tables of times and memory
+    say them, in brackets; empty for others."""
+    found: dict[str, set[str]] = {kind: set() for kind in CONDITIONS}
+    for quantity in claim.measured.values():
+        table = _rows(quantity, *_read(quantity, folder))
+        for kind, columns in CONDITIONS.items() if "machine" in table.columns else ():
+            for column in set(columns) & set(table.columns):
+                found[kind] |= {f"{value:g}" if isinstance(value, float) else str(value) for value in table[column]}
+    texts = {kind: ", ".join(sorted(values)) for kind, values in found.items() if values}
+    parts = [CONDITION_TEXTS.get(kind, "{}").format(text) for kind, text in texts.items()]
+    return f" [{'; '.join(parts)}]" if parts else ""
 
 
 def summary(verdicts: list[Verdict]) -> str:
@@ -206,6 +225,15 @@ def as_rows(verdicts: list[Verdict]) -> list[dict[str, str]]:
 
 def _written(value: float | list[float]) -> str:
     return ", ".join(f"{number:.6g}" for number in (value if isinstance(value, list) else [value]))
+
+
+def _rows(quantity: Quantity, path: Path, table: pandas.DataFrame) -> pandas.DataFrame:
+    """The rows of a table that a quantity means. Raises `ClaimsError` for a column that is not there."""
+    if unknown := {*quantity.where, quantity.column} - set(table.columns):
+        raise ClaimsError(f"{path} has no column {min(unknown)!r}; it has {', '.join(map(str, table.columns))}")
+    for column, value in quantity.where.items():
+        table = table[table[column] == value]
+    return table
 
 
 def _read(quantity: Quantity, folder: Path) -> tuple[Path, pandas.DataFrame]:

@@ -88,13 +88,13 @@ def measured_peaks(rows: Rows) -> Figure:
     rows = [row for row in rows if row["batch"] == 1]
     largest = max(row["resolution"] for row in rows)
     panels = grouped([row | {"panel": _panel(row)} for row in rows if row["resolution"] == largest], "panel")
-    height = 0.5 + sum(0.4 + 0.2 * len(panel) for panel in panels.values())
+    height = 0.8 + sum(0.4 + 0.2 * len(panel) for panel in panels.values())
     ratios = {"height_ratios": [2 + len(panel) for panel in panels.values()]}
     figure, axes = plt.subplots(len(panels), 1, figsize=(WIDTH, height), squeeze=False, gridspec_kw=ratios)
     for ax, (title, panel) in zip(axes[:, 0], panels.items(), strict=True):
         _measured_bars(ax, panel)
         ax.set_title(title, loc="left")
-    axes[0, 0].legend(loc="lower right")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     axes[-1, 0].set_xlabel("peak of a step, GB")
     return figure
 
@@ -125,13 +125,13 @@ def measured_seconds(rows: Rows) -> Figure:
     """Seconds of an image by part, a panel a device, dtype and way of measuring, and what each saves."""
     rows = [row for row in rows if row["seconds_an_image"] and row["batch"] == 1]
     panels = grouped([row | {"panel": _seconds_panel(row)} for row in rows], "panel")
-    height = 0.5 + sum(0.4 + 0.2 * len(panel) for panel in panels.values())
+    height = 0.8 + sum(0.4 + 0.2 * len(panel) for panel in panels.values())
     ratios = {"height_ratios": [2 + len(panel) for panel in panels.values()]}
     figure, axes = plt.subplots(len(panels), 1, figsize=(WIDTH, height), squeeze=False, gridspec_kw=ratios)
     for ax, (title, panel) in zip(axes[:, 0], panels.items(), strict=True):
         _seconds_bars(ax, panel)
         ax.set_title(title, loc="left")
-    axes[0, 0].legend(loc="lower right")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     axes[-1, 0].set_xlabel("seconds an image")
     return figure
 
