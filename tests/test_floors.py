@@ -14,7 +14,7 @@ FLOORS = [  # from the ground up
     {"sampling"},
     {"data"},
     {"judge", "train"},
-    {"pretrain", "memory", "deployment"},
+    {"pretrain", "memory", "deployment", "rehearsal"},
     {"publish"},
     {"__main__"},
 ]
