@@ -207,6 +207,21 @@ def _draw_measured(checked: "Settings", tables: list[Path]) -> None:
             saved.save(path.stem, checked, rows)
 
 
+@app.command(rich_help_panel=SERIES)
+def plan(
+    profile: Profile = "cpu",
+    card: Annotated[float | None, typer.Option(min=1, help="of a GPU that is not here: its memory in GiB")] = None,
+    tflops: Annotated[float | None, typer.Option(min=0.01, help="and its rate in the profile's dtype")] = None,
+) -> None:
+    """Print what a profile takes: downloads, disk, memory and operations by notebook, and time on this device."""
+    from lora_distill.memory import plan as plans
+    from lora_distill.pipeline import choose_device
+    from lora_distill.settings import load_settings
+
+    checked = load_settings(profile)
+    print(plans.plan(checked, choose_device(checked.device), card=card, tflops=tflops))
+
+
 @app.command(rich_help_panel=MODELS)
 def pretrain(
     preset: Annotated[str, typer.Option(help="short or full")] = "full",
