@@ -36,8 +36,25 @@ def reproduce(
     All goes to runs/<profile>/. A finished notebook is reused until its code, the settings or what it reads changes.
     """
     from lora_distill.publish import series
+    from lora_distill.settings import load_settings
 
+    if (checked := load_settings(profile)).pipeline != "bundled":  # the bundled pipeline fits everywhere
+        _check_room(checked)
     series.reproduce(profile, force=force, names=notebook or ())
+
+
+def _check_room(checked: "Settings") -> None:
+    """Say what a profile takes, in two lines. Raises RuntimeError for one that this device cannot hold."""
+    from lora_distill import processes
+    from lora_distill.memory import plan as plans
+    from lora_distill.pipeline import choose_device
+
+    found = plans.plan(checked, choose_device(checked.device))
+    if found.refusal:
+        command = f"python -m lora_distill plan --profile {checked.profile}"
+        raise RuntimeError(f"profile {checked.profile} does not fit: {found.refusal}; {command} says more")
+    if processes.is_main():
+        print("\n".join(found.last_lines), flush=True)
 
 
 @app.command(rich_help_panel=SERIES)

@@ -7,6 +7,7 @@ by the account of its memory, is refused in its row; so is one that fails for wa
 import json
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
@@ -15,6 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import pandas
 import psutil
 import torch
 
@@ -26,7 +28,7 @@ from lora_distill.memory.measure import simulate
 from lora_distill.memory.parts import SAMPLERS, Part
 from lora_distill.memory.schemes import INFERENCE, TRAINING, find_scheme
 from lora_distill.settings import Settings, figures_dir, results_folders, run_dir
-from lora_distill.shapes import unet_config
+from lora_distill.shapes import SD15_SHAPE, unet_config
 
 MEASURED = 1  # version of what the parts measure, in the keys of their files: raise it when the numbers change
 MEMORY, SECONDS = "01_measured_memory", "01_measured_seconds"
@@ -103,7 +105,7 @@ def run(settings: Settings, device: str, minutes: float | None = None, parts: li
     for number, part in enumerate(parts, start=1):
         late = minutes is not None and time.monotonic() - clock > 60 * minutes
         started = time.monotonic()
-        results[part], how = _result(part, settings, device, config, folder, late=late)
+        results[part], how = _result(part, settings.pipeline, device, folder, late=late)
         took = "" if how else f" ({time.monotonic() - started:.0f} s)"
         print(f"[{number:>2}/{len(parts)}] {part}: {how or _in_words(results[part])}{took}", flush=True)
         if not how:
@@ -116,11 +118,10 @@ def run(settings: Settings, device: str, minutes: float | None = None, parts: li
     return write(settings, device, config, results, folder)
 
 
-def _result(
-    part: Part, settings: Settings, device: str, config: report.Config, folder: Path, *, late: bool
-) -> tuple[Result, str]:
+def _result(part: Part, pipeline: str, device: str, folder: Path, *, late: bool = False) -> tuple[Result, str]:
     """What a part measured, and how one came by it; empty where it was measured now."""
-    path = folder / f"measured-{_key(part, settings, device, config)}.json"
+    config = unet_config(pipeline)
+    path = folder / f"measured-{_key(part, pipeline, device, config)}.json"
     if path.exists():
         found = json.loads(path.read_text())
         return found, f"{_in_words(found)} (measured before)"
@@ -128,19 +129,26 @@ def _result(
         return {"note": "not measured: no time was left"}, "left out, no time is left"
     if reason := _refusal(part, config, device):
         return {"note": reason}, reason
-    found = alone(part, settings.pipeline, device)
+    found = alone(part, pipeline, device)
     if "killed" not in found.get("note", ""):
         storage.atomic_write(path, json.dumps(found | {"written": storage.now(), "commit": storage.git_commit()}))
     return found, ""
 
 
-def _key(part: Part, settings: Settings, device: str, config: report.Config) -> str:
+def _key(part: Part, pipeline: str, device: str, config: report.Config) -> str:
     unet = {key: value for key, value in config.items() if not key.startswith("_")}
     packages = [storage.versions()[package] for package in report.PEAKS_DEPEND_ON]
     machine = storage.device_name(device)
     return storage.cache_key(
-        version=MEASURED, part=asdict(part), unet=unet, pipeline=settings.pipeline, packages=packages, machine=machine
+        version=MEASURED, part=asdict(part), unet=unet, pipeline=pipeline, packages=packages, machine=machine
     )
+
+
+def live(names: Sequence[str], device: str, cache_dir: Path, resolution: int = 64) -> Rows:
+    """Rows of the table of memory for a step of SD 1.5's UNet by these schemes, measured now or read from the cache."""
+    chosen = [Part("step", name, resolution=resolution) for name in names]
+    results = {part: _result(part, SD15_SHAPE, device, cache_dir)[0] for part in chosen}
+    return memory_rows(results, device, unet_config(SD15_SHAPE), cache_dir)
 
 
 def alone(part: Part, pipeline: str, device: str) -> Result:
@@ -232,6 +240,13 @@ def read(profile: str, name: str) -> Rows:
             except ValueError:
                 raise ValueError(f"{path} is no table; delete it, and measure writes it again") from None
     return []
+
+
+def shown(rows: Rows, columns: Sequence[str]) -> pandas.DataFrame:
+    """Some columns of a table as one reads it; one line that says so where nothing was measured yet."""
+    if not rows:
+        return pandas.DataFrame({"not measured yet": ["python -m lora_distill measure --profile sd15-shape"]})
+    return pandas.DataFrame(rows, dtype=object)[list(columns)].fillna("")
 
 
 def of_other_devices(settings: Settings, name: str, rows: Rows, device: str) -> Rows:

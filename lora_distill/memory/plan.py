@@ -22,7 +22,15 @@ from lora_distill.memory.account import account
 from lora_distill.memory.report import GB, RESERVE, TERA
 from lora_distill.memory.schemes import INFERENCE, TOKENS, TRAINING, Setup, Training
 from lora_distill.settings import Settings
-from lora_distill.shapes import BUNDLED, SD15_SHAPE, SD15_TEXT_ENCODER, SD15_VAE, meta_unet, unet_config
+from lora_distill.shapes import (
+    SD15_SHAPE,
+    SD15_TEXT_ENCODER,
+    SD15_VAE,
+    meta_unet,
+    part_config,
+    pipeline_source,
+    unet_config,
+)
 
 # Of the rate of a matrix product: on a CPU what the bundled series reached on two cores; on a GPU what SD 1.5 reaches
 # in diffusers' own table of speeds at batch 16, uncompiled (an A100 80 TFLOP/s of about 250, a T4 11.5 of about 38).
@@ -79,17 +87,25 @@ def images(count: float, passes: float) -> Work:
 
 def on_paper(pipeline: str, resolution: int) -> Model:
     """A pipeline's sizes and operations, from its configs; SD 1.5's are known, so that nothing is downloaded."""
-    known = pipeline in (*SD15, SD15_SHAPE)
-    unet = unet_config(SD15_SHAPE if known else pipeline)
-    folder = BUNDLED if pipeline == "bundled" else pipeline
-    vae = SD15_VAE if known else AutoencoderKL.load_config(folder, subfolder="vae")
-    text = SD15_TEXT_ENCODER if known else CLIPTextConfig.from_pretrained(folder, subfolder="text_encoder").to_dict()
+    if pipeline in (*SD15, SD15_SHAPE):
+        unet, vae, text = unet_config(SD15_SHAPE), SD15_VAE, CLIPTextConfig(**SD15_TEXT_ENCODER)
+    else:
+        source = pipeline_source(pipeline)
+        unet, vae = unet_config(pipeline), part_config(AutoencoderKL, source, "vae")
+        text = _text_config(source)
     with torch.device("meta"):
-        networks = meta_unet(unet), AutoencoderKL.from_config(dict(vae)), CLIPTextModel(CLIPTextConfig(**text))
+        networks = meta_unet(unet), AutoencoderKL.from_config(dict(vae)), CLIPTextModel(text)
     channels = networks[1].config.block_out_channels
     side = resolution // 2 ** (len(channels) - 1)
     operations = _operations(networks[0], networks[1], side)
     return Model(unet, tuple(map(_parameters, networks)), channels[0], *operations)
+
+
+def _text_config(source: Path | str) -> CLIPTextConfig:
+    try:
+        return CLIPTextConfig.from_pretrained(source, subfolder="text_encoder")
+    except (OSError, ValueError):
+        raise FileNotFoundError(f"{source}: no readable text_encoder/config.json") from None
 
 
 def _parameters(network: nn.Module) -> int:
