@@ -150,7 +150,10 @@ def measure(quantity: Quantity, folder: Path) -> float | list[float]:
     Raises `Missing` when the table, the row or the value is not there, `ClaimsError` when the table is malformed.
     """
     path, table = _read(quantity, folder)
-    table = _rows(quantity, path, table)
+    if unknown := {*quantity.where, quantity.column} - set(table.columns):
+        raise ClaimsError(f"{path} has no column {min(unknown)!r}; it has {', '.join(map(str, table.columns))}")
+    for column, value in quantity.where.items():
+        table = table[table[column] == value]
     place = ", ".join(f"{column} {value}" for column, value in quantity.where.items())
     try:
         values = pandas.to_numeric(table[quantity.column]).dropna()
@@ -168,15 +171,21 @@ def measure(quantity: Quantity, folder: Path) -> float | list[float]:
 
 
 def conditions(claim: Claim, folder: Path) -> str:
-    """Machine, precision, runtime, batch and size of what a claim rests on, as far as its tables of times and memory
-    say them, in brackets; empty for others."""
+    """Machine, precision, runtime, batch and size of what a claim rests on, in brackets; empty for other tables than
+    those that `measure` writes."""
     found: dict[str, set[str]] = {kind: set() for kind in CONDITIONS}
     for quantity in claim.measured.values():
-        table = _rows(quantity, *_read(quantity, folder))
-        for kind, columns in CONDITIONS.items() if "machine" in table.columns else ():
+        _, table = _read(quantity, folder)
+        if "machine" not in table.columns:
+            continue
+        for column, value in quantity.where.items():
+            table = table[table[column] == value]
+        for kind, columns in CONDITIONS.items():
             for column in set(columns) & set(table.columns):
-                found[kind] |= {f"{value:g}" if isinstance(value, float) else str(value) for value in table[column]}
-    texts = {kind: ", ".join(sorted(values)) for kind, values in found.items() if values}
+                found[kind] |= {str(value) for value in table[column]}
+    texts = {
+        kind: ", ".join(sorted(values, key=lambda text: (len(text), text))) for kind, values in found.items() if values
+    }
     parts = [CONDITION_TEXTS.get(kind, "{}").format(text) for kind, text in texts.items()]
     return f" [{'; '.join(parts)}]" if parts else ""
 
@@ -225,15 +234,6 @@ def as_rows(verdicts: list[Verdict]) -> list[dict[str, str]]:
 
 def _written(value: float | list[float]) -> str:
     return ", ".join(f"{number:.6g}" for number in (value if isinstance(value, list) else [value]))
-
-
-def _rows(quantity: Quantity, path: Path, table: pandas.DataFrame) -> pandas.DataFrame:
-    """The rows of a table that a quantity means. Raises `ClaimsError` for a column that is not there."""
-    if unknown := {*quantity.where, quantity.column} - set(table.columns):
-        raise ClaimsError(f"{path} has no column {min(unknown)!r}; it has {', '.join(map(str, table.columns))}")
-    for column, value in quantity.where.items():
-        table = table[table[column] == value]
-    return table
 
 
 def _read(quantity: Quantity, folder: Path) -> tuple[Path, pandas.DataFrame]:

@@ -128,6 +128,20 @@ def test_a_damaged_table_is_one_line(folder, instead):
         benchmark.run(CHOSEN, "cpu", parts=[SHARED])
 
 
+def test_steps_of_sd15_are_measured_live_where_they_fit_and_refused_where_not(instead, monkeypatch, tmp_path):
+    monkeypatch.setattr(benchmark, "available", lambda device: 6e9)
+    shared, conventional = benchmark.live([*reversed(benchmark.WANTED)], "cpu", tmp_path)
+    assert instead == [Part("step", "lora_distillation_shared", resolution=64)]
+    assert shared["measured_gb"] == 4.0 and conventional["note"].startswith("refused: needs about 18")
+    table = benchmark.shown([shared, conventional], ["label", "measured_gb", "note"])
+    assert table.shape == (2, 3) and table["measured_gb"].tolist() == [4.0, ""]
+
+
+def test_a_table_that_is_not_there_yet_names_the_command(folder):
+    assert benchmark.read("cpu", MEMORY) == []
+    assert "python -m lora_distill measure" in benchmark.shown([], ["label"]).to_string()
+
+
 def killed(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
