@@ -9,11 +9,17 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+IN_SERIES = "LORA_DISTILL_PROCESSES"  # how many processes a series of notebooks has, in a notebook that one runs alone
 
 
 def count() -> int:
     """How many processes run side by side."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def in_series() -> int:
+    """`count`, also in a notebook that the main process of a series runs alone: it reads trainings of them all."""
+    return int(os.environ.get(IN_SERIES, count()))
 
 
 def index() -> int:

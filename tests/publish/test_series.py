@@ -78,15 +78,22 @@ class TestReuse:
         rerun(executed)
         assert rerun(executed, force=True) == ["01_first", "02_second"]
 
-    def test_force_reuses_no_training_and_no_cache(self, executed, checkout):
+    def test_force_deletes_trainings_and_nothing_else(self, executed, checkout):
         folder = checkout / "runs" / "cpu"
-        for kept in ("cache/teacher-1.safetensors", "lora-1/checkpoint.safetensors", "student.safetensors"):
+        trainings = ("lora-1/checkpoint.safetensors", "pretraining/short/unet/result.safetensors")
+        others = (
+            "cache/teacher-1.safetensors",
+            "cache/unet-1.onnx",
+            "inputs/sd15/model_index.json",
+            "student.safetensors",
+        )
+        for kept in (*trainings, *others):
             storage.atomic_write(folder / kept, "")
         rerun(executed)
-        assert (folder / "cache").is_dir() and (folder / "lora-1").is_dir()
-        rerun(executed, force=True, names=["02_second"])
-        assert (folder / "student.safetensors").exists()
-        assert not (folder / "cache").exists() and not (folder / "lora-1").exists()
+        assert all((folder / path).exists() for path in trainings)
+        assert rerun(executed, force=True, names=["02_second"]) == ["02_second"]
+        assert not any((folder / path).exists() for path in trainings)
+        assert all((folder / path).exists() for path in others)
 
     @pytest.mark.parametrize("file", ["02_second.ipynb", "02_second_images.safetensors", "figures/02_table.csv"])
     @pytest.mark.parametrize("change", [Path.unlink, lambda path: path.write_text("changed")])
@@ -166,6 +173,13 @@ def test_named_notebook(executed):
 def test_bad_settings_stop_before_anything_runs(executed, checkout):
     (checkout / "params" / "cpu.yaml").write_text("profile: cpu\nsede: 1\n")
     with pytest.raises(SettingsError, match="did you mean 'seed'"):
+        rerun(executed)
+    assert not executed
+
+
+def test_a_path_that_is_not_there_stops_before_anything_runs(executed, checkout):
+    (checkout / "params" / "cpu.yaml").write_text("profile: cpu\nflickr_8k: ./Flickr8k\n")
+    with pytest.raises(SettingsError, match=r"^flickr_8k: no file or folder .*/Flickr8k; relative paths start at .*$"):
         rerun(executed)
     assert not executed
 
