@@ -6,6 +6,7 @@ kernel and, in each other process, a fresh Python that runs the same cells with 
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +24,8 @@ from lora_distill.settings import Settings
 # What makes a process a member of a group.
 MEMBERSHIP = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK",
               "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"}  # fmt: skip
+# What a process says or dies of when another one is gone, and how many seconds that one has to say why.
+GONE = {"gloo|nccl|connection (closed|reset)|broken pipe|remote (worker|process)|SIGABRT": 15, "kernel died": 5}
 ALONE = ("01", "04")  # notebooks that measure memory and seconds, and train nothing: the main process runs them alone
 
 
@@ -51,12 +54,23 @@ def in_environment(path: Path) -> Iterator[None]:
     """`environment` as this process's own for the time of a block: a kernel inherits it."""
     before = dict(os.environ)
     try:
-        os.environ.clear()
-        os.environ.update(environment(path))
+        _replace_environment(environment(path))
         yield
     finally:
-        os.environ.clear()
-        os.environ.update(before)
+        _replace_environment(before)
+
+
+def _replace_environment(variables: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(variables)
+
+
+def let_others_speak(reason: str) -> None:
+    """Wait before a failure is told that may only say that another process is gone: that one knows why, and ends us."""
+    if processes.count() > 1:
+        time.sleep(
+            max((seconds for words, seconds in GONE.items() if re.search(words, reason, re.IGNORECASE)), default=0)
+        )
 
 
 def run(path: Path, settings: Settings) -> str:

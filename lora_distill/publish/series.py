@@ -75,6 +75,7 @@ def follow(paths: Iterable[Path], settings: Settings, folder: Path, *, force: bo
         if beside.is_alone(path) or not (force or why_stale(path, settings, folder)):
             continue
         if reason := beside.run(path, settings):
+            beside.let_others_speak(reason)
             raise SeriesError(f"{path.stem}: process {processes.index()} {reason}")
 
 
@@ -151,6 +152,7 @@ def execute(path: Path, output: Path, settings: Settings) -> None:
         if all(cell.execution_count for cell in code_cells(notebook) if cell.source.strip()):
             return
         reason = "failed: it stopped before its last cell"
+    beside.let_others_speak(reason)
     raise SeriesError(f"{path.stem}: {reason}; see {shown(output)}")
 
 
