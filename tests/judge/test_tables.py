@@ -287,4 +287,4 @@ def test_a_caption_says_what_the_table_rests_on(pipe):
         "FD-EfficientNet-Lite0 of real against real at this N: 43.6"
     )
     bare = overview.caption([row | {"fd_efficientnet_lite0_floor": None}], Method(Sampler(4, scheduler="dpm++"), pipe))
-    assert bare == "N = 60 prompts x 3 seeds, against 1000 real images; DPMSolverMultistep, 4 steps, w = 1, float32"
+    assert bare == "N = 60 prompts x 3 seeds, against 1000 real images; DPM-Solver++ 2M, 4 steps, w = 1, float32"
