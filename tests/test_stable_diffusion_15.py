@@ -63,9 +63,7 @@ class Walk:
         self.pipe = self.load()
 
     def load(self) -> StableDiffusionPipeline:
-        pipe = load_pipeline(str(self.source), "cpu", self.dtype)
-        pipe.unet.register_to_config(sample_size=SIDE // 8)
-        return pipe
+        return load_pipeline(str(self.source), "cpu", self.dtype, SIDE)
 
     @cached_property
     def teacher(self) -> dict[str, torch.Tensor]:
