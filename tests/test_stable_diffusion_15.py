@@ -181,9 +181,16 @@ def test_the_teacher_draws_what_stock_diffusers_draws(walk, w):
     assert distance(ours, stock_images(stock(walk), walk, 4, w)) < TOLERANCE[walk.dtype]
 
 
+def test_ddim_with_trailing_timesteps_draws_what_stock_diffusers_draws(walk):
+    pipe = stock(walk)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing", clip_sample=False)
+    ours = walk.draw(Sampler(4, W, scheduler="ddim"))
+    assert distance(ours, stock_images(pipe, walk, 4, W)) < TOLERANCE[walk.dtype]
+
+
 def test_dpm_solver_draws_what_stock_diffusers_draws(walk):
     pipe = stock(walk)
-    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
     ours = walk.draw(Sampler(4, W, scheduler="dpm++"))
     assert distance(ours, stock_images(pipe, walk, 4, W)) < TOLERANCE[walk.dtype]
 
