@@ -15,11 +15,17 @@ if TYPE_CHECKING:  # imported where it is needed: the command line's --help does
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=2)  # for a process that is slower than the others; a killed one ends them all at once
+IN_SERIES = "LORA_DISTILL_PROCESSES"  # how many processes a series of notebooks has, in a notebook that one runs alone
 
 
 def count() -> int:
     """How many processes run side by side."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def in_series() -> int:
+    """`count`, also in a notebook that the main process of a series runs alone: it reads trainings of them all."""
+    return int(os.environ.get(IN_SERIES, count()))
 
 
 def index() -> int:
