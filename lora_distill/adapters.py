@@ -7,15 +7,18 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.configuration_utils import FrozenDict
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from lora_distill.storage import DamagedFileError, digest, whole_file
 
@@ -77,26 +80,38 @@ def parameter_counts(unet: UNet2DConditionModel) -> tuple[int, int]:
 def role(unet: UNet2DConditionModel, adapter: str | None) -> Iterator[UNet2DConditionModel]:
     """Inside the block the UNet runs with one adapter, given by name, or with None: W0 alone, the teacher.
 
-    On exit, also by an exception, every layer has its earlier state: active adapters, on or off, requires_grad. PEFT's
-    own switches change requires_grad as a side effect; this one does not. Leave the teacher's role before backward:
-    gradient checkpointing recomputes the forward pass with the role that is on at that moment.
+    On exit, also by an exception, every layer has its earlier state: active adapters, on or off. requires_grad is not
+    touched; PEFT's own switches change it as a side effect. Leave the teacher's role before backward: gradient
+    checkpointing recomputes the forward pass with the role that is on at that moment.
 
     Raises ValueError for an adapter that the UNet does not have.
     """
     if adapter is not None:
         _check_carried(unet, adapter)
-    layers = [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
-    found = [(layer, layer.disable_adapters, list(layer.active_adapters)) for layer in layers]
-    trained = [(p, p.requires_grad) for p in unet.parameters()]
+    layers = lora_layers(unet)
+    found = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
     try:
         for layer in layers:
-            _switch(layer, adapter is None, [adapter] if adapter else layer.active_adapters)
-        _restore_requires_grad(trained)
+            layer._disable_adapters = adapter is None
+            if adapter:
+                layer._active_adapter = [adapter]
         yield unet
     finally:
-        for layer, disabled, active in found:
-            _switch(layer, disabled, active)
-        _restore_requires_grad(trained)
+        for layer, (disabled, active) in zip(layers, found, strict=True):
+            layer._disable_adapters, layer._active_adapter = disabled, active
+
+
+_layers: WeakKeyDictionary = WeakKeyDictionary()  # UNet: its adapters' configs, its LoRA layers
+
+
+def lora_layers(unet: UNet2DConditionModel) -> list[BaseTunerLayer]:
+    """The layers that carry adapters. They are looked for anew when an adapter has been added or removed."""
+    configs = list(getattr(unet, "peft_config", {}).values())  # PEFT makes a new config for each adapter
+    known, layers = _layers.get(unet, (None, []))
+    if known is None or len(known) != len(configs) or any(a is not b for a, b in zip(known, configs, strict=True)):
+        layers = [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
+        _layers[unet] = configs, layers
+    return layers
 
 
 def _check_carried(unet: UNet2DConditionModel, adapter: str) -> None:
@@ -104,14 +119,30 @@ def _check_carried(unet: UNet2DConditionModel, adapter: str) -> None:
         raise ValueError(f"no adapter {adapter!r} on this UNet; it carries {adapter_names(unet) or 'none'}")
 
 
-def _switch(layer: BaseTunerLayer, disabled: bool, active: list[str]) -> None:
-    layer.set_adapter(active)
-    layer.enable_adapters(not disabled)
+class UNetInRole(nn.Module):
+    """A UNet that always runs with one of its adapters on, called as the UNet itself; it shares all weights with it."""
 
+    def __init__(self, unet: UNet2DConditionModel, adapter: str):
+        super().__init__()
+        _check_carried(unet, adapter)
+        self.unet = unet
+        self.adapter = adapter
 
-def _restore_requires_grad(trained: list[tuple[torch.nn.Parameter, bool]]) -> None:
-    for parameter, flag in trained:
-        parameter.requires_grad_(flag)
+    @property
+    def config(self) -> FrozenDict:
+        return self.unet.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.dtype
+
+    def forward(self, *inputs, **options):
+        with role(self.unet, self.adapter):
+            return self.unet(*inputs, **options)
 
 
 # ---------------------------------------------------------------------------------------------- copies
@@ -123,27 +154,71 @@ def plain_copy(unet: UNet2DConditionModel, time_cond_proj_dim: int | None = None
     With `time_cond_proj_dim` it also takes an embedded guidance scale, as a full LCM does (Luo et al. 2023). The new
     projection is zero, so that the untrained student equals the teacher.
     """
-    state = {key.replace(".base_layer", ""): value for key, value in unet.state_dict().items() if "lora_" not in key}
-    config = {**unet.config, "time_cond_proj_dim": time_cond_proj_dim}
-    copy = UNet2DConditionModel.from_config(config).to(unet.device, unet.dtype)
-    if time_cond_proj_dim:
-        state["time_embedding.cond_proj.weight"] = torch.zeros_like(copy.time_embedding.cond_proj.weight)
-    copy.load_state_dict(state)
-    return copy
+    weights = {name: value.clone() for name, value in base_weights(unet).items()}
+    return _with_weights(unet, weights, time_cond_proj_dim)
 
 
 @torch.no_grad()
-def merged_copy(unet: UNet2DConditionModel, adapter: str) -> UNet2DConditionModel:
-    """A second UNet without PEFT layers and with weights W0 + (alpha / rank) B A, for deployment.
+def merged_copy(unet: UNet2DConditionModel, adapter: str | None) -> UNet2DConditionModel:
+    """A second UNet, frozen and without PEFT layers, with weights W0 + (alpha / rank) B A, for deployment.
+
+    The sum is computed in float32 and rounded once to W0's dtype; `rounding_error` says what that does to the update.
+    Weights without an update, all of them when `adapter` is None, are shared with W0: do not train or change them.
 
     Raises ValueError for an adapter that the UNet does not carry.
     """
+    weights = base_weights(unet)
+    for name, w0, delta in _updates(unet, adapter):
+        weights[name] = (w0.float() + delta).to(w0.dtype)
+    return _with_weights(unet, weights).requires_grad_(False)
+
+
+@torch.no_grad()
+def rounding_error(unet: UNet2DConditionModel, adapter: str) -> float:
+    """What merging in W0's dtype does to an adapter: the norm of the rounding error over that of the update.
+
+    About 1 where updates are far below the spacing of the numbers (bfloat16 has 8 bits) and all but vanish.
+    """
+    error = size = 0.0
+    for _, w0, delta in _updates(unet, adapter):
+        exact = w0.float() + delta
+        error += (exact.to(w0.dtype).float() - exact).square().sum(dtype=torch.float64)
+        size += delta.square().sum(dtype=torch.float64)
+    return float((error / size) ** 0.5) if size else 0.0
+
+
+def _updates(unet: UNet2DConditionModel, adapter: str | None) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """(name of the weight, W0, (alpha / rank) B A in float32 whatever the dtype of A and B) of each layer."""
+    if adapter is None:
+        return
     _check_carried(unet, adapter)
-    copy = plain_copy(unet).requires_grad_(False)
-    weights = dict(copy.named_parameters())
     for name, layer in unet.named_modules():
         if isinstance(layer, BaseTunerLayer) and adapter in layer.lora_A:
-            weights[f"{name}.weight"].add_(layer.get_delta_weight(adapter).to(copy.dtype))
+            a, b = layer.lora_A[adapter].weight.float(), layer.lora_B[adapter].weight.float()
+            product = b.flatten(1) @ a.flatten(1)  # (out, rank) @ (rank, in x kernel)
+            w0 = layer.get_base_layer().weight
+            yield f"{name}.weight", w0, layer.scaling[adapter] * product.view(w0.shape)
+
+
+def base_weights(unet: nn.Module) -> dict[str, torch.Tensor]:
+    """W0 by the names that it has without adapters; the tensors are the UNet's own."""
+    return {key.replace(".base_layer", ""): value for key, value in unet.state_dict().items() if "lora_" not in key}
+
+
+def _with_weights(
+    unet: UNet2DConditionModel, weights: dict[str, torch.Tensor], time_cond_proj_dim: int | None = None
+) -> UNet2DConditionModel:
+    """A UNet of the same configuration around these tensors: no weights are initialised or copied."""
+    # without _use_default_values, a list of keys that the config file lacks: from_config would leave them out
+    config = {name: value for name, value in unet.config.items() if not name.startswith("_")}
+    config |= {"time_cond_proj_dim": time_cond_proj_dim} if time_cond_proj_dim else {}
+    with torch.device("meta"):
+        copy = UNet2DConditionModel.from_config(config)
+    if time_cond_proj_dim:
+        shape = copy.time_embedding.cond_proj.weight.shape
+        zeros = torch.zeros(shape, dtype=unet.dtype, device=unet.device)
+        weights = {"time_embedding.cond_proj.weight": zeros, **weights}
+    copy.load_state_dict(weights, assign=True)
     return copy
 
 
@@ -193,6 +268,8 @@ def load_adapter(unet: UNet2DConditionModel, name: str, path: Path) -> dict[str,
         raise DamagedFileError(f"{path}: not a readable LoRA file ({error})") from None
     if metadata.get("digest") not in {None, digest(state)}:
         raise DamagedFileError(f"{path}: contents do not match their digest")
+    if bad := [key for key, value in state.items() if not value.isfinite().all()]:
+        raise DamagedFileError(f"{path}: {len(bad)} of {len(state)} tensors are not finite, the first is {bad[0]}")
     _check_architecture(unet, state, path)
     config = json.loads(metadata[LORA_ADAPTER_METADATA_KEY]) if LORA_ADAPTER_METADATA_KEY in metadata else None
     unet.load_lora_adapter(state, prefix="unet", adapter_name=name, metadata=config)

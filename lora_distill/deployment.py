@@ -22,8 +22,8 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lora_distill.adapters import merged_copy, plain_copy
-from lora_distill.pipeline import with_unet
+from lora_distill.adapters import UNetInRole, merged_copy, rounding_error
+from lora_distill.pipeline import compiled, is_compiled, with_unet
 from lora_distill.storage import cache_key, cached
 
 if TYPE_CHECKING:  # the packages of the extra [cpu], imported where they are needed
@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # the packages of the extra [cpu], imported where they are ne
     from onnxruntime import InferenceSession
 
 GRAPH = 1  # version of the exported graphs, in the keys of their caches: raise it when they change
+ROUNDING = 0.1  # an adapter is folded into W0 if rounding changes its update by less, relative to the update's norm
 # The axes whose size a graph leaves open.
 IMAGES = {0: torch.export.Dim("batch"), 2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
 PROMPTS = {0: IMAGES[0], 1: torch.export.Dim("tokens")}
@@ -39,28 +40,36 @@ PROMPTS = {0: IMAGES[0], 1: torch.export.Dim("tokens")}
 def deployed(
     pipe: StableDiffusionPipeline, adapter: str | None = None, graphs: Path | None = None
 ) -> StableDiffusionPipeline:
-    """The pipeline with an adapter folded into a copy of W0, and q, k, v of attention in one product (k, v in cross-).
+    """The pipeline with an adapter folded into W0, and q, k, v of attention in one product (k, v in cross-).
 
-    With a folder for its `graphs`, UNet and VAE decoder run on ONNX Runtime where that is at home, on a CPU in
-    float32; elsewhere they stay in PyTorch. The images are the same up to rounding.
+    With a folder for its `graphs`, UNet and VAE decoder run on ONNX Runtime on a CPU in float32; elsewhere they stay
+    in PyTorch. The images are the same up to rounding. Weights that neither the adapter nor the product changes are
+    shared with W0. An adapter whose update 16 bits cannot hold is not folded: it runs beside W0, with a warning.
 
     Raises ValueError for a UNet that takes w as an input: a full LCM is its own deployed form; ModuleNotFoundError, in
-    one line, where ONNX Runtime is at home and not installed.
+    one line, where ONNX Runtime is to be used and not installed.
     """
     if pipe.unet.config.time_cond_proj_dim is not None:
         raise ValueError("a UNet that takes the guidance scale as an input is not deployed: it runs as it is")
-    unet = merged_copy(pipe.unet, adapter) if adapter else plain_copy(pipe.unet).requires_grad_(False)
+    if adapter and (error := rounding_error(pipe.unet, adapter)) > ROUNDING:
+        dtype = str(pipe.unet.dtype).removeprefix("torch.")
+        lost = f"weights in {dtype} would change its update by {100 * error:.0f} %"
+        warnings.warn(f"adapter {adapter!r} is not folded into W0 but runs beside it: {lost}", stacklevel=2)
+        return with_unet(pipe, UNetInRole(pipe.unet, adapter))
+    unet = merged_copy(pipe.unet, adapter)
     unet.fuse_qkv_projections()
-    ready = with_unet(pipe, unet.eval())
+    ready = with_unet(pipe, unet.eval().requires_grad_(False))
     if graphs and unet.device.type == "cpu" and unet.dtype == torch.float32:
         _check_runtime()
         ready.unet = OnnxUNet(unet, graphs)
         ready.vae = OnnxDecoder(pipe.vae, graphs)
+    elif is_compiled(pipe.unet):
+        compiled(unet)
     return ready
 
 
 def deployments(graphs: Path, kept: int = 2) -> Callable[..., StableDiffusionPipeline]:
-    """A function of (pipe, adapter) that gives them `deployed` and remembers the last `kept`: each is a copy of W0.
+    """A function of (pipe, adapter) that gives them `deployed` and remembers the last `kept`.
 
     A full LCM is its own deployed form and comes back as it is. An adapter that is trained on afterwards must have
     another name.

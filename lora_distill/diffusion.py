@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+
 
 def alpha_sigma(alphas_cumprod: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
     """alpha_t and sigma_t, each (batch, 1, 1, 1), for integer timesteps (batch,)."""
@@ -26,6 +28,7 @@ def to_x0(output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, prediction_
     """The clean latent x0 that a network output implies."""
     if prediction_type == "epsilon":
         return (x_t - sigma * output) / alpha
+    _check_v(prediction_type)
     return alpha * x_t - sigma * output
 
 
@@ -33,6 +36,7 @@ def to_eps(output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, prediction
     """The noise eps that a network output implies."""
     if prediction_type == "epsilon":
         return output
+    _check_v(prediction_type)
     return alpha * output + sigma * x_t
 
 
@@ -40,7 +44,13 @@ def target_output(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor, predict
     """The training target of the network: eps, or v = alpha eps - sigma x0."""
     if prediction_type == "epsilon":
         return eps
+    _check_v(prediction_type)
     return alpha * eps - sigma * x0
+
+
+def _check_v(prediction_type: str) -> None:
+    if prediction_type != "v_prediction":
+        raise ValueError(f"prediction_type: expected {' or '.join(PREDICTION_TYPES)}, got {prediction_type!r}")
 
 
 def guide(uncond: Tensor, cond: Tensor, guidance_scale: float) -> Tensor:

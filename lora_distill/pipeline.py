@@ -1,69 +1,198 @@
 """Stable Diffusion pipelines: load one, encode prompts, decode latents."""
 
 import io
+import json
 import warnings
 from collections.abc import Iterator, Mapping
 from copy import copy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import diffusers.utils.logging
 import numpy as np
 import torch
 import transformers.utils.logging
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
-from torch import Tensor
-from transformers import CLIPTokenizer, PretrainedConfig
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from transformers import CLIPTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from lora_distill.shapes import BUNDLED, SD15_SHAPE, stable_diffusion_15
-from lora_distill.storage import atomic_write, digest
+from lora_distill import processes
+from lora_distill.diffusion import PREDICTION_TYPES
+from lora_distill.settings import Settings
+from lora_distill.shapes import BUNDLED, SD15_SHAPE, part_config, pipeline_source, stable_diffusion_15
+from lora_distill.storage import DamagedFileError, atomic_write, cache_key, digest
 
 for library in (diffusers, transformers):
     library.utils.logging.disable_progress_bar()  # loading is short, and the bars would stay in notebooks
 
 PARTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
+WEIGHTS = ("text_encoder", "vae", "unet")  # the parts with weights
+PIXELS = 2**20  # decoded at a time
+
+
+def pipeline_for(settings: Settings) -> StableDiffusionPipeline:
+    """The pipeline of a run: on its device, in its dtype, at its resolution and compiled where the settings say so."""
+    device, dtype = choose_device(settings.device), getattr(torch, settings.dtype)
+    if settings.mixed_precision == "bf16":
+        _warn_of_emulation(device)
+    pipe = load_pipeline(settings.pipeline, device, dtype, settings.resolution)
+    if settings.compile:
+        compiled(pipe.unet)
+    return pipe
 
 
 def load_pipeline(
-    name: str = "bundled", device: str = "cpu", dtype: torch.dtype = torch.float32
+    name: str = "bundled", device: str = "cpu", dtype: torch.dtype = torch.float32, resolution: int | None = None
 ) -> StableDiffusionPipeline:
     """A pipeline in the Stable Diffusion layout, frozen: "bundled", a local folder, a hub id, or "sd15-shape".
 
-    "sd15-shape" is the architecture of Stable Diffusion 1.5 with random weights, built without a download.
+    "sd15-shape" is the architecture of Stable Diffusion 1.5 with random weights, built without a download. With a
+    `resolution` in pixels the UNet's `sample_size` is set to it: all that samples takes its size from there, stock
+    diffusers too, and so do the keys of what is kept.
 
-    Raises FileNotFoundError that names the missing folder or part.
+    Raises FileNotFoundError that names the missing folder, part or weights; ValueError for a pipeline of another kind
+    or a resolution that the VAE cannot make; OSError for a hub id that cannot be loaded.
     """
     if name == SD15_SHAPE:
-        return _prepared(
-            stable_diffusion_15(CLIPTokenizer.from_pretrained(BUNDLED / "tokenizer"), device, dtype), device
-        )
-    folder = BUNDLED if name == "bundled" else Path(name).expanduser()
-    local = folder.is_dir()
-    if not local and (name == "bundled" or name.startswith((".", "/", "~"))):
-        raise FileNotFoundError(f"no pipeline folder {folder}")
-    if local:
-        missing = [part for part in ("model_index.json", *PARTS) if not (folder / part).exists()]
-        if missing:
-            raise FileNotFoundError(f"{folder}: not a whole Stable Diffusion pipeline, {', '.join(missing)} missing")
-    pipe = StableDiffusionPipeline.from_pretrained(
-        folder if local else name,
-        dtype=dtype,
-        safety_checker=None,
-        feature_extractor=None,
-        image_encoder=None,
-        requires_safety_checker=False,
-        use_safetensors=True,
-    )
+        pipe = stable_diffusion_15(CLIPTokenizer.from_pretrained(BUNDLED / "tokenizer"), device, dtype)
+    else:
+        source = pipeline_source(name)
+        if isinstance(source, Path):
+            _check_parts(source)
+        _check_kind(source)
+        pipe = _from_pretrained(source, dtype)
+    if resolution:
+        pipe.unet.register_to_config(sample_size=latent_side(pipe, resolution))
     return _prepared(pipe, device)
 
 
+def latent_side(pipe: StableDiffusionPipeline, resolution: int) -> int:
+    """The side of the latents for images of `resolution` pixels. Raises ValueError when that is no whole number."""
+    side, rest = divmod(resolution, pipe.vae_scale_factor)
+    if rest or side < 1:
+        raise ValueError(f"resolution: expected a multiple of {pipe.vae_scale_factor} for this VAE, got {resolution}")
+    return side
+
+
+def _check_parts(folder: Path) -> None:
+    """Raise FileNotFoundError or ValueError for a folder with a part missing, without weights or with cut ones."""
+    if missing := [part for part in ("model_index.json", *PARTS) if not (folder / part).exists()]:
+        raise FileNotFoundError(f"{folder}: not a whole Stable Diffusion pipeline, {', '.join(missing)} missing")
+    for part in WEIGHTS:
+        files = _weights(folder / part)
+        for index in (folder / part).glob("*.safetensors.index.json"):
+            files |= {folder / part / name for name in json.loads(index.read_text())["weight_map"].values()}
+        if not files and any((folder / part).glob("*.bin")):
+            raise FileNotFoundError(
+                f"{folder / part}: pickled weights (.bin) alone, which are not loaded; a .safetensors file is needed"
+            )
+        if not files:
+            raise FileNotFoundError(f"{folder / part}: no weights, a .safetensors file is missing")
+        for file in sorted(files):
+            _check_weights(file)
+
+
+def _weights(part: Path) -> set[Path]:
+    return {path for path in part.glob("*.safetensors") if not path.name.startswith(".")}
+
+
+def _check_weights(file: Path) -> None:
+    try:
+        safe_open(file, framework="pt").__enter__()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file}: missing, though the index beside it names it") from None
+    except SafetensorError as error:
+        raise DamagedFileError(f"{file}: not a whole safetensors file ({error})") from None
+
+
+def _check_kind(source: Path | str) -> None:
+    """Raise ValueError for a pipeline that is not text-to-image on latents, or whose output we cannot read."""
+    unet = part_config(UNet2DConditionModel, source, "unet")
+    vae = part_config(AutoencoderKL, source, "vae")
+    scheduler = part_config(DDIMScheduler, source, "scheduler")
+    channels, latent = unet.get("in_channels", 4), vae.get("latent_channels", 4)
+    if channels != latent:
+        raise ValueError(
+            f"{source}: its UNet takes {channels} channels and latents have {latent}: a pipeline for inpainting or "
+            "another edit; a text-to-image pipeline is needed"
+        )
+    kind = scheduler.get("prediction_type", "epsilon")
+    if kind not in PREDICTION_TYPES:
+        known = " or ".join(PREDICTION_TYPES)
+        raise ValueError(f"{source}: prediction_type: expected {known} in the scheduler's config, got {kind!r}")
+
+
+def _from_pretrained(source: Path | str, dtype: torch.dtype) -> StableDiffusionPipeline:
+    """The pipeline of a folder or hub id; of files in two precisions the full one, unless there is fp16 alone."""
+    options = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
+    options |= {"requires_safety_checker": False, "use_safetensors": True, "dtype": dtype}
+    reasons = []
+    for variant in _variants(source):
+        try:
+            pipe = StableDiffusionPipeline.from_pretrained(source, variant=variant, **options)
+        except Exception as error:  # of any kind: each loader below has its own
+            reasons.append(_one_line(error))
+            continue
+        if isinstance(source, Path):
+            _check_whole(pipe, source, variant)
+        return pipe
+    raise (ValueError if isinstance(source, Path) else OSError)(f"{source}: cannot be loaded: {reasons[0]}")
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return "weights do not fit the config of their part" if "ignore_mismatched_sizes" in text else text[:300]
+
+
+def _check_whole(pipe: StableDiffusionPipeline, folder: Path, variant: str | None) -> None:
+    """Raise ValueError where files hold fewer tensors than a part has: the others would be random numbers.
+
+    Counted and not compared by name, for old files have other names.
+    """
+    for part in WEIGHTS:
+        files = [file for file in _weights(folder / part) if (".fp16" in file.name) == bool(variant)]
+        there = sum(len([key for key in safe_open(file, "pt").keys() if "position_ids" not in key]) for file in files)  # noqa: SIM118
+        needed = len([key for key in getattr(pipe, part).state_dict() if "position_ids" not in key])
+        if there < needed:
+            raise ValueError(f"{folder / part}: {needed - there} of {needed} tensors are missing from the weights")
+
+
+def _variants(source: Path | str) -> tuple[str | None, ...]:
+    """The variants to try: of a folder the one it has, of a hub id first the plain files, then fp16."""
+    if not isinstance(source, Path):
+        return None, "fp16"
+    only_fp16 = any(all(".fp16" in file.name for file in _weights(source / part)) for part in WEIGHTS)
+    return ("fp16",) if only_fp16 else (None,)
+
+
 def _prepared(pipe: StableDiffusionPipeline, device: str) -> StableDiffusionPipeline:
-    """The pipeline without progress bars, frozen and on its device."""
+    """The pipeline without progress bars, frozen, on its device, and there in the layout that is fastest."""
     pipe.set_progress_bar_config(disable=True)
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         part.requires_grad_(False)
+    # a VAE that overflows in float16 says so in its config; where the key is missing, the default of True says nothing
+    said = "force_upcast" not in pipe.vae.config.get("_use_default_values", ())
+    if pipe.vae.dtype == torch.float16 and said and pipe.vae.config.force_upcast:
+        pipe.vae.float()
+    if torch.device(device).type == "cuda":
+        if pipe.unet.dtype == torch.float32:
+            torch.set_float32_matmul_precision("high")  # TF32
+        if pipe.unet.dtype == torch.bfloat16:
+            _warn_of_emulation(device)
+        for part in (pipe.unet, pipe.vae):
+            part.to(memory_format=torch.channels_last)
     return pipe.to(device)
+
+
+def _warn_of_emulation(device: str) -> None:
+    if torch.device(device).type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        warnings.warn("this GPU emulates bfloat16, which is slow: use float16 (mixed_precision: fp16)", stacklevel=3)
 
 
 def adapter_dtype(pipe: StableDiffusionPipeline, mixed_precision: str) -> torch.dtype:
@@ -72,25 +201,104 @@ def adapter_dtype(pipe: StableDiffusionPipeline, mixed_precision: str) -> torch.
 
 
 def choose_device(device: str) -> str:
-    """The device for "auto": "cuda" when there is a GPU, else "cpu". Any other name is returned as it is."""
+    """The device of this process: of "auto" the GPU if there is one, else the CPU; each of several takes its own.
+
+    A GPU that is chosen is also PyTorch's current one, so that libraries that ask for "cuda" get it. Raises ValueError
+    for a GPU that is not there, and for one by number when there are several processes.
+    """
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = device.partition(":")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: {device}, but PyTorch finds no GPU here; auto or cpu would do")
+    if kind == "cuda" and number and int(number) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ValueError(f"device: {device}, but this machine has {count} GPU{'s' * (count != 1)}, numbered from 0")
+    if processes.count() > 1:
+        if number:
+            raise ValueError(f"device: {device} is one GPU for {processes.count()} processes; auto or {kind} would do")
+        own = processes.connect(cpu=kind == "cpu").device
+        return str(own) if kind == "cuda" else kind
+    if number:
+        torch.cuda.set_device(int(number))
     return device
 
 
+# ---------------------------------------------------------------------------------------------- torch.compile
+
+
+def compiled(module: nn.Module) -> None:
+    """Let torch.compile run a module's forward passes from now on; with one warning, not where it cannot work."""
+    device = next(module.parameters()).device
+    if (reason := _cannot_compile(device.type)) is not None:
+        warnings.warn(f"compile: torch.compile does not work here, running without it ({reason})", stacklevel=2)
+        return
+    # one graph for each role and batch size: with fewer, PyTorch would go back to eager mode without a word
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    module.compile()
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile runs a module's forward passes."""
+    return module._compiled_call_impl is not None
+
+
+@lru_cache
+def _cannot_compile(device: str) -> str | None:
+    """Why a function of one line cannot be compiled for a device, for instance without a C compiler; None if it can."""
+    try:
+        torch.compile(lambda x: 2 * x + 1)(torch.ones(4, device=device))
+    except Exception as error:  # each backend has its own kinds
+        return str(error).strip().partition("\n")[0] or type(error).__name__
+    return None
+
+
+# ---------------------------------------------------------------------------------------------- what decides a result
+
+
 def fingerprint(pipe: StableDiffusionPipeline) -> str:
-    """A digest of everything that decides what a pipeline makes: weights of W0, configurations and tokenizer."""
+    """A digest of everything that decides what a pipeline makes: weights of W0, configurations and tokenizer.
+
+    Of a UNet that always runs with an adapter, that adapter too. Frozen weights are read once: PyTorch counts changes
+    in place, except those through `.data`.
+    """
     modules = {"unet": pipe.unet, "vae": pipe.vae, "text_encoder": pipe.text_encoder}
-    weights = {
-        f"{name}.{key}": value
-        for name, module in modules.items()
-        for key, value in module.state_dict().items()
-        if "lora_" not in key
-    }
     configs = [pipe.scheduler.config, *(module.config for module in modules.values())]
-    settings = repr((sorted(pipe.tokenizer.get_vocab().items()), [_plain(config) for config in configs]))
-    text = torch.frombuffer(bytearray(settings.encode()), dtype=torch.uint8)
-    return digest({key.replace(".base_layer", ""): value for key, value in weights.items()} | {"settings": text})
+    return cache_key(
+        weights={name: _weights_digest(module) for name, module in modules.items()},
+        configs=[_plain(config) for config in configs],
+        tokenizer=tokenizer_digest(pipe.tokenizer),
+    )
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A digest of all that turns text into tokens: vocabulary, merges, added tokens, normalisation, length."""
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    rules = {name: value for name, value in rules.items() if name not in ("truncation", "padding")}  # of the last call
+    return cache_key(rules=rules, length=tokenizer.model_max_length, pad=tokenizer.pad_token_id)
+
+
+_digests: WeakKeyDictionary = WeakKeyDictionary()  # module: what its weights were, their digest
+
+
+def _weights_digest(module: nn.Module) -> str:
+    kept = f".{module.adapter}." if hasattr(module, "adapter") else None  # adapters.UNetInRole
+    weights = {
+        name.replace(".base_layer", ""): tensor
+        for name, tensor in module.state_dict(keep_vars=True).items()
+        if "lora_" not in name or (kept and kept in name)
+    }
+    if any(tensor.requires_grad or tensor.is_inference() for tensor in weights.values()):
+        return digest(weights)  # in training, where a moving average is put in place through .data
+    state = [(StorageWeakRef(t.untyped_storage()), t.storage_offset(), t._version) for t in weights.values()]
+    merged = [
+        (name, *layer.merged_adapters)
+        for name, layer in module.named_modules()
+        if isinstance(layer, BaseTunerLayer) and layer.merged_adapters
+    ]  # PEFT adds them through .data
+    if _digests.get(module, (None, None))[0] != (state, merged, list(weights)):
+        _digests[module] = (state, merged, list(weights)), digest(weights)
+    return _digests[module][1]
 
 
 def _plain(config: Mapping[str, Any] | PretrainedConfig) -> list[tuple[str, str]]:
@@ -98,6 +306,9 @@ def _plain(config: Mapping[str, Any] | PretrainedConfig) -> list[tuple[str, str]
     values = config.to_dict() if isinstance(config, PretrainedConfig) else config
     passing = {"transformers_version", "dtype"}  # the dtype is in the digest of the weights
     return sorted((name, str(value)) for name, value in values.items() if name[0] != "_" and name not in passing)
+
+
+# ---------------------------------------------------------------------------------------------- prompts and images
 
 
 def with_unet(pipe: StableDiffusionPipeline, unet: UNet2DConditionModel) -> StableDiffusionPipeline:
@@ -137,12 +348,26 @@ def encoded_prompts(pipe: StableDiffusionPipeline, prompts: list[str], batch_siz
 
 @torch.no_grad()
 def decode_latents(pipe: StableDiffusionPipeline, latents: Tensor, batch_size: int = 50) -> np.ndarray:
-    """Images (n, h, w, 3) uint8 of latents (n, 4, h/8, w/8), which are scaled by the VAE's `scaling_factor`."""
+    """Images (n, h, w, 3) uint8 of latents (n, 4, h/8, w/8), which are scaled by the VAE's `scaling_factor`.
+
+    At most `batch_size` at a time, and fewer of large ones: four of 512 x 512.
+
+    Raises RuntimeError for latents or images that are not finite: they would be black pictures.
+    """
+    _check_finite(latents, "latents", pipe.unet.dtype)
+    pixels = latents.shape[-2] * latents.shape[-1] * pipe.vae_scale_factor**2
     parts = []
-    for batch in latents.split(batch_size):
+    for batch in latents.split(max(1, min(batch_size, PIXELS // pixels))):
         images = pipe.vae.decode(batch.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor).sample
+        _check_finite(images, "images", pipe.vae.dtype)
         parts.append(to_uint8(images))
     return np.concatenate(parts)
+
+
+def _check_finite(values: Tensor, name: str, dtype: torch.dtype) -> None:
+    if bad := int((~values.flatten(1).isfinite().all(1)).sum()):
+        hint = "; float16 overflowed, try bfloat16 or float32" if dtype == torch.float16 else ""
+        raise RuntimeError(f"the {name} of {bad} of {len(values)} prompts are not finite{hint}")
 
 
 def to_uint8(images: Tensor) -> np.ndarray:

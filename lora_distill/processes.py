@@ -6,19 +6,22 @@ Their folders must be the same, on one machine or on a shared disk.
 
 import os
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:  # imported where it is needed: the command line's --help does not wait for torch
+    from accelerate import PartialState
 
 T = TypeVar("T")
 
 
 def count() -> int:
     """How many processes run side by side."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
 def index() -> int:
     """The number of this process, from 0."""
-    return int(os.environ.get("RANK", "0")) if count() > 1 else 0
+    return int(os.environ["RANK"]) if count() > 1 else 0
 
 
 def is_main() -> bool:
@@ -37,6 +40,7 @@ def agree(value: T) -> T:
         return value
     from accelerate.utils import broadcast_object_list
 
+    connect()
     values: list[Any] = [value]
     broadcast_object_list(values)
     return values[0]
@@ -45,6 +49,13 @@ def agree(value: T) -> T:
 def wait() -> None:
     """Wait until every process is here."""
     if count() > 1:
-        from accelerate import PartialState
+        connect().wait_for_everyone()
 
-        PartialState().wait_for_everyone()
+
+def connect(cpu: bool = False) -> "PartialState":
+    """Connect the processes, once, and return accelerate's state of them. On a GPU each takes its own, unless `cpu`."""
+    import torch
+    from accelerate import PartialState
+
+    # without a GPU accelerate connects processes only if told that they run on the CPU; else each believes to be alone
+    return PartialState(cpu=cpu or not torch.cuda.is_available())

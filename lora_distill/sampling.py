@@ -1,15 +1,39 @@
 """Sampling in latent space with a diffusers scheduler: two UNet passes a step with guidance, one without."""
 
 from dataclasses import dataclass
-from typing import Literal
+from inspect import signature
+from typing import Any, Literal
 
 import torch
-from diffusers import DPMSolverMultistepScheduler, LCMScheduler, SchedulerMixin, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    LCMScheduler,
+    SchedulerMixin,
+    StableDiffusionPipeline,
+)
 from torch import Tensor
 from tqdm import trange
 
 from lora_distill import diffusion
 from lora_distill.adapters import role
+from lora_distill.pipeline import latent_side
+from lora_distill.settings import Settings
+
+# The samplers with a name. SD 1.5's own, PNDM, starts far from noise when steps are few; trailing timesteps start at
+# the last one (Lin et al. 2023). Latents are not clipped, which is meant for pixels.
+NAMED: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
+    "ddim": (DDIMScheduler, {"timestep_spacing": "trailing", "clip_sample": False, "thresholding": False}),
+    "dpm++": (
+        DPMSolverMultistepScheduler,
+        {"timestep_spacing": "trailing", "algorithm_type": "dpmsolver++", "solver_order": 2, "thresholding": False},
+    ),
+    "lcm": (LCMScheduler, {"clip_sample": False, "thresholding": False}),
+}
+RANDOM = (LCMScheduler, DDPMScheduler, EulerAncestralDiscreteScheduler, KDPM2AncestralDiscreteScheduler)
 
 
 @dataclass(frozen=True)
@@ -18,15 +42,15 @@ class Sampler:
 
     guidance_scale = 1 is one UNet pass a step; above 1 it is two, batched in one forward. `guided_fraction` < 1 drops
     the unconditional pass in the last steps, a saving without training (Golnari et al. 2023, "selective guidance").
-    `scheduler` is the pipeline's own, DPM-Solver++ (2M) or LCM's. `embedded_guidance` is the w that a full LCM takes
-    as an input.
+    `scheduler` is the pipeline's own, DDIM with trailing timesteps, DPM-Solver++ (2M) or LCM's. `embedded_guidance` is
+    the w that a full LCM takes as an input.
     """
 
     steps: int = 25
     guidance_scale: float = 1.0
     guided_fraction: float = 1.0
     adapter: str | None = None
-    scheduler: Literal["own", "dpm++", "lcm"] = "own"
+    scheduler: Literal["own", "ddim", "dpm++", "lcm"] = "own"
     embedded_guidance: float | None = None
 
     def guided_steps(self, count: int) -> int:
@@ -34,36 +58,71 @@ class Sampler:
         return round(count * self.guided_fraction) if self.guidance_scale != 1 else 0
 
 
+def multi_step(settings: Settings, guidance_scale: float = 1.0, **options: Any) -> Sampler:
+    """The multi-step sampler of the settings: their steps and scheduler; `options` are those of `Sampler`."""
+    return Sampler(settings.sampling_steps, guidance_scale, scheduler=settings.scheduler, **options)
+
+
 def build_scheduler(pipe: StableDiffusionPipeline, name: str) -> SchedulerMixin:
-    """A new scheduler, "own", "dpm++" or "lcm", with the noise schedule of the pipeline's own."""
-    kinds = {"own": type(pipe.scheduler), "dpm++": DPMSolverMultistepScheduler, "lcm": LCMScheduler}
-    return kinds[name].from_config(pipe.scheduler.config)
+    """A new scheduler, "own", "ddim", "dpm++" or "lcm", with the noise schedule of the pipeline's own."""
+    kind, options = NAMED.get(name, (type(pipe.scheduler), {}))
+    if name not in ("own", *NAMED):
+        raise ValueError(f"scheduler: expected own, {', '.join(NAMED)}, got {name!r}")
+    return kind.from_config(pipe.scheduler.config, **options)
+
+
+def _with_timesteps(pipe: StableDiffusionPipeline, sampler: Sampler, device: torch.device | None) -> SchedulerMixin:
+    """The sampler's scheduler, set to its steps. Raises ValueError for more steps than the schedule has."""
+    scheduler = build_scheduler(pipe, sampler.scheduler)
+    try:
+        if sampler.steps > scheduler.config.num_train_timesteps:
+            raise ValueError(f"the schedule has {scheduler.config.num_train_timesteps}")
+        scheduler.set_timesteps(sampler.steps, device=device)
+    except ValueError as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"steps: {sampler.steps} is too many for {_scheduler_name(scheduler)}: {reason}") from None
+    return scheduler
+
+
+def sampler_name(pipe: StableDiffusionPipeline, sampler: Sampler) -> str:
+    """What a sampler is called, after the scheduler that it really builds: DDIM, PNDM, DPM-Solver++ 2M, LCM, ..."""
+    return _scheduler_name(build_scheduler(pipe, sampler.scheduler))
+
+
+def sampler_label(pipe: StableDiffusionPipeline, sampler: Sampler) -> str:
+    """Name, steps and UNet passes of a sampler, for tables: "DDIM, 25 steps, 50 passes"."""
+    passes = unet_passes(pipe, sampler)
+    steps = f"{sampler.steps} step{'s' * (sampler.steps != 1)}"
+    return f"{sampler_name(pipe, sampler)}, {steps}, {passes} pass{'es' * (passes != 1)}"
+
+
+def _scheduler_name(scheduler: SchedulerMixin) -> str:
+    if not isinstance(scheduler, DPMSolverMultistepScheduler):
+        return type(scheduler).__name__.removesuffix("Scheduler").removesuffix("Discrete")
+    kind, order = scheduler.config.algorithm_type, scheduler.config.solver_order
+    return f"DPM-Solver{'++' * kind.endswith('++')} {order}M{' SDE' * kind.startswith('sde')}"
 
 
 def step_generators(count: int, seed: int) -> list[torch.Generator]:
-    """One generator per image for the noise in LCM's steps, so that it does not depend on the batch size."""
+    """One generator per image for the noise that a scheduler adds in its steps: it does not depend on the batch."""
     return [torch.Generator().manual_seed(seed * 1_000_003 + index + 1) for index in range(count)]
 
 
 def initial_noise(pipe: StableDiffusionPipeline, count: int, seed: int, resolution: int | None = None) -> Tensor:
-    """The starting noise of `count` images (n, 4, h, w), the same on every device and for every batch size.
+    """The starting noise of `count` images (n, 4, h, w) in float32, the same on every device and for every batch size.
 
-    `resolution` is the side of the images in pixels, by default that of the UNet's training. Raises ValueError when it
-    is not a multiple of the VAE's scale factor, 8 for Stable Diffusion.
+    `resolution` is the side of the images in pixels, by default the one that the pipeline was loaded for. Raises
+    ValueError when it is not a multiple of the VAE's scale factor, 8 for Stable Diffusion.
     """
-    side, rest = divmod(resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor, pipe.vae_scale_factor)
-    if rest or side < 1:
-        raise ValueError(f"resolution: expected a multiple of {pipe.vae_scale_factor} for this VAE, got {resolution}")
+    side = latent_side(pipe, resolution) if resolution else pipe.unet.config.sample_size
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(count, pipe.unet.config.in_channels, side, side, generator=generator)
-    return noise.to(pipe.unet.device, pipe.unet.dtype)
+    return noise.to(pipe.unet.device)
 
 
 def unet_passes(pipe: StableDiffusionPipeline, sampler: Sampler) -> int:
     """UNet evaluations per image (NFE). PNDM and Heun have more timesteps than steps."""
-    scheduler = build_scheduler(pipe, sampler.scheduler)
-    scheduler.set_timesteps(sampler.steps)
-    count = len(scheduler.timesteps)
+    count = len(_with_timesteps(pipe, sampler, device=None).timesteps)
     return count + sampler.guided_steps(count)
 
 
@@ -76,33 +135,40 @@ def sample(
     empty_embeds: Tensor | None,
     generators: list[torch.Generator] | None = None,
 ) -> Tensor:
-    """Latents (n, 4, h, w) from noise (n, 4, h, w) and prompt_embeds (n, tokens, dim).
+    """Latents (n, 4, h, w) in float32 from noise (n, 4, h, w) and prompt_embeds (n, tokens, dim).
 
-    empty_embeds (1, tokens, dim), the embedding of "", is needed for guidance alone. Equal to the stock pipeline called
-    with the same `latents` and, for the noise in LCM's steps, the same list as `generator`. Raises ValueError for LCM
-    without generators, and when `embedded_guidance` is missing or the UNet does not take it.
+    empty_embeds (1, tokens, dim), the embedding of "", is needed for guidance alone. The UNet computes in its dtype;
+    guidance and the scheduler's steps are in float32 whatever that is. In float32 equal to the stock pipeline called
+    with the same `latents` and, where the scheduler draws noise, the same list as `generator`. Raises ValueError for
+    such a scheduler without generators, and when `embedded_guidance` is missing or the UNet does not take it.
     """
-    if sampler.scheduler == "lcm" and generators is None:
-        raise ValueError("the lcm scheduler draws noise at its steps: give one generator an image")
-    scheduler = build_scheduler(pipe, sampler.scheduler)
-    scheduler.set_timesteps(sampler.steps, device=noise.device)
-    noisy_step = {"generator": generators} if sampler.scheduler == "lcm" else {}
+    scheduler = _with_timesteps(pipe, sampler, noise.device)
+    if generators is None and _draws_noise(scheduler):
+        name = _scheduler_name(scheduler)
+        raise ValueError(f"the {name} scheduler draws noise at its steps: give one generator an image")
+    takes_generator = "generator" in signature(scheduler.step).parameters
+    noisy_step = {"generator": generators} if takes_generator and generators else {}
     guided_steps = sampler.guided_steps(len(scheduler.timesteps))
-    latents = noise * scheduler.init_noise_sigma
+    dtype = pipe.unet.dtype
+    latents, prompt_embeds = noise.float() * scheduler.init_noise_sigma, prompt_embeds.to(dtype)
     if guided_steps:
-        both_embeds = torch.cat([empty_embeds.expand_as(prompt_embeds), prompt_embeds])  # (2n, tokens, dim)
+        both_embeds = torch.cat([empty_embeds.to(dtype).expand_as(prompt_embeds), prompt_embeds])  # (2n, tokens, dim)
     timestep_cond = _embedded_guidance(pipe, sampler, len(noise))
     with role(pipe.unet, sampler.adapter):
         for index, t in enumerate(scheduler.timesteps):
             if index < guided_steps:
                 doubled = scheduler.scale_model_input(torch.cat([latents] * 2), t)  # (2n, 4, h, w)
-                uncond, cond = pipe.unet(doubled, t, both_embeds).sample.chunk(2)
+                uncond, cond = pipe.unet(doubled.to(dtype), t, both_embeds).sample.float().chunk(2)
                 output = diffusion.guide(uncond, cond, sampler.guidance_scale)
             else:
                 x_t = scheduler.scale_model_input(latents, t)
-                output = pipe.unet(x_t, t, prompt_embeds, timestep_cond=timestep_cond).sample
+                output = pipe.unet(x_t.to(dtype), t, prompt_embeds, timestep_cond=timestep_cond).sample.float()
             latents = scheduler.step(output, t, latents, **noisy_step).prev_sample
     return latents
+
+
+def _draws_noise(scheduler: SchedulerMixin) -> bool:
+    return isinstance(scheduler, RANDOM) or scheduler.config.get("algorithm_type", "").startswith("sde")
 
 
 def _embedded_guidance(pipe: StableDiffusionPipeline, sampler: Sampler, count: int) -> Tensor | None:
@@ -125,7 +191,7 @@ def sample_in_batches(
     batch_size: int = 50,
     title: str = "sampling",
 ) -> Tensor:
-    """`sample` in batches, with a progress bar; `seed` is for the noise that LCM adds in its steps."""
+    """`sample` in batches, with a progress bar; `seed` is for the noise that a scheduler adds in its steps."""
     generators = step_generators(len(noise), seed)
     parts = [
         sample(pipe, sampler, noise[rows], prompt_embeds[rows], empty_embeds, generators[rows])

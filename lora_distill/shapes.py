@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, ConfigMixin, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -65,12 +65,41 @@ def stable_diffusion_15(tokenizer: CLIPTokenizer, device: str, dtype: torch.dtyp
     )
 
 
+def pipeline_source(name: str) -> Path | str:
+    """The folder of a pipeline, or its hub id where there is no such folder.
+
+    Raises FileNotFoundError for a path that does not exist, ValueError for a checkpoint in one file.
+    """
+    folder = BUNDLED if name == "bundled" else Path(name).expanduser()
+    if folder.is_file():
+        made = f"StableDiffusionPipeline.from_single_file({str(folder)!r}).save_pretrained(FOLDER)"
+        raise ValueError(f"{folder}: a checkpoint in one file; diffusers makes a folder of it, once: {made}")
+    if folder.is_dir():
+        return folder
+    if name == "bundled" or name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1:
+        raise FileNotFoundError(f"no pipeline folder {folder}")
+    return name
+
+
 def unet_config(pipeline: str) -> dict[str, Any]:
-    """The full config of a pipeline's UNet; no weights are loaded. Names are those of `pipeline.load_pipeline`."""
+    """The full config of a pipeline's UNet; no weights are loaded. Names are those of `pipeline.load_pipeline`.
+
+    Raises FileNotFoundError, ValueError or OSError in one line, as `pipeline_source` and `part_config` do.
+    """
     if pipeline == SD15_SHAPE:
         return dict(meta_unet(SD15_UNET).config)
-    folder = BUNDLED if pipeline == "bundled" else pipeline
-    return UNet2DConditionModel.load_config(folder, subfolder="unet")
+    return part_config(UNet2DConditionModel, pipeline_source(pipeline), "unet")
+
+
+def part_config(kind: type[ConfigMixin], source: Path | str, part: str) -> dict[str, Any]:
+    """The config of one part of a pipeline. Raises OSError, in one line, where it cannot be had."""
+    try:
+        return kind.load_config(source, subfolder=part)
+    except (OSError, ValueError) as error:
+        if isinstance(source, Path):
+            raise FileNotFoundError(f"{source / part}: no readable {kind.config_name}") from None
+        reason = str(error).strip().partition("\n")[0]
+        raise OSError(f"{source}: neither a folder here nor a pipeline that the hub gives us ({reason})") from None
 
 
 def meta_unet(config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:

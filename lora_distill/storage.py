@@ -4,11 +4,12 @@ import hashlib
 import json
 import os
 import platform
+import secrets
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -43,18 +44,19 @@ def whole_file(path: Path, *, by_any: bool = False) -> Iterator[Path]:
     Of several processes the main one alone leaves a file, unless it is written `by_any`. Raises OSError that names the
     file, for instance when the disk is full.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")  # process numbers repeat in containers
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         if by_any or processes.is_main():
             os.replace(temporary, path)
     except OSError as error:
-        raise OSError(error.errno, f"{path} could not be written: {error.strerror}") from None
+        raise OSError(error.errno, f"{path} could not be written: {error.strerror or error}") from None
     except SafetensorError as error:  # safetensors raises this when the disk is full
         raise OSError(f"{path} could not be written: {error}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # there is none, or its folder cannot be written to
+            temporary.unlink()
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:
@@ -167,7 +169,7 @@ def cached(folder: Path, kind: str, key: str, make: Callable[[], dict[str, torch
     if processes.agree(tensors is None):
         tensors = make()
         save_tensors(path, tensors)
-    return tensors or make()
+    return make() if tensors is None else tensors
 
 
 def cached_parts(
@@ -178,8 +180,9 @@ def cached_parts(
     The parts lie in `folder`/`kind`-`key`/. Several processes each make some of them; no result depends on how many.
     Raises FileNotFoundError where the processes do not see each other's files.
     """
-    parts = {folder / f"{kind}-{key}" / f"{start:06}.safetensors": slice(start, min(start + size, rows))
-             for start in range(0, rows, size)}  # fmt: skip
+    slices = [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+    # named with both ends: parts of another size are not taken for these
+    parts = {folder / f"{kind}-{key}" / f"{part.start:06}-{part.stop:06}.safetensors": part for part in slices}
     missing = processes.agree([path.name for path in parts if _kept(path) is None])
     for name in tqdm(processes.share(missing), desc=kind, mininterval=2, leave=False, disable=not processes.is_main()):
         path = folder / f"{kind}-{key}" / name

@@ -9,11 +9,13 @@ from lora_distill.adapters import (
     adapter_names,
     adapter_parameters,
     add_adapter,
+    base_weights,
     export_kohya,
     load_adapter,
     merged_copy,
     plain_copy,
     role,
+    rounding_error,
     save_adapter,
 )
 from lora_distill.pipeline import encode_prompts, load_pipeline
@@ -114,7 +116,35 @@ def test_a_role_leaves_everything_as_it_was(unet, played):
     assert state(unet) == found
 
 
-def test_a_role_is_left_by_an_exception_too(unet):
+def test_a_role_knows_adapters_that_were_added_or_deleted_since(unet, inputs):
+    base = output(unet, inputs)
+    moved(unet, "one")
+    with role(unet, None):
+        assert torch.equal(output(unet, inputs), base)
+    moved(unet, "two", targets="all")  # on layers that carried none
+    with role(unet, None):
+        assert torch.equal(output(unet, inputs), base)
+    unet.delete_adapters("two")
+    moved(unet, "two", targets="all", seed=4)
+    with role(unet, None):
+        assert torch.equal(output(unet, inputs), base)
+    unet.unload_lora()
+    moved(unet, "three")
+    with role(unet, None):
+        assert torch.equal(output(unet, inputs), base)
+
+
+def test_a_role_does_not_walk_through_the_modules_each_time(unet, monkeypatch):
+    moved(unet, "student")
+    with role(unet, None):
+        pass
+    monkeypatch.setattr(type(unet), "modules", None)
+    monkeypatch.setattr(type(unet), "parameters", None)
+    with role(unet, None), role(unet, "student"):
+        pass
+
+
+def test_a_role_is_left__by_an_exception_too(unet):
     moved(unet, "student")
     found = state(unet)
     with pytest.raises(ZeroDivisionError), role(unet, None):
@@ -170,6 +200,56 @@ def test_a_plain_copy_is_w0_and_shares_no_memory(unet, inputs):
     copy = plain_copy(unet)
     assert torch.equal(output(copy, inputs), before) and not adapter_names(copy)
     assert not {p.data_ptr() for p in copy.parameters()} & {p.data_ptr() for p in unet.parameters()}
+
+
+def test_copies_draw_no_random_weights(unet):
+    moved(unet, "student")
+    before = torch.get_rng_state()
+    assert plain_copy(unet).device == merged_copy(unet, "student").device == torch.device("cpu")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_plain_copy_is_trained_and_keeps_dtypes(unet):
+    copy = plain_copy(unet.bfloat16(), time_cond_proj_dim=16)
+    assert {p.dtype for p in copy.parameters()} == {torch.bfloat16} and all(p.requires_grad for p in copy.parameters())
+    assert not any(p.requires_grad for p in unet.parameters())
+
+
+@pytest.mark.parametrize("targets", ["attention", "all"])
+def test_a_merged_copy_has_peft_s_updates_and_shares_all_other_weights(unet, targets):
+    moved(unet, "student", alpha=3, targets=targets)
+    layers = {name: m for name, m in unet.named_modules() if isinstance(m, BaseTunerLayer)}
+    merged = dict(merged_copy(unet, "student").named_parameters())
+    for name, layer in layers.items():
+        assert torch.allclose(merged[f"{name}.weight"], layer.weight + layer.get_delta_weight("student"), atol=1e-6)
+    w0 = base_weights(unet)
+    shared = {name for name, p in merged.items() if p.data_ptr() == w0[name].data_ptr()}
+    assert shared == merged.keys() - {f"{name}.weight" for name in layers}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_weights_are_merged_in_float32_and_rounded_once(dtype):
+    exact, half = small_unet(), small_unet()
+    half.to(dtype)
+    exact.load_state_dict({name: p.float() for name, p in half.state_dict().items()})
+    for each in (exact, half):
+        for p in moved(each, "student"):
+            p.data = (0.1 * p.data).to(dtype).to(each.dtype)
+    reference, merged = merged_copy(exact, "student").state_dict(), merged_copy(half, "student").state_dict()
+    assert all(torch.equal(merged[name], reference[name].to(dtype)) for name in merged)
+
+
+def test_the_rounding_error_says_how_much_of_an_update_16_bits_hold(unet):
+    parameters = moved(unet, "student")
+    assert rounding_error(unet, "student") < 1e-4
+    unet.bfloat16()
+    assert rounding_error(unet, "student") < 0.1
+    for p in parameters:
+        p.data *= 1e-3
+    assert rounding_error(unet, "student") == pytest.approx(1, abs=0.05), "all of it is lost"
+    for p in parameters:
+        p.data.zero_()
+    assert rounding_error(unet, "student") == 0
 
 
 @pytest.mark.parametrize("targets", ["attention", "all"])
@@ -239,3 +319,11 @@ def test_a_truncated_file_is_refused(unet, tmp_path, length):
 def test_a_missing_file_is_named(unet, tmp_path):
     with pytest.raises(DamagedFileError, match=str(tmp_path / "none.safetensors")):
         load_adapter(unet, "student", tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_file_with_numbers_that_are_not_finite_is_refused(unet, tmp_path, value):
+    moved(unet, "student")[3].data[0, 0] = value
+    save_adapter(unet, "student", tmp_path / "lora.safetensors")
+    with pytest.raises(DamagedFileError, match=r"1 of \d+ tensors are not finite, the first is unet"):
+        load_adapter(small_unet(), "student", tmp_path / "lora.safetensors")

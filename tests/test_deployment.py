@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import moved
 
-from lora_distill.adapters import plain_copy
+from lora_distill.adapters import UNetInRole, base_weights, plain_copy
 from lora_distill.deployment import OnnxUNet, deployed, deployments
 from lora_distill.judge.timing import runtime, threads
 from lora_distill.pipeline import decode_latents, encode_prompts, fingerprint, load_pipeline, with_unet
@@ -103,9 +103,57 @@ def test_an_adapter_that_is_not_there_is_refused(trained):
         deployed(trained, "studnet")
 
 
-def test_half_precision_stays_in_pytorch(graphs):
-    pipe = deployed(load_pipeline("bundled", dtype=torch.bfloat16), graphs=graphs)
-    assert runtime(pipe.unet) == "PyTorch"
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_in_pytorch(graphs, dtype):
+    pipe = deployed(load_pipeline("bundled", dtype=dtype), graphs=graphs)
+    assert runtime(pipe.unet) == "PyTorch" and drawn(pipe).isfinite().all()
+
+
+def difference(pipe, other, sampler=SINGLE):
+    """Between the latents of two pipelines, root mean square."""
+    return (drawn(pipe, sampler) - drawn(other)).square().mean().sqrt().item()
+
+
+def small_update(dtype):
+    """A pipeline whose student differs from W0 by updates of 0.0003, as those of trained adapters do."""
+    pipe = load_pipeline("bundled", dtype=dtype)
+    for p in moved(pipe.unet, "student", rank=2, alpha=4):
+        p.data *= 0.05
+    return pipe
+
+
+def test_an_update_that_bfloat16_cannot_hold_is_not_lost_when_deployed():
+    pipe, student = small_update(torch.bfloat16), Sampler(3, 3.0, adapter="student")
+    with pytest.warns(UserWarning, match=r"adapter 'student' is not folded into W0 but runs beside it: .*bfloat16"):
+        ready = deployed(pipe, "student")
+    assert torch.equal(drawn(ready), drawn(pipe, student)), "the very student that was trained"
+    assert difference(pipe, pipe, student) > 0.01, "the adapter counts"
+    assert {p.data_ptr() for p in ready.unet.parameters()} == {p.data_ptr() for p in pipe.unet.parameters()}
+    assert fingerprint(ready) != fingerprint(pipe)
+
+
+def test_students_that_run_beside_w0_have_fingerprints_of_their_own():
+    pipe = small_update(torch.bfloat16)
+    moved(pipe.unet, "other", rank=2, alpha=4, seed=9)
+    with pytest.warns(UserWarning, match="not folded"):
+        ready = deployed(pipe, "student")
+    other = with_unet(pipe, UNetInRole(pipe.unet, "other"))
+    assert len({fingerprint(each) for each in (pipe, ready, other)}) == 3
+
+
+def test_an_update_that_float16_can_hold_is_folded():
+    pipe = small_update(torch.float16)
+    ready, student = deployed(pipe, "student"), Sampler(3, 3.0, adapter="student")
+    exact = small_update(torch.float32)
+    noise = difference(exact, pipe) + 1e-3  # of float16 itself, in the teacher
+    assert (drawn(ready) - drawn(pipe, student)).square().mean().sqrt() < 3 * noise
+
+
+def test_what_is_deployed_without_an_adapter_shares_the_weights_of_w0(trained):
+    ready = deployed(trained)
+    w0 = {p.data_ptr() for p in base_weights(trained.unet).values()}
+    own = [name for name, p in ready.unet.named_parameters() if p.data_ptr() not in w0]
+    assert own and all("to_qkv" in name or "to_kv" in name for name in own)
 
 
 def test_the_last_deployed_pipelines_are_remembered_and_a_full_lcm_is_its_own(trained, tmp_path):

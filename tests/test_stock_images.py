@@ -1,12 +1,16 @@
 """From latents to pixels as the stock pipeline goes, and what the fingerprint of a pipeline knows."""
 
+import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from conftest import moved
 
-from lora_distill.pipeline import BUNDLED, choose_device, decode_latents, fingerprint, load_pipeline, to_uint8
+from lora_distill import pipeline
+from lora_distill.adapters import add_adapter
+from lora_distill.pipeline import BUNDLED, decode_latents, fingerprint, load_pipeline, to_uint8, with_unet
 
 
 def test_pixels_are_those_of_the_stock_image_processor(bundle):
@@ -56,6 +60,77 @@ def test_the_fingerprint_changes_with_the_tokenizer(bundle):
     assert fingerprint(bundle) != before
 
 
+def test_the_fingerprint_changes_with_the_merges_of_the_tokenizer(bundle, tmp_path):
+    before = fingerprint(bundle)
+    bundle.tokenizer.save_pretrained(tmp_path)
+    rules = json.loads((tmp_path / "tokenizer.json").read_text())
+    rules["model"]["merges"] = rules["model"]["merges"][::-1]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(rules))
+    bundle.tokenizer = type(bundle.tokenizer).from_pretrained(tmp_path)
+    assert fingerprint(bundle) != before
+
+
+def test_using_the_tokenizer_leaves_the_fingerprint(bundle):
+    before = fingerprint(bundle)
+    bundle.tokenizer(["a lion"], padding="max_length", truncation=True, max_length=7)
+    assert fingerprint(bundle) == before
+
+
+@pytest.fixture
+def hashed(monkeypatch):
+    """The number of tensors that were hashed, one entry a call."""
+    counts = []
+    digest = pipeline.digest
+    monkeypatch.setattr(pipeline, "digest", lambda tensors: counts.append(len(tensors)) or digest(tensors))
+    return counts
+
+
+def test_frozen_weights_are_hashed_once(bundle, hashed):
+    first = fingerprint(bundle)
+    add_adapter(bundle.unet, "student", rank=2, alpha=2)
+    assert fingerprint(bundle) == first == fingerprint(with_unet(bundle, bundle.unet)) and len(hashed) == 3
+
+
+CHANGES = {
+    "in place": lambda weight, unet: weight.add_(1),
+    "replaced": lambda weight, unet: setattr(weight, "data", weight.data + 1),
+    "another dtype": lambda weight, unet: unet.bfloat16(),
+    "loaded": lambda weight, unet: unet.load_state_dict({k: v + 1 for k, v in unet.state_dict().items()}),
+    "assigned": lambda weight, unet: unet.load_state_dict(
+        {k: v + 1 for k, v in unet.state_dict().items()}, assign=True
+    ),
+    "its slice": lambda weight, unet: weight[0].mul_(2),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_fingerprint_is_never_of_earlier_weights(bundle, change):
+    before = fingerprint(bundle)
+    with torch.no_grad():
+        CHANGES[change](bundle.unet.conv_in.weight, bundle.unet)
+    assert fingerprint(bundle) != before
+
+
+def test_weights_that_are_rounded_and_widened_again_have_another_fingerprint(bundle):
+    before = fingerprint(bundle)
+    bundle.unet.bfloat16().float()
+    assert fingerprint(bundle) != before
+
+
+def test_weights_in_training_are_hashed_each_time(bundle):
+    bundle.unet.requires_grad_(True)
+    before = fingerprint(bundle)
+    bundle.unet.conv_in.weight.data.mul_(2)  # as a moving average is put in place: PyTorch does not count it
+    assert fingerprint(bundle) != before
+
+
+def test_an_adapter_that_is_fused_into_w0_changes_the_fingerprint(bundle):
+    moved(bundle.unet, "student")
+    before = fingerprint(bundle)
+    bundle.unet.fuse_lora()
+    assert fingerprint(bundle) != before
+
+
 def test_a_folder_without_its_index_is_named_with_it(tmp_path):
     shutil.copytree(BUNDLED, tmp_path / "pipeline", ignore=shutil.ignore_patterns("*.safetensors", "model_index.json"))
     with pytest.raises(FileNotFoundError, match=r"not a whole Stable Diffusion pipeline, model_index\.json missing"):
@@ -66,9 +141,3 @@ def test_a_folder_without_its_index_is_named_with_it(tmp_path):
 def test_what_reads_like_a_path_is_not_looked_for_on_the_hub(name):
     with pytest.raises(FileNotFoundError, match="no pipeline folder"):
         load_pipeline(name)
-
-
-@pytest.mark.parametrize(("there", "chosen"), [(True, "cuda"), (False, "cpu")])
-def test_auto_is_the_gpu_where_there_is_one(monkeypatch, there, chosen):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
-    assert choose_device("auto") == chosen and choose_device("cpu") == "cpu" and choose_device("cuda:1") == "cuda:1"

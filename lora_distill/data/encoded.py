@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import trange
 
 from lora_distill.data.captioned import image_digests
-from lora_distill.pipeline import encoded_prompts
+from lora_distill.pipeline import encoded_prompts, tokenizer_digest
 from lora_distill.storage import DamagedFileError, cache_key, digest, map_array, save_array
 
 ENCODED = 1  # version of the encoded files, part of the keys of their caches: raise it when they change
@@ -96,7 +96,7 @@ def encode_images(
         version=ENCODED,
         captions=captions,
         text_encoder=digest(text_encoder.state_dict()),
-        tokenizer=[tokenizer.get_vocab(), tokenizer.model_max_length],
+        tokenizer=tokenizer_digest(tokenizer),
         dtype=str(text_encoder.dtype),
     )
     shape = (len(captions), tokenizer.model_max_length, text_encoder.config.hidden_size)

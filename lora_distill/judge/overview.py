@@ -9,7 +9,7 @@ import pandas
 from lora_distill.judge.judge import Method, Quality
 from lora_distill.judge.metrics import Proportion
 from lora_distill.judge.tables import BASE, EXTRACTOR, FD, TEACHER, sd_column
-from lora_distill.sampling import build_scheduler
+from lora_distill.sampling import sampler_name
 from lora_distill.storage import atomic_write
 
 pandas.set_option("display.max_colwidth", None)  # results are sentences: a notebook shows them whole
@@ -190,6 +190,5 @@ def caption(rows: list[dict], teacher: Method | None = None) -> str:
 def sampling(method: Method) -> str:
     """How a method samples, in words: scheduler, steps, w and dtype."""
     sampler, pipe, _ = method
-    scheduler = type(build_scheduler(pipe, sampler.scheduler)).__name__.removesuffix("Scheduler")
     dtype = str(pipe.unet.dtype).removeprefix("torch.")
-    return f"{scheduler}, {sampler.steps} steps, w = {sampler.guidance_scale:g}, {dtype}"
+    return f"{sampler_name(pipe, sampler)}, {sampler.steps} steps, w = {sampler.guidance_scale:g}, {dtype}"

@@ -160,7 +160,7 @@ def time_unet(
     embeds = encode_prompts(pipe, [""])
     for _ in range(repeats + 2):
         for size in batch_sizes:
-            noise = initial_noise(pipe, size, seed=0, resolution=resolution)
+            noise = initial_noise(pipe, size, seed=0, resolution=resolution).to(pipe.unet.dtype)
             prompt_embeds = embeds.expand(size, -1, -1).contiguous()
             seconds[size].append(_timed(pipe, lambda: pipe.unet(noise, timestep, prompt_embeds))[1])  # noqa: B023
     return {size: median(values[2:]) for size, values in seconds.items()}
