@@ -63,11 +63,9 @@ def milestone_rows(logs: dict[str, list[dict]], teacher: Quality, judge: Judge) 
 
 def _counted(quality: Quality) -> dict[str, float | int | None]:
     """The columns of what counts of one judgement: the value, its interval and N; of a distance alone only N."""
-    return (
-        {quality.column: quality.counted.value, **quality.counted.columns}
-        if quality.key
-        else {"n": len(quality.images)}
-    )
+    if not quality.key:
+        return {"n": len(quality.images)}
+    return {quality.column: quality.counted.value, **quality.counted.columns}
 
 
 def _counted_in(entry: dict, counted: dict, count: int) -> dict[str, float | int | None]:
@@ -102,15 +100,11 @@ def passes_rows(judged: dict[str, dict[int, Quality]], trained: Iterable[str]) -
 
 def mixture_rows(mixtures: dict[float, Quality]) -> list[dict]:
     """Every alignment of two adapters added up, by the weight of the second; without any, the distance."""
-    return [
-        {"weight": weight}
-        | {
-            COLUMNS.get(name, name) if name == "clip" else name: score.value
-            for name, score in quality.alignment.items()
-        }
-        | ({} if quality.key else {FD: quality.frechet_distance})
-        for weight, quality in mixtures.items()
-    ]
+    rows = []
+    for weight, quality in mixtures.items():
+        row = {COLUMNS["clip"] if name == "clip" else name: score.value for name, score in quality.alignment.items()}
+        rows.append({"weight": weight} | (row or {FD: quality.frechet_distance}))
+    return rows
 
 
 def _distance(quality: Quality, judge: Judge) -> dict[str, float]:
