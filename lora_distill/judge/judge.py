@@ -119,7 +119,7 @@ class Judge:
         noise, generators = initial_noise(pipe, len(captions), seed), step_generators(len(captions), seed)
 
         def make(rows: slice) -> np.ndarray:
-            embeds = self.prompt_embeds[rows], self.empty_embeds
+            embeds = self.prompt_embeds[:count][rows], self.empty_embeds
             return decode_latents(pipe, sample(pipe, sampler, noise[rows], *embeds, generators[rows]), self.batch_size)
 
         if folder is None and (self.cache_dir is None or sampler.adapter):  # an adapter that plays may be in training

@@ -137,7 +137,7 @@ def test_judged_pictures_lie_in_a_folder_a_method_and_seed_and_come_back_in_thei
         for pictures, quality in zip(loaded[name], test[name], strict=True):
             assert isinstance(quality.images, Pictures) and (pictures[:] == quality.images[:]).all()
     plain = judge.images(Sampler(2), 4)
-    assert (PIL.Image.open(tmp_path / "images/02_x/base/4/00002.png") == plain[2]).all()
+    assert (np.asarray(PIL.Image.open(tmp_path / "images/02_x/base/4/00002.png")) == plain[2]).all()
 
 
 def test_two_methods_never_share_a_folder():
