@@ -112,19 +112,17 @@ def settings(profile: Profile = "cpu") -> None:
 @app.command(rich_help_panel=MODELS)
 def distill(profile: Profile = "cpu") -> None:
     """Distil guidance into a LoRA on one W0 and write the LoRA file, which stock diffusers loads."""
-    import torch
-
     from lora_distill.data.teacher import teacher_set, training_captions
-    from lora_distill.pipeline import choose_device, load_pipeline
-    from lora_distill.sampling import Sampler
+    from lora_distill.pipeline import pipeline_for
+    from lora_distill.sampling import multi_step
     from lora_distill.settings import load_settings, run_dir
     from lora_distill.train.recipes import distil_lora, lora_file
 
     checked = load_settings(profile)
     folder = run_dir(checked)
-    pipe = load_pipeline(checked.pipeline, choose_device(checked.device), getattr(torch, checked.dtype))
+    pipe = pipeline_for(checked)
     captions = training_captions(checked.data, checked.style, checked.teacher_images, checked.seed)
-    sampler = Sampler(checked.sampling_steps, checked.guidance_scale)
+    sampler = multi_step(checked, checked.guidance_scale)
     teacher = teacher_set(pipe, captions, sampler, checked.seed, folder / "cache")
     distil_lora(pipe, teacher, checked, folder)
     print(lora_file(folder, "student"))
@@ -138,16 +136,18 @@ def sample(
     lora: Annotated[Path | None, typer.Option(help="a LoRA file; the student then samples")] = None,
     guidance_scale: Annotated[float, typer.Option(min=1, help="1 is one pass a step")] = 1.0,
     steps: Annotated[int, typer.Option(min=1)] = 25,
+    scheduler: Annotated[str, typer.Option(help="own, ddim, dpm++ or lcm: the last for an LCM-LoRA")] = "own",
+    resolution: Annotated[int | None, typer.Option(help="side in pixels; by default the UNet's own")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Draw prompts with a pipeline, with or without a LoRA."""
     from lora_distill import adapters, sampling
     from lora_distill import pipeline as pipelines
 
-    pipe = pipelines.load_pipeline(pipeline, pipelines.choose_device("auto"))
+    pipe = pipelines.load_pipeline(pipeline, pipelines.choose_device("auto"), resolution=resolution)
     if lora:
         adapters.load_adapter(pipe.unet, "student", lora)
-    sampler = sampling.Sampler(steps, guidance_scale, adapter="student" if lora else None)
+    sampler = sampling.Sampler(steps, guidance_scale, adapter="student" if lora else None, scheduler=scheduler)
     noise = sampling.initial_noise(pipe, len(prompts), seed)
     embeds, empty = pipelines.encode_prompts(pipe, prompts), pipelines.encode_prompts(pipe, [""])
     latents = sampling.sample_in_batches(pipe, sampler, noise, embeds, empty, seed)

@@ -67,7 +67,7 @@ def load_pipeline(
             _check_parts(source)
         _check_kind(source)
         pipe = _from_pretrained(source, dtype)
-    if resolution:
+    if resolution is not None:
         pipe.unet.register_to_config(sample_size=latent_side(pipe, resolution))
     return _prepared(pipe, device)
 
@@ -259,13 +259,14 @@ def _cannot_compile(device: str) -> str | None:
 def fingerprint(pipe: StableDiffusionPipeline) -> str:
     """A digest of everything that decides what a pipeline makes: weights of W0, configurations and tokenizer.
 
-    Of a UNet that always runs with an adapter, that adapter too. Frozen weights are read once: PyTorch counts changes
-    in place, except those through `.data`.
+    Of a UNet that always runs with one adapter (`adapters.UNetInRole`), that adapter too.
     """
     modules = {"unet": pipe.unet, "vae": pipe.vae, "text_encoder": pipe.text_encoder}
     configs = [pipe.scheduler.config, *(module.config for module in modules.values())]
+    adapter = getattr(pipe.unet, "adapter", None)
     return cache_key(
-        weights={name: _weights_digest(module) for name, module in modules.items()},
+        weights={name: weights_digest(module) for name, module in modules.items()},
+        adapter=adapter and digest({k: v for k, v in pipe.unet.state_dict().items() if f".{adapter}." in k}),
         configs=[_plain(config) for config in configs],
         tokenizer=tokenizer_digest(pipe.tokenizer),
     )
@@ -281,23 +282,28 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 _digests: WeakKeyDictionary = WeakKeyDictionary()  # module: what its weights were, their digest
 
 
-def _weights_digest(module: nn.Module) -> str:
-    kept = f".{module.adapter}." if hasattr(module, "adapter") else None  # adapters.UNetInRole
+def weights_digest(module: nn.Module) -> str:
+    """A digest of a module's weights without adapters, by the names that they have without.
+
+    Frozen weights are read once, and again when they were changed: PyTorch counts changes in place, except those
+    through `.data`. Weights in training are read each time.
+    """
     weights = {
         name.replace(".base_layer", ""): tensor
         for name, tensor in module.state_dict(keep_vars=True).items()
-        if "lora_" not in name or (kept and kept in name)
+        if "lora_" not in name
     }
     if any(tensor.requires_grad or tensor.is_inference() for tensor in weights.values()):
-        return digest(weights)  # in training, where a moving average is put in place through .data
-    state = [(StorageWeakRef(t.untyped_storage()), t.storage_offset(), t._version) for t in weights.values()]
+        return digest(weights)  # a moving average is put in place through .data
     merged = [
-        (name, *layer.merged_adapters)
+        (name, *layer.merged_adapters)  # PEFT adds them through .data
         for name, layer in module.named_modules()
         if isinstance(layer, BaseTunerLayer) and layer.merged_adapters
-    ]  # PEFT adds them through .data
-    if _digests.get(module, (None, None))[0] != (state, merged, list(weights)):
-        _digests[module] = (state, merged, list(weights)), digest(weights)
+    ]
+    tensors = [(StorageWeakRef(t.untyped_storage()), t.storage_offset(), t._version) for t in weights.values()]
+    state = tensors, merged, list(weights)
+    if _digests.get(module, (None, None))[0] != state:
+        _digests[module] = state, digest(weights)
     return _digests[module][1]
 
 

@@ -114,7 +114,7 @@ def initial_noise(pipe: StableDiffusionPipeline, count: int, seed: int, resoluti
     `resolution` is the side of the images in pixels, by default the one that the pipeline was loaded for. Raises
     ValueError when it is not a multiple of the VAE's scale factor, 8 for Stable Diffusion.
     """
-    side = latent_side(pipe, resolution) if resolution else pipe.unet.config.sample_size
+    side = latent_side(pipe, resolution) if resolution is not None else pipe.unet.config.sample_size
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(count, pipe.unet.config.in_channels, side, side, generator=generator)
     return noise.to(pipe.unet.device)

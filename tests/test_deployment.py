@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import moved
 
-from lora_distill.adapters import UNetInRole, base_weights, plain_copy
+from lora_distill.adapters import UNetInRole, adapter_parameters, base_weights, plain_copy
 from lora_distill.deployment import OnnxUNet, deployed, deployments
 from lora_distill.judge.timing import runtime, threads
 from lora_distill.pipeline import decode_latents, encode_prompts, fingerprint, load_pipeline, with_unet
@@ -138,7 +138,10 @@ def test_students_that_run_beside_w0_have_fingerprints_of_their_own():
     with pytest.warns(UserWarning, match="not folded"):
         ready = deployed(pipe, "student")
     other = with_unet(pipe, UNetInRole(pipe.unet, "other"))
-    assert len({fingerprint(each) for each in (pipe, ready, other)}) == 3
+    prints = {fingerprint(each) for each in (pipe, ready, other)}
+    with torch.no_grad():
+        adapter_parameters(pipe.unet, "student")[0].add_(1)
+    assert len(prints | {fingerprint(ready)}) == 4 and fingerprint(other) in prints
 
 
 def test_an_update_that_float16_can_hold_is_folded():
