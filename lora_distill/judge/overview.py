@@ -47,8 +47,8 @@ def few_step_results(rows: list[dict], rank: int, source: str) -> dict[str, str]
         if all(name in by_name for name in names)
     }
     rivals = ", ".join(values[f"base, {name}"] for name in untrained)
-    found[f"{measure}, base with 4 passes: {', '.join(untrained)}"] = rivals
-    # without a CLIP the distance is what was listed above
+    solvers = ", ".join(name.removesuffix(", 4 passes") for name in untrained)
+    found[f"{measure}, base with 4 passes: {solvers}"] = rivals
     to = "Flickr" if _flickr(source) else "real images"
     return found | {f"FD-{EXTRACTOR} to {to}: base, fine-tune, LCM-LoRA {', '.join(sizes)}": distance}
 

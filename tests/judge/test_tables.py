@@ -225,6 +225,7 @@ def test_results_on_photographs_are_named_for_what_they_are():
     ]  # fmt: skip
     found = overview.few_step_results(rows, 16, "me/cats")
     assert found["CLIP cosine, guided teacher"] == "0.312"
+    assert found["CLIP cosine, base with 4 passes: DDIM, DPM++, LCM scheduler"] == "0.312, 0.312, 0.312"
     assert found["FD-EfficientNet-Lite0 to real images: base, fine-tune, LCM-LoRA cats"] == "50.0, 50.0, 50.0"
     assert not [label for label in found if "content" in label or "Flickr" in label or "mimics" in label]
     titles = [overview.few_step_title(source) for source in ("scenes/fluent/8k", "jxie/flickr8k", "me/cats")]
