@@ -196,7 +196,7 @@ def fit(
     The key is a digest of the plan, the number of processes and `depends_on`, all else that decides the result. Of the
     settings only those are read here that say how the UNets are computed.
     """
-    key = cache_key(version=RECIPE, plan=repr(plan), processes=processes.count(), **depends_on)
+    key = cache_key(version=RECIPE, plan=repr(plan), processes=processes.in_series(), **depends_on)
     if milestones:
         every, measure, measured = milestones
         milestones = every, lambda step: measure(step, student_pipe), measured
