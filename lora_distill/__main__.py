@@ -19,6 +19,14 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+Force = Annotated[
+    bool,
+    typer.Option(
+        "--force",
+        help="run and train anew: deletes the trainings of the run and reuses no finished notebook; keeps cache/ "
+        "(encoded images, what was sampled, exported graphs), which is checked by its keys",
+    ),
+]
 SERIES, RESULTS, MODELS = "The series of notebooks", "Results of a run", "Without notebooks"
 Profile = Annotated[str, typer.Option(help="a name in params/, or the path of a YAML file")]
 # What the extra [series] installs, as far as a command imports it.
@@ -28,7 +36,7 @@ NOTEBOOK_PACKAGES = {"bs4", "jinja2", "latex2mathml", "matplotlib", "nbclient", 
 @app.command(rich_help_panel=SERIES)
 def reproduce(
     profile: Profile = "cpu",
-    force: Annotated[bool, typer.Option("--force", help="reuse nothing: run, train and compute all anew")] = False,
+    force: Force = False,
     notebook: Annotated[list[str] | None, typer.Option(help="only this notebook; may be repeated")] = None,
 ) -> None:
     """Run the notebooks in order, print the results and write the report.
@@ -55,6 +63,25 @@ def _check_room(checked: "Settings") -> None:
         raise RuntimeError(f"profile {checked.profile} does not fit: {found.refusal}; {command} says more")
     if processes.is_main():
         print("\n".join(found.last_lines), flush=True)
+
+
+@app.command(rich_help_panel=SERIES)
+def rehearse(
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32")] = "bfloat16",
+    force: Force = False,
+    notebook: Annotated[list[str] | None, typer.Option(help="only this notebook; may be repeated")] = None,
+) -> None:
+    """Run the series as sd15-flickr8k does, on a tiny Stable Diffusion 1.5 and photographs that code makes up.
+
+    It takes minutes and says whether the path works on this machine; its numbers are no result. Each dtype has a run
+    of its own: runs/rehearsal/, runs/rehearsal-float32/.
+    """
+    from lora_distill import rehearsal
+    from lora_distill.publish import series
+    from lora_distill.settings import repository_root
+
+    rehearsal.write_inputs(repository_root() / "runs" / "rehearsal" / "inputs")
+    series.reproduce(rehearsal.settings(dtype), force=force, names=notebook or ())
 
 
 @app.command(rich_help_panel=SERIES)
@@ -131,7 +158,12 @@ def settings(profile: Profile = "cpu") -> None:
 
 @app.command(rich_help_panel=MODELS)
 def distill(profile: Profile = "cpu") -> None:
-    """Distil guidance into a LoRA on one W0 and write the LoRA file, which stock diffusers loads."""
+    """Distil guidance into a LoRA on one W0 and write the LoRA file, which stock diffusers loads.
+
+    On several GPUs: accelerate launch --multi_gpu --num_processes N -m lora_distill distill; each process takes its
+    part of every batch, and of the teacher's images.
+    """
+    from lora_distill import processes
     from lora_distill.data.teacher import teacher_set, training_captions
     from lora_distill.pipeline import pipeline_for
     from lora_distill.sampling import multi_step
@@ -140,12 +172,15 @@ def distill(profile: Profile = "cpu") -> None:
 
     checked = load_settings(profile)
     folder = run_dir(checked)
+    cache = folder / "cache"
     pipe = pipeline_for(checked)
-    captions = training_captions(checked.data, checked.style, checked.teacher_images, checked.seed)
+    of_images = {"share": checked.image_share, "skip_unusable": checked.skip_unusable, "cache_dir": cache}
+    captions = training_captions(checked.data, checked.style, checked.teacher_images, checked.seed, **of_images)
     sampler = multi_step(checked, checked.guidance_scale)
-    teacher = teacher_set(pipe, captions, sampler, checked.seed, folder / "cache")
+    teacher = teacher_set(pipe, captions, sampler, checked.seed, cache, checked.eval_batch)
     distil_lora(pipe, teacher, checked, folder)
-    print(lora_file(folder, "student"))
+    if processes.is_main():
+        print(lora_file(folder, "student"))
 
 
 @app.command(rich_help_panel=MODELS)

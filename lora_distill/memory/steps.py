@@ -73,7 +73,6 @@ def _inputs(zeros: Callable[..., Tensor], channels: int, side: int, empty_embeds
         "eps": zeros(batch, channels, side, side),
         "timesteps": torch.zeros(batch, dtype=torch.long, device=empty_embeds.device),
         "guidance_scale": zeros(batch),
-        "inside": torch.arange(batch, device=empty_embeds.device),
         "prompt_embeds": zeros(batch, *empty_embeds.shape[1:]),
         "empty_embeds": empty_embeds,
     }

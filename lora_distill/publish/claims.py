@@ -13,7 +13,7 @@ import pandas
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from lora_distill.publish.rules import NOT_REPRODUCED, PARTLY, REPRODUCED, RULES, TOO_COARSE
+from lora_distill.publish.rules import NOT_REPRODUCED, PARTLY, REPRODUCED, RULES, UNTOLD
 from lora_distill.settings import PACKAGE, results_folders
 
 CLAIMS = PACKAGE / "assets" / "claims.yaml"
@@ -134,8 +134,8 @@ def judge(claim: Claim, folder: Path) -> Verdict:
     except ArithmeticError as error:
         raise ClaimsError(f"claim {claim.id}: {error}") from None
     here += conditions(claim, folder)
-    if verdict == TOO_COARSE:
-        return Verdict(claim, quantities, NOT_TESTABLE, f"{here}: {TOO_COARSE}")
+    if verdict in UNTOLD:
+        return Verdict(claim, quantities, NOT_TESTABLE, f"{here}: {verdict}")
     return Verdict(claim, quantities, verdict, here)
 
 
@@ -150,8 +150,10 @@ def measure(quantity: Quantity, folder: Path) -> float | list[float]:
     Raises `Missing` when the table, the row or the value is not there, `ClaimsError` when the table is malformed.
     """
     path, table = _read(quantity, folder)
-    if unknown := {*quantity.where, quantity.column} - set(table.columns):
+    if unknown := quantity.where.keys() - set(table.columns):
         raise ClaimsError(f"{path} has no column {min(unknown)!r}; it has {', '.join(map(str, table.columns))}")
+    if quantity.column not in table.columns:  # of photographs there is no reader's verdict, and without CLIP no cosine
+        raise Missing(f"no {quantity.column} in {path.name}")
     for column, value in quantity.where.items():
         table = table[table[column] == value]
     place = ", ".join(f"{column} {value}" for column, value in quantity.where.items())

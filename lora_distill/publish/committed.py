@@ -27,8 +27,11 @@ def publish(profile: str | Path) -> list[Path]:
     written, for a run that is not finished, is stale, or was not made by one clean commit.
     """
     settings = load_settings(profile)
-    if settings.profile == "smoke":
-        raise ValueError("profile smoke shows that the code runs; its numbers are no results")
+    if not settings.is_result:
+        raise ValueError(
+            f"profile {settings.profile} shows that the code runs; its numbers, of {settings.eval_prompts} prompts, "
+            "are no results"
+        )
     folder = run_dir(settings)
     pretraining = series.PRETRAINING
     paths = [

@@ -128,6 +128,9 @@ CASES = {
         {"too coarse": {"lcm": 91.9}, "not reproduced": {"lcm": 88.5}},
     ),
 }
+for _name, (_base, _) in CASES.items():
+    if any(key.endswith("_sd") for key in _base):
+        _base["seeds"] = 3
 RULED = [(name, verdict, base | more) for name, (base, others) in CASES.items()
          for verdict, more in [("reproduced", {}), *others.items()]]  # fmt: skip
 
@@ -174,6 +177,39 @@ def test_every_rule_has_its_claim_and_its_cases():
         assert set(inspect.signature(RULES[name]).parameters) == LEDGER[name].measured.keys(), name
         named = {verdict for verdict in ("Reproduced", "Partly", "Too coarse") if f"{verdict}: " in RULES[name].__doc__}
         assert {"reproduced", *others} == {*map(str.lower, named), "not reproduced"}, name
+
+
+SPREAD = [name for name, (base, _) in CASES.items() if "seeds" in base]
+MARGIN = {  # what makes the margin zero, and what makes it negative
+    "quality-kept": ("unguided", 80, 70),
+    "alignment-kept": ("unguided", 98, 99),
+    "distance-against-standard-distillation": ("unguided", 80, 70),
+    "alignment-against-standard-distillation": ("unguided", 98, 99),
+    "lcm-lora-alignment": ("untrained", 98, 99),
+    "inception-score-kept": ("teacher", 0, -1),
+}
+
+
+@pytest.mark.parametrize("name", SPREAD)
+def test_one_seed_cannot_tell(name, tmp_path):
+    """Its deviation is 0 because there is nothing to deviate from."""
+    zero = {key: 0 for key in CASES[name][0] if key.endswith("_sd")}
+    write_tables(LEDGER[name], CASES[name][0] | zero | {"seeds": 1}, tmp_path / "cpu")
+    judged = claims.judge(LEDGER[name], tmp_path / "cpu")
+    assert judged.verdict == "not testable here" and judged.here.endswith(": one seed has no spread, cannot tell")
+
+
+@pytest.mark.parametrize("below", [0, 1], ids=["zero", "negative"])
+@pytest.mark.parametrize("name", MARGIN)
+def test_without_a_positive_margin_nothing_is_told(name, below, tmp_path):
+    key, *values = MARGIN[name]
+    write_tables(LEDGER[name], CASES[name][0] | {key: values[below]}, tmp_path / "cpu")
+    judged = claims.judge(LEDGER[name], tmp_path / "cpu")
+    assert judged.verdict == "not testable here" and judged.here.endswith(": no positive margin, cannot tell")
+
+
+def test_every_rule_with_a_margin_is_tried_without_one():
+    assert {name for name in RULES if "margin" in RULES[name].__doc__} == MARGIN.keys()
 
 
 def test_a_verdict_on_40_percent_goes_by_medians_and_shows_the_slowest_run_and_pytorch():
@@ -248,14 +284,17 @@ class TestTables:
         self.change(folder, "80.5", "")
         assert claims.judge(self.claim, folder).verdict == "not testable here"
 
+    def test_a_column_that_is_not_there(self, folder):
+        """As on photographs, of which there is no reader's verdict."""
+        self.change(folder, "lite0_sd", "lite0_spread")
+        verdict = claims.judge(self.claim, folder)
+        assert verdict.verdict == "not testable here"
+        assert verdict.here == "no fd_efficientnet_lite0_sd in 02_quality.csv"
+
     @pytest.mark.parametrize(
         ("old", "new", "message"),
         [
-            (
-                "lite0_sd",
-                "lite0_spread",
-                "has no column 'fd_efficientnet_lite0_sd'; it has method, fd_efficientnet_lite0, fd_",
-            ),
+            ("method,", "methods,", "has no column 'method'; it has methods, fd_efficientnet_lite0, fd_"),
             ("80.5", "much", "02_quality.csv: fd_efficientnet_lite0, method LoRA student: expected numbers"),
             ("no guidance", "LoRA student", "02_quality.csv: 2 rows for method LoRA student; one was expected"),
             ("80.5", "80.5,1,2", "02_quality.csv is no table: "),

@@ -1,5 +1,6 @@
 """Figures on disk: the same bytes from the same numbers, provenance inside, a mark on what is no result."""
 
+import io
 import json
 import subprocess
 import sys
@@ -99,16 +100,31 @@ def test_provenance_is_that_of_the_results(checkout, monkeypatch):
     figures.redraw(checkout / "runs" / "cpu" / "figures")
     image = Image.open(checkout / "runs" / "cpu" / "figures" / "02_same_noise.png")
     comment = json.loads(image.text["Comment"])
-    assert comment.keys() == {"profile", "params", "commit", "device", "claims"}
+    assert comment.keys() == {"profile", "eval_prompts", "params", "commit", "device", "claims"}
     assert (comment["commit"], comment["profile"]) == ("then", "cpu")
     assert comment["claims"] == list(FIGURES["02_same_noise"].claims)
     assert image.text["Title"] == FIGURES["02_same_noise"].caption
 
 
-def test_what_smoke_draws_is_marked_as_no_result(checkout):
-    smoke = figures.save("02_difference", Settings(profile="smoke"), ROWS)
-    assert [text.get_text() for text in smoke.texts] == ["smoke profile: not a result"]
-    assert not figures.save("02_difference", Settings(), ROWS).texts
+def test_figures_of_a_few_prompts_are_marked_as_no_result_whatever_the_profile_is_called(checkout):
+    few = figures.save("02_difference", Settings(profile="mine", eval_prompts=4), ROWS)
+    assert [text.get_text() for text in few.texts] == ["4 prompts: not a result"]
+    assert not figures.save("02_difference", Settings(profile="smoke"), ROWS).texts
+
+
+def test_redrawn_figures_keep_their_mark(checkout):
+    figures.save("02_difference", Settings(eval_prompts=4), ROWS)
+    folder = checkout / "runs" / "cpu" / "figures"
+    before = written(folder)
+    figures.redraw(folder)
+    assert written(folder) == before
+
+
+def test_of_several_processes_the_main_one_draws(checkout, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert figures.save("02_difference", Settings(), ROWS) is None
+    assert not (checkout / "runs").exists()
 
 
 def test_images_are_kept_as_they_are(checkout):
@@ -179,3 +195,13 @@ def test_committed_figures_can_be_drawn_again(tmp_path):
         if path.suffix in {".csv", ".json"} or path.stem.endswith("_images"):
             (tmp_path / path.name).write_bytes(path.read_bytes())
     assert {path.name for path in figures.redraw(tmp_path)} == {path.name for path in COMMITTED.glob("*.svg")}
+
+
+def test_a_sheet_of_photographs_holds_thumbnails_and_one_of_small_pictures_the_pictures():
+    rng = np.random.default_rng(0)
+    for side, kept in ((512, 128), (64, 64)):
+        images = rng.integers(0, 256, (6, side, side, 3), dtype=np.uint8)
+        sheet = Image.open(io.BytesIO(figures.image_sheet(images, lines=2)))
+        assert sheet.size == (3 * kept, 2 * kept)
+        if side == kept:
+            assert (np.asarray(sheet)[:64, :64] == images[0]).all()
