@@ -132,7 +132,7 @@ def test_steps_of_sd15_are_measured_live_where_they_fit_and_refused_where_not(in
     monkeypatch.setattr(benchmark, "available", lambda device: 6e9)
     shared, conventional = benchmark.live([*reversed(benchmark.WANTED)], "cpu", tmp_path)
     assert instead == [Part("step", "lora_distillation_shared", resolution=64)]
-    assert shared["measured_gb"] == 4.0 and conventional["note"].startswith("refused: needs about 18")
+    assert shared["measured_gb"] == 4.0 and conventional["note"].startswith("refused: needs about 19")
     table = benchmark.shown([shared, conventional], ["label", "measured_gb", "note"])
     assert table.shape == (2, 3) and table["measured_gb"].tolist() == [4.0, ""]
 
