@@ -4,7 +4,11 @@ Files, keys and quirks are those of the originals (the hub's folders of 2022, th
 for what differs between them and the bundled pipeline is what breaks. Weights are random: nothing here is a result.
 """
 
+import hashlib
 import json
+import shutil
+import tempfile
+import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,13 +16,66 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image, ImageDraw
+from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
 
+from lora_distill import processes
 from lora_distill.data.captioned import split_by_id
+from lora_distill.settings import Settings, load_settings
 
 SEED = 0
+
+VERSION_FILE = "version"
+
+
+def settings(dtype: str = "bfloat16") -> Settings:
+    """The settings of profile `rehearsal` in a dtype: bfloat16, its own, or another, with a run of its own."""
+    own = load_settings("rehearsal")
+    if dtype == own.dtype:
+        return own
+    try:
+        return Settings(**(own.model_dump() | {"profile": f"rehearsal-{dtype}", "dtype": dtype}))
+    except ValidationError:
+        raise ValueError(f"--dtype: expected bfloat16, float16 or float32, got {dtype!r}") from None
+
+
+def write_inputs(folder: Path) -> Path:
+    """Write what profile `rehearsal` names: sd15, flickr8k, flickr30k and clip; return the folder.
+
+    A folder that this code has made is left as it is. Of several processes the main one makes it, the others wait.
+    Raises TimeoutError where they do not see it.
+    """
+    version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    if not processes.is_main():
+        _wait_for(folder, version)
+    elif _version(folder) != version:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            made = Path(temporary) / folder.name
+            write_pipeline(made / "sd15")
+            write_photographs(made / "flickr8k", "flickr8k")
+            write_photographs(made / "flickr30k", "flickr30k")
+            write_clip(made / "clip")
+            (made / VERSION_FILE).write_text(version)
+            shutil.rmtree(folder, ignore_errors=True)
+            made.rename(folder)
+    return folder
+
+
+def _version(folder: Path) -> str | None:
+    path = folder / VERSION_FILE
+    return path.read_text() if path.is_file() else None
+
+
+def _wait_for(folder: Path, version: str, seconds: int = 120) -> None:
+    for _ in range(10 * seconds):
+        if _version(folder) == version:
+            return
+        time.sleep(0.1)
+    raise TimeoutError(f"{folder}: made by another process and not seen by this one; they must share runs/")
+
 
 # ---------------------------------------------------------------------------------------------- the pipeline
 

@@ -3,6 +3,7 @@
 An unknown key and a value of the wrong type or out of range are refused in one line before anything runs.
 """
 
+import re
 from collections.abc import Iterable
 from difflib import SequenceMatcher
 from inspect import isroutine
@@ -14,6 +15,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 PACKAGE = Path(__file__).resolve().parent
+NOT_PATHS = re.compile(r"bundled|sd15-shape|scenes(/\w+/\w+)?|")  # sources that are not on a disk
+ENOUGH_PROMPTS = 20  # with fewer, what a run says about quality is no result
 
 
 class SettingsError(ValueError):
@@ -58,7 +61,7 @@ class Settings(BaseModel):
     gradient_accumulation: int = Field(1, ge=1, description="forward passes an update")
     learning_rate: float = Field(2.0e-3, gt=0, description="learning rate of LoRA training")
     full_learning_rate: float = Field(2.0e-4, gt=0, description="learning rate of the conventional full copy")
-    warmup_steps: int = Field(20, ge=0, description="updates of linear warm-up, at most train_steps")
+    warmup_steps: int = Field(20, ge=0, description="updates of linear warm-up in every training, at most its steps")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
     weight_decay: float = Field(0.0, ge=0, description="weight decay of AdamW")
     ema_decay: float = Field(0.0, ge=0, lt=1, description="decay of the weights' moving average; 0 is off")
@@ -123,12 +126,27 @@ class Settings(BaseModel):
     timing_batch: int = Field(8, ge=1, description="images a timed call")
     timing_repeats: int = Field(5, ge=1, description="timed calls, after those that warm up")
 
+    @field_validator("pipeline", "data", "flickr_8k", "flickr_30k", "clip")
+    @classmethod
+    def _from_the_root(cls, source: str) -> str:
+        return located(source)
+
+    @field_validator("extractors")
+    @classmethod
+    def _all_from_the_root(cls, sources: dict[str, str]) -> dict[str, str]:
+        return {name: located(source) for name, source in sources.items()}
+
     @field_validator("eval_seeds", "more_train_seeds")
     @classmethod
     def _distinct(cls, seeds: list[int], info: ValidationInfo) -> list[int]:
         if len(set(seeds)) < len(seeds):
             raise ValueError(f"{info.field_name}: must differ from each other, got {seeds}")
         return seeds
+
+    @property
+    def is_result(self) -> bool:
+        """Whether a run is large enough to say something about quality."""
+        return self.eval_prompts >= ENOUGH_PROMPTS
 
     @model_validator(mode="after")
     def _other_trainings(self) -> "Settings":
@@ -147,8 +165,9 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> "Settings":
-        if self.warmup_steps > self.train_steps:
-            raise ValueError(f"warmup_steps: must be at most train_steps = {self.train_steps}, got {self.warmup_steps}")
+        for key in ("train_steps", "lcm_steps", "finetune_steps"):
+            if self.warmup_steps > (steps := getattr(self, key)):
+                raise ValueError(f"warmup_steps: must be at most {key} = {steps}, got {self.warmup_steps}")
         return self
 
 
@@ -195,6 +214,42 @@ def from_notebook(namespace: dict[str, Any]) -> Settings:
         if (name in known and not _is_code(value)) or (name not in known and first and _is_parameter(name, value))
     }
     return _validate(parameters, "the parameters cell")
+
+
+def located(source: str) -> str:
+    """A source as its whole path where it is a file or folder; relative ones start at the checkout's root.
+
+    So a profile means the same folder in a command and in a notebook, whose working folder is another.
+    """
+    if NOT_PATHS.fullmatch(source):
+        return source
+    path = repository_root() / Path(source).expanduser()
+    return str(path) if path.exists() else source
+
+
+def check_paths(settings: Settings) -> None:
+    """Raise `SettingsError` for the first file or folder in the settings that is not there; hub ids are not looked up.
+
+    A name is taken for a hub id when it has the form of one and no folder here begins as it does.
+    """
+    for key in ("pipeline", "data", "flickr_8k", "flickr_30k", "clip"):
+        _check_path(key, getattr(settings, key))
+    for name, source in settings.extractors.items():
+        _check_path(f"extractors: {name}", source)
+    for key, file in (("pipeline", "model_index.json"), ("clip", "config.json")):
+        folder = Path(getattr(settings, key))
+        if folder.is_absolute() and not (folder / file).is_file():
+            raise SettingsError(f"{key}: no {file} in {folder}")
+
+
+def _check_path(key: str, source: str) -> None:
+    if NOT_PATHS.fullmatch(source) or (Path(source).is_absolute() and Path(source).exists()):
+        return
+    hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", source) and source[0] not in "./"
+    if hub_id and not ("/" in source and (repository_root() / source.split("/")[0]).is_dir()):
+        return
+    path = repository_root() / Path(source).expanduser()
+    raise SettingsError(f"{key}: no file or folder {path}; relative paths start at {repository_root()}")
 
 
 def repository_root() -> Path:

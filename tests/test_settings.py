@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from lora_distill import settings
-from lora_distill.settings import Settings, SettingsError, from_notebook, load_settings, repository_root
+from lora_distill.settings import Settings, SettingsError, check_paths, from_notebook, load_settings, repository_root
 
 PARAMS = Path(__file__).parents[1] / "params"
 
@@ -68,6 +68,8 @@ def test_defaults_are_the_cpu_profile():
         ("w_min: 6.0", "w_min: must be at most w_max = 5, got 6"),
         ("sampling_steps: 0", "sampling_steps: expected at least 1, got 0"),
         ("train_steps: 9", "warmup_steps: must be at most train_steps = 9, got 20"),
+        ("lcm_steps: 9", "warmup_steps: must be at most lcm_steps = 9, got 20"),
+        ("finetune_steps: 9", "warmup_steps: must be at most finetune_steps = 9, got 20"),
         ("style: oil", "style: expected 'noto' or 'fluent', got the text 'oil'"),
         ("mixed_precision: no", "got False .YAML reads yes, no"),
         ("device: gpu", "device: expected auto, cpu, cuda or cuda:N, got the text 'gpu'"),
@@ -140,3 +142,80 @@ def test_without_a_checkout_the_working_directory_is_the_root(monkeypatch, tmp_p
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(settings, "PACKAGE", tmp_path / "site-packages" / "lora_distill")
     assert repository_root() == tmp_path
+
+
+class TestPaths:
+    """Sources are files, folders or hub ids; relative paths start at the checkout's root."""
+
+    @pytest.fixture
+    def root(self, tmp_path, monkeypatch):
+        """A checkout with a pipeline and a CLIP, and a working folder elsewhere in it, as a notebook has."""
+        for file in ("params/cpu.yaml", "models/sd/model_index.json", "models/clip/config.json", "photos/captions.txt"):
+            (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / file).write_text("")
+        (tmp_path / "notebooks").mkdir()
+        monkeypatch.setattr(settings, "PACKAGE", tmp_path / "lora_distill")
+        monkeypatch.chdir(tmp_path / "notebooks")
+        return tmp_path
+
+    def test_a_relative_path_means_the_same_folder_in_a_command_and_in_a_notebook(self, root, monkeypatch):
+        sources = {
+            "pipeline": "models/sd",
+            "data": "photos",
+            "clip": "./models/clip",
+            "extractors": {"CLIP": "models/clip"},
+        }
+        in_notebook = from_notebook(dict(sources))
+        monkeypatch.chdir(root)
+        assert Settings(**sources) == in_notebook
+        assert Path(in_notebook.pipeline) == root / "models" / "sd"
+        assert Path(in_notebook.extractors["CLIP"]) == Path(in_notebook.clip) == root / "models" / "clip"
+        assert from_notebook(in_notebook.model_dump()) == in_notebook
+        check_paths(in_notebook)
+
+    @pytest.mark.parametrize("source", ["openai/clip-vit-base-patch32", "jxie/flickr8k", "o/set@refs/convert/parquet"])
+    def test_a_hub_id_stays_as_it_is_and_is_not_looked_up(self, root, source):
+        checked = Settings(data=source, flickr_8k=source, clip=source)
+        assert checked.data == checked.clip == source
+        check_paths(checked)
+
+    @pytest.mark.parametrize("name", ["cpu", "smoke", "full", "sd15-shape", "sd15-flickr8k", "sd15-flickr30k"])
+    def test_every_profile_that_needs_no_file_passes(self, name):
+        check_paths(load_settings(name))
+
+    @pytest.mark.parametrize(
+        ("key", "source"),
+        [
+            ("pipeline", "models/sd21"),
+            ("pipeline", "/nowhere/sd"),
+            ("data", "./photos8k"),
+            ("data", "photos/8k"),
+            ("flickr_8k", "~/Flickr 8k"),
+            ("flickr_30k", "../flickr30k"),
+            ("clip", "models/clip/large"),
+            ("extractors: Inception", "models/weights-inception.pth"),
+        ],
+    )
+    def test_a_path_that_is_not_there_is_one_line_with_its_key(self, root, key, source):
+        name, _, extractor = key.partition(": ")
+        checked = Settings(**{name: {extractor: source} if extractor else source})
+        with pytest.raises(SettingsError) as error:
+            check_paths(checked)
+        message = str(error.value)
+        assert message.startswith(f"{key}: no file or folder /") and "\n" not in message
+        assert message.endswith(f"; relative paths start at {root}")
+
+    @pytest.mark.parametrize(("key", "file"), [("pipeline", "model_index.json"), ("clip", "config.json")])
+    def test_a_folder_of_something_else(self, root, key, file):
+        with pytest.raises(SettingsError, match=f"^{key}: no {file} in {root / 'photos'}$"):
+            check_paths(Settings(**{key: "photos"}))
+
+
+def test_the_rehearsal_has_the_settings_of_sd15_flickr8k_but_for_sizes_counts_and_files():
+    rehearsal, model = load_settings("rehearsal").model_dump(), load_settings("sd15-flickr8k").model_dump()
+    assert {key for key, value in model.items() if rehearsal[key] != value} == {
+        "profile", "pipeline", "data", "flickr_8k", "flickr_30k", "clip", "extractors",  # files
+        "teacher_images", "train_steps", "warmup_steps", "gradient_accumulation", "log_every", "checkpoint_every",
+        "lcm_steps", "lcm_rank", "finetune_steps", "sampling_steps", "resolution", "eval_prompts", "curve_prompts",
+        "eval_every", "eval_seeds", "guidance_scales", "timing_batch", "timing_repeats",
+    }  # fmt: skip

@@ -26,6 +26,13 @@ WORKS = {
 }
 
 
+CONDITIONS = {  # columns of tables that `measure` writes
+    "machine": ("machine",), "precision": ("dtype", "precision"), "runtime": ("runtime",), "batch": ("batch",),
+    "resolution": ("resolution",),
+}  # fmt: skip
+CONDITION_TEXTS = {"batch": "batch {}", "resolution": "{} px"}
+
+
 class ClaimsError(ValueError):
     """A ledger or a table that cannot be read; the message is one line that names the claim or the file."""
 
@@ -126,6 +133,7 @@ def judge(claim: Claim, folder: Path) -> Verdict:
         verdict, here = RULES[claim.id](**quantities)
     except ArithmeticError as error:
         raise ClaimsError(f"claim {claim.id}: {error}") from None
+    here += conditions(claim, folder)
     if verdict in UNTOLD:
         return Verdict(claim, quantities, NOT_TESTABLE, f"{here}: {verdict}")
     return Verdict(claim, quantities, verdict, here)
@@ -162,6 +170,26 @@ def measure(quantity: Quantity, folder: Path) -> float | list[float]:
     if len(values) > 1:
         raise ClaimsError(f"{path}: {len(values)} rows for {place}; one was expected")
     return float(values.iloc[0])
+
+
+def conditions(claim: Claim, folder: Path) -> str:
+    """Machine, precision, runtime, batch and size of what a claim rests on, in brackets; empty for other tables than
+    those that `measure` writes."""
+    found: dict[str, set[str]] = {kind: set() for kind in CONDITIONS}
+    for quantity in claim.measured.values():
+        _, table = _read(quantity, folder)
+        if "machine" not in table.columns:
+            continue
+        for column, value in quantity.where.items():
+            table = table[table[column] == value]
+        for kind, columns in CONDITIONS.items():
+            for column in set(columns) & set(table.columns):
+                found[kind] |= {str(value) for value in table[column]}
+    texts = {
+        kind: ", ".join(sorted(values, key=lambda text: (len(text), text))) for kind, values in found.items() if values
+    }
+    parts = [CONDITION_TEXTS.get(kind, "{}").format(text) for kind, text in texts.items()]
+    return f" [{'; '.join(parts)}]" if parts else ""
 
 
 def summary(verdicts: list[Verdict]) -> str:

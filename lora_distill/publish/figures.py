@@ -11,9 +11,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from lora_distill import processes
 from lora_distill.publish.plots import FIGURES
 from lora_distill.publish.style import grouped
-from lora_distill.settings import PACKAGE, Settings, figures_dir
+from lora_distill.settings import ENOUGH_PROMPTS, PACKAGE, Settings, figures_dir
 from lora_distill.storage import atomic_write, device_name, git_commit, read_table, table_text
 
 STYLE = PACKAGE / "assets" / "figures.mplstyle"
@@ -22,15 +23,18 @@ PROVENANCE = "provenance.json"  # of a profile's figures: what made the results 
 NO_DATES = {"pdf": {"CreationDate": None, "Creator": None, "Producer": None}, "svg": {"Date": None, "Creator": None}}
 
 
-def save(name: str, settings: Settings, rows: list[dict], images: np.ndarray | None = None) -> Figure:
+def save(name: str, settings: Settings, rows: list[dict], images: np.ndarray | None = None) -> Figure | None:
     """Write runs/<profile>/figures/<name>.csv and, drawn from it, .svg and .png; return the figure.
 
     A grid's `images`, (n, h, w, 3) uint8, one a row, go to <name>_images.png. What made the results goes to
     provenance.json and into each file's metadata. The figure is closed for pyplot: a cell that ends in it shows it
-    once. Raises ValueError for a name that plots.FIGURES lacks, and for rows that it cannot draw.
+    once. Of several processes the main one alone draws. Raises ValueError for a name that plots.FIGURES lacks, and for
+    rows that it cannot draw.
     """
     if name not in FIGURES:
         raise ValueError(f"no figure {name!r} in lora_distill/publish/plots.py")
+    if not processes.is_main():
+        return None
     folder = figures_dir(settings)
     data = {f"{name}.csv": table_text(rows).encode()}
     if images is not None:
@@ -39,6 +43,7 @@ def save(name: str, settings: Settings, rows: list[dict], images: np.ndarray | N
         atomic_write(folder / file, content)
     source = {
         "profile": settings.profile,
+        "eval_prompts": settings.eval_prompts,
         "params": hashlib.sha256(settings.model_dump_json().encode()).hexdigest()[:16],
         "commit": git_commit(),
         "device": device_name(settings.device),
@@ -74,8 +79,9 @@ def draw(name: str, folder: Path, source: dict[str, Any], *, pdf: bool = False) 
             figure = plot.draw(rows, *images)
         except KeyError as column:
             raise ValueError(f"{folder / name}.csv has no column {column}; run its notebook again") from None
-        if source["profile"] == "smoke":
-            figure.text(0.5, 0.5, "smoke profile: not a result", color="#bbbbbb", fontsize=20, ha="center", rotation=20)
+        if (prompts := source.get("eval_prompts", ENOUGH_PROMPTS)) < ENOUGH_PROMPTS:
+            mark = f"{prompts} prompts: not a result"
+            figure.text(0.5, 0.5, mark, color="#bbbbbb", fontsize=20, ha="center", rotation=20)
         comment = json.dumps({**{key: source[key] for key in source if key != "sha256"}, "claims": plot.claims})
         metadata = {
             "svg": {"Title": plot.caption, "Description": comment, **NO_DATES["svg"]},

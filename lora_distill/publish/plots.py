@@ -328,7 +328,7 @@ class Plot(NamedTuple):
 KEPT = ("quality-kept", "alignment-kept", "distance-against-standard-distillation")
 MEMORY = ("memory-half-training", "memory-half-before-distillation", "conventional-raises-memory")
 INFERENCE = ("memory-half-inference",)
-SPEED = ("inference-time-40-percent",)
+SPEED = ("inference-time-40-percent", "inference-time-on-the-small-pipeline")
 FLICKR = ("finetune-fid-below-base", "lcm-lora-fid-above-base", "larger-data-better")
 FEW_STEPS = ("lcm-lora-alignment", "lcm-lora-against-untrained")
 OVER_BATCHES = ("time-over-batch-and-resolution", "lcm-lora-time-over-batch-and-resolution")
@@ -349,6 +349,8 @@ FIGURES = {
         "The account against simulation and measurement",
         ("memory-account-is-true", "conventional-raises-memory"),
     ),
+    "01_measured_memory": Plot(plots_memory.measured_peaks, "Measured peak memory of the architecture's steps", MEMORY),
+    "01_measured_seconds": Plot(plots_memory.measured_seconds, "Measured seconds an image of the architecture", SPEED),
     "02_guidance_curve": Plot(quality_against_guidance, "Quality against guidance"),
     "02_guidance_grid": Plot(image_grid, "The same noise at several guidance scales"),
     "02_difference": Plot(guidance_against_timestep, "What guidance adds, against the timestep"),

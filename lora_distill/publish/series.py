@@ -5,6 +5,8 @@ import json
 import logging
 import os
 import shutil
+import signal
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,14 +17,16 @@ from nbclient.exceptions import DeadKernelError
 from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 
-from lora_distill.publish import claims, report
+from lora_distill import processes
+from lora_distill.publish import beside, claims, report
 from lora_distill.publish.figures import PROVENANCE
-from lora_distill.settings import Settings, figures_dir, load_settings, repository_root, run_dir
+from lora_distill.settings import Settings, check_paths, figures_dir, load_settings, repository_root, run_dir
 from lora_distill.storage import atomic_write, git_commit, manifest, now, resident_peak_mb
 
 RESULTS = 1  # version of the tables and figures that the module makes for the notebooks: raise it when they change
 READS = {"04": ("01", "02", "03")}  # the notebooks whose files a notebook reads, itself or through the module
 PRETRAINING = "00"  # makes the bundled pipeline: not part of a run, which reads the committed one
+TRAINING_FILES = ("result.safetensors", "checkpoint.safetensors")  # of train.loop, in the folder of each training
 MANIFEST, STAMP = "manifest.json", ".stamp.json"
 # Progress is plain text in a committed notebook: widgets leave megabytes that code hosts do not show.
 KERNEL_ENVIRONMENT = {"PYTHONWARNINGS": "ignore:IProgress not found", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
@@ -34,25 +38,52 @@ class SeriesError(RuntimeError):
     """A notebook failed or is not finished; the message is one line that says which and why."""
 
 
-def reproduce(profile: str | Path, *, force: bool = False, names: Sequence[str] = ()) -> None:
+def reproduce(profile: str | Path | Settings, *, force: bool = False, names: Sequence[str] = ()) -> None:
     """Run the series, or the notebooks named, with the settings of a profile; print the results; write the report.
 
-    With `force` nothing is reused: neither finished notebooks nor the trainings and caches of the run folder. Raises
-    `SettingsError` before anything runs, `SeriesError` at the first notebook that fails.
+    With `force` neither finished notebooks nor trainings are reused: these are deleted. What is in cache/ is no
+    training's result and stays. Of several processes, the main one does all this and the others run the code of the
+    notebooks beside it, see `follow`. Raises `SettingsError` before anything runs, `SeriesError` at the first notebook
+    that fails.
     """
-    settings = load_settings(profile)
+    settings = profile if isinstance(profile, Settings) else load_settings(profile)
+    check_paths(settings)
     folder = run_dir(settings)
+    if processes.count() > 1:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that a kernel ends with its process
+    if not processes.is_main():
+        return follow(select(all_notebooks(), names), settings, folder, force=force)
     if force:
-        for kept in [path for path in folder.glob("*") if path.is_dir() and path != figures_dir(settings)]:
-            shutil.rmtree(kept)
+        delete_trainings(folder)
     started = now()
     notebooks = {path.stem: run(path, settings, folder, force=force) for path in select(all_notebooks(), names)}
     account = manifest(settings, started=started, notebooks=notebooks)
     atomic_write(folder / MANIFEST, json.dumps(account, indent=2) + "\n")
     print(report.results_table(figures_dir(settings)))
     print(f"\n{claims.summary(claims.ledger(figures_dir(settings)))}")
-    print(f"each with its numbers: python -m lora_distill claims --profile {profile}")
+    print(f"each with its numbers: python -m lora_distill claims --profile {settings.profile}")
     print(f"\nreport: {shown(report.write(folder))}\nfigures: {shown(figures_dir(settings))}")
+
+
+def follow(paths: Iterable[Path], settings: Settings, folder: Path, *, force: bool) -> None:
+    """What a process beside the main one does: it runs the code of the notebooks that the main one runs, quietly.
+
+    Whether a notebook is up to date depends on what the run left before, which both see. Raises `SeriesError`, which
+    ends the others too: who started them stops all when one fails.
+    """
+    for path in paths:
+        if beside.is_alone(path) or not (force or why_stale(path, settings, folder)):
+            continue
+        if reason := beside.run(path, settings):
+            beside.let_others_speak(reason)
+            raise SeriesError(f"{path.stem}: process {processes.index()} {reason}")
+
+
+def delete_trainings(folder: Path) -> None:
+    """Delete the folders of trainings, finished and not, anywhere in a run's folder."""
+    for name in TRAINING_FILES:
+        for path in list(folder.rglob(name)):
+            shutil.rmtree(path.parent)
 
 
 def prepare(profile: str | Path) -> Path:
@@ -110,7 +141,8 @@ def execute(path: Path, output: Path, settings: Settings) -> None:
     """Run a notebook in a fresh kernel, in its own folder. Raises `SeriesError` as `run` does."""
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
-        notebook = _papermill(path, output, settings)
+        with beside.in_environment(path):
+            notebook = _papermill(path, output, settings)
     except PapermillExecutionError as error:
         reason = f"failed in cell {error.exec_count}: {error.ename}: {' '.join(error.evalue.split())}"
     except DeadKernelError:
@@ -120,6 +152,7 @@ def execute(path: Path, output: Path, settings: Settings) -> None:
         if all(cell.execution_count for cell in code_cells(notebook) if cell.source.strip()):
             return
         reason = "failed: it stopped before its last cell"
+    beside.let_others_speak(reason)
     raise SeriesError(f"{path.stem}: {reason}; see {shown(output)}")
 
 

@@ -11,12 +11,15 @@ from lora_distill.publish import claims
 from lora_distill.publish.claims import ClaimsError
 from lora_distill.publish.plots import FIGURES
 from lora_distill.publish.rules import RULES
-from lora_distill.storage import save_table
+from lora_distill.storage import read_table, save_table
 
 LEDGER = {claim.id: claim for claim in claims.load()}
 
 # Numbers that make a claim reproduced, then what to change of them for the other verdicts.
-HALF = {"batch_1": 60, "batch_16": 50}, {"partly": {"batch_16": 49.9}, "not reproduced": {"batch_1": 49, "batch_16": 9}}
+HALF = (
+    {"before": 10, "after": 4, "paper_1": 60, "paper_16": 50},
+    {"partly": {"paper_16": 49.9}, "not reproduced": {"after": 5.1, "paper_16": 9}},
+)
 KEPT = (
     {"teacher": 80, "teacher_sd": 0.3, "student": 80.5, "student_sd": 0.4, "unguided": 100},
     {"too coarse": {"student": 82.5}, "not reproduced": {"student": 83.5}},
@@ -28,6 +31,10 @@ AGAINST_COPY = (
 ORDER_OF_LCM = {"lcm_8k": 93, "lcm_8k_sd": 0.8, "lcm_30k": 90, "lcm_30k_sd": 0.6}
 CASES = {
     "inference-time-40-percent": (
+        {"saving_25": 42, "saving_50": 44, "unet_saving": 45, "student_slowest": 93, "teacher_fastest": 150},
+        {"partly": {"saving_25": 39.9}, "not reproduced": {"saving_50": 19.9}},
+    ),
+    "inference-time-on-the-small-pipeline": (
         {
             "threads": [1, 2],
             "saving_percent": [43, 40],
@@ -82,6 +89,10 @@ CASES = {
     "memory-inference-on-gpu": (
         {"guided_1": 2, "guided_16": 4, "one_pass_1": 1, "one_pass_16": 2},
         {"partly": {"one_pass_1": 1.9}, "not reproduced": {"one_pass_1": 1.9, "one_pass_16": 2.8}},
+    ),
+    "inference-time-on-gpu": (
+        {"saving_1": 41, "saving_16": 45},
+        {"partly": {"saving_1": 20}, "not reproduced": {"saving_1": 20, "saving_16": 39}},
     ),
     "memory-account-is-true": (
         {"simulated_least": 0.99, "simulated_most": 1.01, "measured_least": 0.96, "measured_most": 1.04},
@@ -202,7 +213,7 @@ def test_every_rule_with_a_margin_is_tried_without_one():
 
 
 def test_a_verdict_on_40_percent_goes_by_medians_and_shows_the_slowest_run_and_pytorch():
-    verdict, here = RULES["inference-time-40-percent"]([1, 2], [43, 41], [0.5, 0.4], [0.9, 0.5], [30, 20])
+    verdict, here = RULES["inference-time-on-the-small-pipeline"]([1, 2], [43, 41], [0.5, 0.4], [0.9, 0.5], [30, 20])
     assert verdict == "reproduced"
     assert here == (
         "43 and 41 % less on 1 and 2 threads (medians), 44.44 and 20 % for the slowest run against the teacher's "
@@ -230,7 +241,7 @@ def test_what_a_run_did_not_measure_is_not_testable(tmp_path):
 
 def test_a_table_of_one_profile_is_looked_for_in_its_run_and_then_in_its_committed_figures(checkout):
     claim, values = LEDGER["memory-inference-on-gpu"], CASES["memory-inference-on-gpu"][0]
-    assert claims.judge(claim, checkout).here == "no 01_memory_measured.csv of profile sd15-shape yet"
+    assert claims.judge(claim, checkout).here == "no 01_measured_memory.csv of profile sd15-shape yet"
     write_tables(claim, values | {"one_pass_1": 1.5}, checkout)
     (checkout / "runs").rename(checkout / "moved")
     (checkout / "figures").mkdir()
@@ -238,6 +249,15 @@ def test_a_table_of_one_profile_is_looked_for_in_its_run_and_then_in_its_committ
     assert claims.judge(claim, checkout).quantities["one_pass_1"] == 1.5
     write_tables(claim, values, checkout)
     assert claims.judge(claim, checkout).quantities == values
+
+
+def test_a_verdict_on_measured_memory_says_machine_precision_runtime_batch_and_size(checkout):
+    claim = LEDGER["memory-half-training"]
+    write_tables(claim, HALF[0], checkout)
+    path = checkout / "runs" / "sd15-shape" / "figures" / "01_measured_memory.csv"
+    save_table(path, [row | {"machine": "a CPU, 2 cores", "runtime": "PyTorch"} for row in read_table(path)])
+    here = claims.judge(claim, checkout).here
+    assert here.endswith(" on paper [a CPU, 2 cores; float32; PyTorch; batch 1; 512 px]")
 
 
 class TestTables:
@@ -351,12 +371,16 @@ class TestLedgerAsText:
 
     def test_table(self, verdicts):
         table = claims.as_table(verdicts)
-        assert "| 50 % less | 60 % less at batch 1, 50 % at batch 16 | reproduced |" in table
+        here = "60 % less at batch 1, measured (10 → 4 GB; 60 % on paper), 50 % at 16 on paper"
+        assert f"| 50 % less | {here} | reproduced |" in table
         assert table.endswith("2 claims: 1 reproduced, 0 partly, 0 not reproduced, 1 not testable here.")
 
     def test_rows(self, verdicts, tmp_path):
         ruled, untested = claims.as_rows(verdicts)
-        assert ruled.keys() == untested.keys() and ruled["quantities"] == "batch_1 = 60; batch_16 = 50"
+        assert (
+            ruled.keys() == untested.keys()
+            and ruled["quantities"] == "before = 10; after = 4; paper_1 = 60; paper_16 = 50"
+        )
         assert untested["here"] == untested["why"] == LEDGER["slides-fid-values"].not_testable
 
     def test_lines(self, verdicts):

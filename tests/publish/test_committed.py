@@ -33,8 +33,9 @@ def checkout(tmp_path, monkeypatch):
     """A repository with three notebooks, whose clean commit is `commit[0]`."""
     for folder in ("notebooks", "params", "figures/full"):
         (tmp_path / folder).mkdir(parents=True)
-    for profile in ("cpu", "full", "other", "smoke"):
+    for profile in ("cpu", "full", "other"):
         (tmp_path / "params" / f"{profile}.yaml").write_text(f"profile: {profile}\n")
+    (tmp_path / "params" / "smoke.yaml").write_text("profile: smoke\neval_prompts: 4\n")
     for name in NAMES:
         write_notebook(tmp_path / "notebooks" / f"{name}.ipynb")
     (tmp_path / "README.md").write_text(README)
@@ -180,9 +181,9 @@ class TestRefusal:
         run("cpu")
         assert refusal().startswith(f"not made by committed code: 01_first at {shown}, 02_second at {shown}; commit, ")
 
-    def test_smoke_is_no_result(self, run):
+    def test_a_run_of_a_few_prompts_is_no_result(self, run):
         run("smoke")
-        with pytest.raises(ValueError, match="its numbers are no results"):
+        with pytest.raises(ValueError, match="its numbers, of 4 prompts, are no results"):
             committed.publish("smoke")
 
 

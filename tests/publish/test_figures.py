@@ -100,16 +100,31 @@ def test_provenance_is_that_of_the_results(checkout, monkeypatch):
     figures.redraw(checkout / "runs" / "cpu" / "figures")
     image = Image.open(checkout / "runs" / "cpu" / "figures" / "02_same_noise.png")
     comment = json.loads(image.text["Comment"])
-    assert comment.keys() == {"profile", "params", "commit", "device", "claims"}
+    assert comment.keys() == {"profile", "eval_prompts", "params", "commit", "device", "claims"}
     assert (comment["commit"], comment["profile"]) == ("then", "cpu")
     assert comment["claims"] == list(FIGURES["02_same_noise"].claims)
     assert image.text["Title"] == FIGURES["02_same_noise"].caption
 
 
-def test_what_smoke_draws_is_marked_as_no_result(checkout):
-    smoke = figures.save("02_difference", Settings(profile="smoke"), ROWS)
-    assert [text.get_text() for text in smoke.texts] == ["smoke profile: not a result"]
-    assert not figures.save("02_difference", Settings(), ROWS).texts
+def test_figures_of_a_few_prompts_are_marked_as_no_result_whatever_the_profile_is_called(checkout):
+    few = figures.save("02_difference", Settings(profile="mine", eval_prompts=4), ROWS)
+    assert [text.get_text() for text in few.texts] == ["4 prompts: not a result"]
+    assert not figures.save("02_difference", Settings(profile="smoke"), ROWS).texts
+
+
+def test_redrawn_figures_keep_their_mark(checkout):
+    figures.save("02_difference", Settings(eval_prompts=4), ROWS)
+    folder = checkout / "runs" / "cpu" / "figures"
+    before = written(folder)
+    figures.redraw(folder)
+    assert written(folder) == before
+
+
+def test_of_several_processes_the_main_one_draws(checkout, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert figures.save("02_difference", Settings(), ROWS) is None
+    assert not (checkout / "runs").exists()
 
 
 def test_images_are_kept_as_they_are(checkout):
@@ -171,7 +186,8 @@ def test_committed_figures_are_those_of_the_list():
     """All figures of every notebook that was run, and nothing that no longer is one."""
     drawn = {path.stem for path in COMMITTED.glob("*.svg")}
     assert drawn == figures.read_provenance(COMMITTED).keys()
-    assert drawn == {name for name in FIGURES if name[:2] in {each[:2] for each in drawn}}
+    of_notebooks = {name for name in FIGURES if not name.startswith("01_measured")}  # by the command `measure`
+    assert drawn == {name for name in of_notebooks if name[:2] in {each[:2] for each in drawn}}
 
 
 def test_committed_figures_can_be_drawn_again(tmp_path):

@@ -30,6 +30,17 @@ ROWS = {
         {"unet": u, "simulation_gb": 1.0, "measured_gb": m, "account_to_simulation": 1.01, "account_to_measured": m}
         for u, m in (("SD 1.5", None), ("bundled", 1.2))
     ],
+    "01_measured_memory": [
+        {"label": s, "resolution": 512, "batch": 1, "precision": "float32", "machine": "m", "device": "cpu",
+         "account_gb": 1.0, "simulation_gb": 1.0, "measured_gb": m, "process_gb": m and 1.4}
+        for s, m in (("a", 1.1), ("b", None))
+    ],
+    "01_measured_seconds": [
+        {"method": s, "resolution": 512, "batch": 1, "dtype": "float32", "machine": "m", "how": h,
+         "text_encoder_seconds": 0.5, "unet_seconds": 2.0, "vae_seconds": 0.5,
+         "seconds_an_image": 3.0, "saving_percent": 40.0}
+        for h in ("run whole", "computed from passes") for s in "ab"
+    ],
     "02_guidance_curve": [{"guidance_scale": w, "teacher_guidance_scale": 3.0, **QUALITY} for w in (1.0, 3.0)],
     "02_difference": [{"timestep": t, "relative_difference": 0.1} for t in (1, 2)],
     "02_loss": [{"method": m, "step": i, "loss": 0.1} for m in "ab" for i in (1, 2)],

@@ -1,7 +1,11 @@
 """The series runner on tiny notebooks: what it reuses, what it runs again, and what it says when one fails."""
 
 import json
+import os
+import re
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -78,15 +82,22 @@ class TestReuse:
         rerun(executed)
         assert rerun(executed, force=True) == ["01_first", "02_second"]
 
-    def test_force_reuses_no_training_and_no_cache(self, executed, checkout):
+    def test_force_deletes_trainings_and_nothing_else(self, executed, checkout):
         folder = checkout / "runs" / "cpu"
-        for kept in ("cache/teacher-1.safetensors", "lora-1/checkpoint.safetensors", "student.safetensors"):
+        trainings = ("lora-1/checkpoint.safetensors", "pretraining/short/unet/result.safetensors")
+        others = (
+            "cache/teacher-1.safetensors",
+            "cache/unet-1.onnx",
+            "inputs/sd15/model_index.json",
+            "student.safetensors",
+        )
+        for kept in (*trainings, *others):
             storage.atomic_write(folder / kept, "")
         rerun(executed)
-        assert (folder / "cache").is_dir() and (folder / "lora-1").is_dir()
-        rerun(executed, force=True, names=["02_second"])
-        assert (folder / "student.safetensors").exists()
-        assert not (folder / "cache").exists() and not (folder / "lora-1").exists()
+        assert all((folder / path).exists() for path in trainings)
+        assert rerun(executed, force=True, names=["02_second"]) == ["02_second"]
+        assert not any((folder / path).exists() for path in trainings)
+        assert all((folder / path).exists() for path in others)
 
     @pytest.mark.parametrize("file", ["02_second.ipynb", "02_second_images.safetensors", "figures/02_table.csv"])
     @pytest.mark.parametrize("change", [Path.unlink, lambda path: path.write_text("changed")])
@@ -170,6 +181,13 @@ def test_bad_settings_stop_before_anything_runs(executed, checkout):
     assert not executed
 
 
+def test_a_path_that_is_not_there_stops_before_anything_runs(executed, checkout):
+    (checkout / "params" / "cpu.yaml").write_text("profile: cpu\nflickr_8k: ./Flickr8k\n")
+    with pytest.raises(SettingsError, match=r"^flickr_8k: no file or folder .*/Flickr8k; relative paths start at .*$"):
+        rerun(executed)
+    assert not executed
+
+
 def test_no_notebooks(checkout):
     for path in (checkout / "notebooks").iterdir():
         path.unlink()
@@ -246,3 +264,97 @@ def test_manifest_says_what_made_a_result(monkeypatch):
     json.dumps(account)
     monkeypatch.setenv("PATH", "")
     assert storage.git_commit() is None
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+from lora_distill import __main__, settings
+from lora_distill.publish import series
+settings.PACKAGE = Path.cwd() / "lora_distill"
+series.report.write = lambda folder: folder / "report" / "index.html"
+sys.argv = ["lora_distill", "reproduce"]
+__main__.main()
+"""
+TOGETHER = """
+import os, torch
+from pathlib import Path
+from accelerate import PartialState
+from lora_distill import processes, storage
+from lora_distill.settings import from_notebook
+settings, folder = from_notebook(globals()), Path("../runs/cpu")
+state = PartialState(cpu=True)
+total = torch.ones(1) * (1 + state.process_index)
+torch.distributed.all_reduce(total)
+(folder / f"{_number}-{state.process_index}").write_text(f"{total.item()} {settings.seed}")
+storage.atomic_write(folder / f"{_number}-written", os.environ["RANK"])
+"""
+ALONE = """
+import os
+from lora_distill import processes
+assert not {"RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK"} & os.environ.keys()
+assert (processes.count(), processes.in_series()) == (1, 2)
+"""
+
+
+def ended_late(pid: int, seconds: float = 5) -> bool:
+    """Whether a process is still there after some seconds."""
+    for _ in range(int(10 * seconds)):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+class TestSeveralProcesses:
+    """`torchrun --nproc-per-node 2 -m lora_distill reproduce`: one process group a notebook."""
+
+    @pytest.fixture
+    def launch(self, checkout):
+        """Run the series in two processes on notebooks with the given code."""
+        (checkout / "params" / "cpu.yaml").write_text("profile: cpu\nseed: 7\n")
+        (checkout / "driver.py").write_text(DRIVER)
+
+        def run(*sources: str) -> subprocess.CompletedProcess:
+            for path in (checkout / "notebooks").iterdir():
+                path.unlink()
+            for number, source in ((number, source) for number, source in enumerate(sources, 1) if source):
+                write_notebook(checkout / "notebooks" / f"{number:02}_x.ipynb", f"_number = {number}", source)
+            torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+            command = [*torchrun, "driver.py"]
+            return subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=120)
+
+        return run
+
+    def test_each_notebook_is_one_group_and_measurements_run_alone(self, launch, checkout):
+        done = launch(ALONE, TOGETHER, TOGETHER)
+        assert done.returncode == 0, done.stderr
+        folder = checkout / "runs" / "cpu"
+        assert {path.name: path.read_text() for path in folder.glob("[0-9]-*")} == {
+            "2-0": "3.0 7", "2-1": "3.0 7", "2-written": "0", "3-0": "3.0 7", "3-1": "3.0 7", "3-written": "0",
+        }  # fmt: skip
+        assert [line.split(" in ")[0] for line in done.stdout.splitlines() if line[2:5] == "_x:"] == [
+            f"0{n}_x: {state}" for n in (1, 2, 3) for state in ("running", "done")
+        ]
+
+    @pytest.mark.parametrize(
+        ("rank", "fault", "message"),
+        [
+            (0, "os.kill(os.getpid(), 9)", "02_x: failed: its kernel died, most often for want of memory; see "),
+            (1, "raise ValueError('no\\nluck')", "02_x: process 1 failed in cell 4: ValueError: no luck"),
+        ],
+    )
+    def test_when_one_fails_or_is_killed_all_end_and_one_line_says_why(self, launch, checkout, rank, fault, message):
+        pids = checkout / "runs" / "cpu"
+        code = "(folder / f'pid-{state.process_index}').write_text(str(os.getpid()))\n"
+        code += f"if processes.index() == {rank}:\n    {fault}\ntorch.distributed.barrier()"
+        done = launch("", TOGETHER + code)
+        assert done.returncode == 1
+        said = re.findall(r"02_x: .*", done.stderr)  # it may stand behind papermill's bar
+        assert len(said) == 1 and said[0].startswith(message), done.stderr
+        assert "Traceback" not in done.stderr.split("02_x: ")[0]
+        members = [int((pids / f"pid-{rank}").read_text()) for rank in (0, 1)]
+        assert not any(ended_late(pid) for pid in members), "the other one too"
