@@ -164,20 +164,15 @@ def distill(profile: Profile = "cpu") -> None:
     part of every batch, and of the teacher's images.
     """
     from lora_distill import processes
-    from lora_distill.data.teacher import teacher_set, training_captions
+    from lora_distill.data.teacher import teacher_for
     from lora_distill.pipeline import pipeline_for
-    from lora_distill.sampling import multi_step
     from lora_distill.settings import load_settings, run_dir
     from lora_distill.train.recipes import distil_lora, lora_file
 
     checked = load_settings(profile)
     folder = run_dir(checked)
-    cache = folder / "cache"
     pipe = pipeline_for(checked)
-    of_images = {"share": checked.image_share, "skip_unusable": checked.skip_unusable, "cache_dir": cache}
-    captions = training_captions(checked.data, checked.style, checked.teacher_images, checked.seed, **of_images)
-    sampler = multi_step(checked, checked.guidance_scale)
-    teacher = teacher_set(pipe, captions, sampler, checked.seed, cache, checked.eval_batch)
+    teacher = teacher_for(pipe, checked, folder / "cache")
     distil_lora(pipe, teacher, checked, folder)
     if processes.is_main():
         print(lora_file(folder, "student"))

@@ -15,7 +15,8 @@ from torch import Tensor
 from lora_distill.data import scenes
 from lora_distill.data.captioned import captioned_images
 from lora_distill.pipeline import encode_prompts, fingerprint
-from lora_distill.sampling import Sampler, initial_noise, sample, step_generators
+from lora_distill.sampling import Sampler, initial_noise, multi_step, sample, step_generators
+from lora_distill.settings import Settings
 from lora_distill.storage import cache_key, cached_parts
 
 TEACHER_SET = 2  # version of teacher images, part of the key of their cache: raise it when they change
@@ -95,6 +96,14 @@ def teacher_set(
     latents_key = cache_key(**depends_on, sampler=repr(sampler), seed=seed, dtype=str(pipe.unet.dtype))
     latents = cached_parts(cache_dir, "teacher", latents_key, len(captions), min(batch_size, AT_ONCE), draw)["latents"]
     return {"latents": latents.to(pipe.unet.device), "prompt_embeds": embeds, "empty_embeds": empty_embeds}
+
+
+def teacher_for(pipe: StableDiffusionPipeline, settings: Settings, cache_dir: Path) -> dict[str, Tensor]:
+    """The `teacher_set` of a run: guided images of its training captions, as the settings say."""
+    options = {"share": settings.image_share, "skip_unusable": settings.skip_unusable, "cache_dir": cache_dir}
+    captions = training_captions(settings.data, settings.style, settings.teacher_images, settings.seed, **options)
+    sampler = multi_step(settings, settings.guidance_scale)
+    return teacher_set(pipe, captions, sampler, settings.seed, cache_dir, settings.eval_batch)
 
 
 def noised_batches(

@@ -66,7 +66,7 @@ def kept_pictures(
             atomic_write(folder / KEY, key)
         processes.wait()
     starts = [start for start in range(0, count, size) if not all(path.exists() for path in paths[start:][:size])]
-    bar = {"desc": title, "mininterval": 2, "leave": False, "disable": not processes.is_main()}
+    bar = {"desc": title, "mininterval": 2, "leave": False, "disable": not (starts and processes.is_main())}
     for start in tqdm(processes.share(processes.agree(starts)), **bar):
         rows = slice(start, min(start + size, count))
         for path, image in zip(paths[rows], make(rows), strict=True):

@@ -10,9 +10,10 @@ from diffusers import UNet2DConditionModel
 
 from lora_distill.data import scenes
 from lora_distill.data.captioned import captioned_images
-from lora_distill.data.teacher import noised_batches, scene_prompts, teacher_set, training_captions
+from lora_distill.data.teacher import noised_batches, scene_prompts, teacher_for, teacher_set, training_captions
 from lora_distill.pipeline import encode_prompts
 from lora_distill.sampling import Sampler, initial_noise, sample
+from lora_distill.settings import Settings
 from lora_distill.storage import cache_key, cached
 
 PROMPTS = ["a lion left of a bus on a blue background", "a crown right of a cactus, green"]
@@ -152,3 +153,12 @@ def test_batches_pair_latents_with_their_own_prompts():
     assert 0 <= batch["timesteps"].min() < 20 and 980 < batch["timesteps"].max() < 1000
     again = draw(9, 500, torch.Generator().manual_seed(0))
     assert all(torch.equal(batch[name], again[name]) for name in batch)
+
+
+def test_the_teacher_set_of_a_run_is_of_the_settings_captions_and_sampler(bundle, tmp_path):
+    settings = Settings(teacher_images=3, sampling_steps=2, guidance_scale=3.0, eval_batch=2, scheduler="dpm++")
+    captions = training_captions("scenes", settings.style, 3, settings.seed)
+    sampler = Sampler(2, 3.0, scheduler="dpm++")
+    plain = teacher_set(bundle, captions, sampler, settings.seed, tmp_path / "plain")
+    found = teacher_for(bundle, settings, tmp_path / "run")
+    assert all(torch.allclose(found[name], plain[name], atol=1e-4) for name in plain)
