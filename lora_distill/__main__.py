@@ -4,9 +4,12 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from lora_distill.settings import Settings
 
 # Modules are imported by the command that needs them, so that --help does not wait for torch.
 app = typer.Typer(
@@ -41,8 +44,25 @@ def reproduce(
     All goes to runs/<profile>/. A finished notebook is reused until its code, the settings or what it reads changes.
     """
     from lora_distill.publish import series
+    from lora_distill.settings import load_settings
 
+    if (checked := load_settings(profile)).pipeline != "bundled":  # the bundled pipeline fits everywhere
+        _check_room(checked)
     series.reproduce(profile, force=force, names=notebook or ())
+
+
+def _check_room(checked: "Settings") -> None:
+    """Say what a profile takes, in two lines. Raises RuntimeError for one that this device cannot hold."""
+    from lora_distill import processes
+    from lora_distill.memory import plan as plans
+    from lora_distill.pipeline import choose_device
+
+    found = plans.plan(checked, choose_device(checked.device))
+    if found.refusal:
+        command = f"python -m lora_distill plan --profile {checked.profile}"
+        raise RuntimeError(f"profile {checked.profile} does not fit: {found.refusal}; {command} says more")
+    if processes.is_main():
+        print("\n".join(found.last_lines), flush=True)
 
 
 @app.command(rich_help_panel=SERIES)
@@ -138,7 +158,12 @@ def settings(profile: Profile = "cpu") -> None:
 
 @app.command(rich_help_panel=MODELS)
 def distill(profile: Profile = "cpu") -> None:
-    """Distil guidance into a LoRA on one W0 and write the LoRA file, which stock diffusers loads."""
+    """Distil guidance into a LoRA on one W0 and write the LoRA file, which stock diffusers loads.
+
+    On several GPUs: accelerate launch --multi_gpu --num_processes N -m lora_distill distill; each process takes its
+    part of every batch, and of the teacher's images.
+    """
+    from lora_distill import processes
     from lora_distill.data.teacher import teacher_set, training_captions
     from lora_distill.pipeline import pipeline_for
     from lora_distill.sampling import multi_step
@@ -147,12 +172,15 @@ def distill(profile: Profile = "cpu") -> None:
 
     checked = load_settings(profile)
     folder = run_dir(checked)
+    cache = folder / "cache"
     pipe = pipeline_for(checked)
-    captions = training_captions(checked.data, checked.style, checked.teacher_images, checked.seed)
+    of_images = {"share": checked.image_share, "skip_unusable": checked.skip_unusable, "cache_dir": cache}
+    captions = training_captions(checked.data, checked.style, checked.teacher_images, checked.seed, **of_images)
     sampler = multi_step(checked, checked.guidance_scale)
-    teacher = teacher_set(pipe, captions, sampler, checked.seed, folder / "cache")
+    teacher = teacher_set(pipe, captions, sampler, checked.seed, cache, checked.eval_batch)
     distil_lora(pipe, teacher, checked, folder)
-    print(lora_file(folder, "student"))
+    if processes.is_main():
+        print(lora_file(folder, "student"))
 
 
 @app.command(rich_help_panel=MODELS)
@@ -191,6 +219,59 @@ def memory(profile: Profile = "sd15-shape") -> None:
 
     checked = load_settings(profile)
     print("\n".join(report.write(checked, choose_device(checked.device))))
+
+
+@app.command(rich_help_panel=MODELS)
+def measure(
+    profile: Profile = "sd15-shape",
+    minutes: Annotated[float | None, typer.Option(min=0, help="start no further part after so many")] = None,
+) -> None:
+    """Measure memory and seconds of a profile's architecture on this machine, the most wanted first.
+
+    Cut short, it goes on where it stopped. With sd15-shape about half an hour on two cores with 24 GB.
+    """
+    from lora_distill.memory import benchmark
+    from lora_distill.pipeline import choose_device
+    from lora_distill.settings import load_settings
+
+    checked = load_settings(profile)
+    tables = benchmark.run(checked, choose_device(checked.device), minutes)
+    _draw_measured(checked, tables)
+    for path in tables:
+        print(os.path.relpath(path))
+
+
+def _draw_measured(checked: "Settings", tables: list[Path]) -> None:
+    """Draw the tables of `measure`; a machine that only measures need not have matplotlib."""
+    from lora_distill.storage import read_table
+
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        print("not drawn, matplotlib is not installed: python -m lora_distill figures draws them elsewhere")
+        return
+    matplotlib.use("Agg")
+    from lora_distill.publish import figures as saved
+
+    for path in tables:
+        rows = read_table(path)
+        if any(row.get("measured_gb") or row.get("seconds_an_image") for row in rows):
+            saved.save(path.stem, checked, rows)
+
+
+@app.command(rich_help_panel=SERIES)
+def plan(
+    profile: Profile = "cpu",
+    card: Annotated[float | None, typer.Option(min=1, help="of a GPU that is not here: its memory in GiB")] = None,
+    tflops: Annotated[float | None, typer.Option(min=0.01, help="and its rate in the profile's dtype")] = None,
+) -> None:
+    """Print what a profile takes: downloads, disk, memory and operations by notebook, and time on this device."""
+    from lora_distill.memory import plan as plans
+    from lora_distill.pipeline import choose_device
+    from lora_distill.settings import load_settings
+
+    checked = load_settings(profile)
+    print(plans.plan(checked, choose_device(checked.device), card=card, tflops=tflops))
 
 
 @app.command(rich_help_panel=MODELS)

@@ -68,7 +68,7 @@ def deployed(
     return ready
 
 
-def deployments(graphs: Path, kept: int = 2) -> Callable[..., StableDiffusionPipeline]:
+def deployments(graphs: Path | None, kept: int = 2) -> Callable[..., StableDiffusionPipeline]:
     """A function of (pipe, adapter) that gives them `deployed` and remembers the last `kept`.
 
     A full LCM is its own deployed form and comes back as it is. An adapter that is trained on afterwards must have

@@ -6,12 +6,15 @@ Their folders must be the same, on one machine or on a shared disk.
 
 import os
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:  # imported where it is needed: the command line's --help does not wait for torch
     from accelerate import PartialState
+    from torch import Tensor
 
 T = TypeVar("T")
+PATIENCE = timedelta(hours=2)  # for a process that is slower than the others; a killed one ends them all at once
 IN_SERIES = "LORA_DISTILL_PROCESSES"  # how many processes a series of notebooks has, in a notebook that one runs alone
 
 
@@ -64,4 +67,20 @@ def connect(cpu: bool = False) -> "PartialState":
     from accelerate import PartialState
 
     # without a GPU accelerate connects processes only if told that they run on the CPU; else each believes to be alone
-    return PartialState(cpu=cpu or not torch.cuda.is_available())
+    return PartialState(cpu=cpu or not torch.cuda.is_available(), timeout=PATIENCE)
+
+
+def all_rows(rows: "Tensor") -> "Tensor":
+    """The rows of a batch of which each process has its part, in their order; gradients reach the own ones.
+
+    What follows is computed by every process. As gradients are averaged over the processes afterwards, those of the
+    own rows are multiplied by their number here.
+    """
+    if count() == 1:
+        return rows
+    import torch
+
+    parts = [torch.empty_like(rows) for _ in range(count())]
+    torch.distributed.all_gather(parts, rows.detach().contiguous())
+    parts[index()] = rows.detach() + count() * (rows - rows.detach())
+    return torch.cat(parts)

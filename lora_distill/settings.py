@@ -61,7 +61,7 @@ class Settings(BaseModel):
     gradient_accumulation: int = Field(1, ge=1, description="forward passes an update")
     learning_rate: float = Field(2.0e-3, gt=0, description="learning rate of LoRA training")
     full_learning_rate: float = Field(2.0e-4, gt=0, description="learning rate of the conventional full copy")
-    warmup_steps: int = Field(20, ge=0, description="updates of linear warm-up, at most train_steps")
+    warmup_steps: int = Field(20, ge=0, description="updates of linear warm-up in every training, at most its steps")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
     weight_decay: float = Field(0.0, ge=0, description="weight decay of AdamW")
     ema_decay: float = Field(0.0, ge=0, lt=1, description="decay of the weights' moving average; 0 is off")
@@ -165,8 +165,9 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> "Settings":
-        if self.warmup_steps > self.train_steps:
-            raise ValueError(f"warmup_steps: must be at most train_steps = {self.train_steps}, got {self.warmup_steps}")
+        for key in ("train_steps", "lcm_steps", "finetune_steps"):
+            if self.warmup_steps > (steps := getattr(self, key)):
+                raise ValueError(f"warmup_steps: must be at most {key} = {steps}, got {self.warmup_steps}")
         return self
 
 

@@ -1,10 +1,13 @@
 """Files that are written whole or not at all, keys of caches, and the provenance of a result."""
 
 import hashlib
+import io
 import json
+import math
 import os
 import platform
 import secrets
+import shutil
 import subprocess
 import sys
 import warnings
@@ -13,7 +16,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pandas
@@ -106,28 +109,104 @@ def _seal(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
     return hashlib.sha256((digest(tensors) + text).encode()).hexdigest()
 
 
-def save_array(path: Path, shape: tuple[int, ...], parts: Iterable[torch.Tensor]) -> None:
-    """Write `parts`, joined along their first axis, as one float16 .npy array of `shape`, one part in memory at a time.
+def mapped_rows(
+    path: Path, shape: tuple[int, ...], size: int, make: Callable[[list[slice]], Iterable[torch.Tensor]]
+) -> np.ndarray:
+    """The float16 array of `shape` in a .npy file, memory-mapped; it is made and written if there is no such file.
 
-    Raises ValueError for values that are not finite in float16; on any error there is no new file.
+    `make(parts)` gives the rows of each of the slices, at most `size` rows each, one after the other. They are written
+    to a file beside, in `path`.parts, with a mark for each part, so that a cut run goes on; several processes each make
+    some of them. A file that is cut short is made again, with a warning. Raises ValueError for values that are not
+    finite in float16, OSError that names the file when the disk is full.
     """
-    with whole_file(path) as temporary, temporary.open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": shape})
-        for part in parts:
-            if not part.half().isfinite().all():
-                raise ValueError(f"{path.name}: values that float16 cannot hold")
-            file.write(part.half().cpu().contiguous().numpy())
+    array = _mapped(path, shape) if processes.is_main() else None
+    if processes.agree(array is None):
+        _make_rows(path, shape, size, make)
+    elif array is not None:
+        return array
+    if (array := _mapped(path, shape)) is None:
+        raise FileNotFoundError(f"{path}: the main process reads it and this one does not; they must share runs/")
+    return array
 
 
-def map_array(path: Path) -> np.ndarray:
-    """The array of a file from `save_array`, memory-mapped: only what is indexed is read.
+def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    """The array of a file; None if it does not exist or, with a warning, is cut short.
 
-    Raises `DamagedFileError` when the file is cut short. Altered bytes are not noticed: that would need reading all.
+    Altered bytes are not noticed: that would need reading all.
     """
+    if not path.exists():
+        return None
     try:
-        return np.load(path, mmap_mode="r")
+        array = np.load(path, mmap_mode="r")
+        if array.shape == shape:
+            return array
+        problem = f"shape {array.shape} instead of {shape}"
     except (ValueError, EOFError) as error:
-        raise DamagedFileError(f"{path}: not a whole array ({error})") from None
+        problem = str(error)
+    warnings.warn(f"{path}: not a whole array ({problem}); made again", stacklevel=4)
+    return None
+
+
+def _make_rows(path: Path, shape: tuple[int, ...], size: int, make: Callable) -> None:
+    """Make the missing parts in a file beside, then rename it."""
+    folder = path.with_name(f"{path.name}.parts")
+    parts = {folder / f"{start:08}": slice(start, min(start + size, shape[0])) for start in range(0, shape[0], size)}
+    try:
+        if processes.is_main():
+            _preallocate(folder / "rows.npy", shape)
+        missing = processes.share(processes.agree([mark for mark in parts if not mark.exists()]))
+        with (folder / "rows.npy").open("r+b") as file:
+            for mark, values in zip(missing, make([parts[mark] for mark in missing]), strict=True):
+                _write_rows(file, parts[mark], shape, values, path.name)
+                mark.touch()
+        processes.wait()
+        if lost := [mark for mark in parts if not mark.exists()]:
+            raise FileNotFoundError(f"{lost[0]}: made by another process, not seen by this one; they must share runs/")
+        processes.wait()
+        if processes.is_main():
+            os.replace(folder / "rows.npy", path)
+            shutil.rmtree(folder)
+        processes.wait()
+    except ValueError:  # values that no new start would mend
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    except OSError as error:
+        if not error.errno:  # a message of its own
+            raise
+        raise OSError(error.errno, f"{path} could not be written: {error.strerror}") from None
+
+
+def _preallocate(path: Path, shape: tuple[int, ...]) -> None:
+    """Make the file of a float16 array, without values, if it is not there yet."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and path.stat().st_size == _row_place(shape, shape[0]):
+        return
+    for left in path.parent.iterdir():
+        left.unlink()
+    with path.open("wb") as file:
+        file.write(_header(shape))
+        file.truncate(_row_place(shape, shape[0]))
+
+
+def _header(shape: tuple[int, ...]) -> bytes:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f2", "fortran_order": False, "shape": shape})
+    return header.getvalue()
+
+
+def _row_place(shape: tuple[int, ...], row: int) -> int:
+    """Where a row of a float16 array begins in its file."""
+    return len(_header(shape)) + 2 * row * math.prod(shape[1:])
+
+
+def _write_rows(file: BinaryIO, rows: slice, shape: tuple[int, ...], values: torch.Tensor, name: str) -> None:
+    values = values.half()
+    if not values.isfinite().all():
+        raise ValueError(f"{name}: values that float16 cannot hold")
+    file.seek(_row_place(shape, rows.start))
+    file.write(values.cpu().contiguous().numpy())
+    file.flush()
+    os.fsync(file.fileno())  # before the mark: a part that is marked is on the disk
 
 
 def save_table(path: Path, rows: list[dict]) -> None:

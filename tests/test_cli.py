@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from lora_distill import __main__ as cli
+from lora_distill import adapters
+from lora_distill import sampling as teacher_sampling
 from lora_distill.deployment import deployed
 from lora_distill.pipeline import load_pipeline
 from lora_distill.publish import series
@@ -39,7 +41,7 @@ def test_settings_are_printed_with_their_meaning(command):
 
 def test_claims_are_printed_with_their_verdicts(command):
     code, out, _ = command("claims", "--profile", "full")
-    assert code == 0 and "conventional-raises-memory: reproduced" in out and out.rstrip().endswith("not testable here")
+    assert code == 0 and "lcm-lora-2-4-times-faster: reproduced" in out and out.rstrip().endswith("not testable here")
     assert out.startswith("reading ") and out.splitlines()[0].endswith("figures/full")
 
 
@@ -85,6 +87,25 @@ def test_a_cpu_runtime_that_is_not_installed_is_one_line(command, monkeypatch):
 def test_unknown_profile_is_one_line(command):
     code, _, err = command("reproduce", "--profile", "nope")
     assert code == 2 and err.startswith("no profile 'nope'") and err.count("\n") == 1
+
+
+DISTIL = "teacher_images: 2, sampling_steps: 2, scheduler: {}, train_steps: 2, warmup_steps: 1, batch_size: 2"
+
+
+@pytest.mark.parametrize(("scheduler", "kind"), [("own", "DDIMScheduler"), ("dpm++", "DPMSolverMultistepScheduler")])
+def test_a_lora_is_distilled_with_the_scheduler_of_the_settings(capsys, tmp_path, monkeypatch, scheduler, kind):
+    """Twice: what is finished is read back."""
+    profile = tmp_path / "little.yaml"
+    profile.write_text(f"{{profile: little, device: cpu, {DISTIL.format(scheduler)}}}")
+    monkeypatch.setattr("lora_distill.settings.repository_root", lambda: tmp_path)
+    built, build = [], teacher_sampling.build_scheduler
+    monkeypatch.setattr(teacher_sampling, "build_scheduler", lambda *a: built.append(build(*a)) or built[-1])
+    for _ in range(2):
+        cli.distill(str(profile))
+        path = capsys.readouterr().out.splitlines()[-1]
+    assert path == str(tmp_path / "runs" / "little" / "student.safetensors")
+    adapters.load_adapter(load_pipeline("bundled").unet, "student", Path(path))
+    assert [type(scheduler).__name__ for scheduler in built] == [kind]
 
 
 def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):

@@ -68,6 +68,8 @@ def test_defaults_are_the_cpu_profile():
         ("w_min: 6.0", "w_min: must be at most w_max = 5, got 6"),
         ("sampling_steps: 0", "sampling_steps: expected at least 1, got 0"),
         ("train_steps: 9", "warmup_steps: must be at most train_steps = 9, got 20"),
+        ("lcm_steps: 9", "warmup_steps: must be at most lcm_steps = 9, got 20"),
+        ("finetune_steps: 9", "warmup_steps: must be at most finetune_steps = 9, got 20"),
         ("style: oil", "style: expected 'noto' or 'fluent', got the text 'oil'"),
         ("mixed_precision: no", "got False .YAML reads yes, no"),
         ("device: gpu", "device: expected auto, cpu, cuda or cuda:N, got the text 'gpu'"),

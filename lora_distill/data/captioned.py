@@ -18,6 +18,7 @@ import numpy as np
 import PIL.Image
 from datasets import Dataset, Features, Image, List, Value, concatenate_datasets, load_dataset
 
+from lora_distill import processes
 from lora_distill.data import scenes
 from lora_distill.data.layouts import Row, checked_captions, checked_split, read_caption_file
 from lora_distill.storage import cache_key
@@ -29,29 +30,73 @@ SCENE_FEATURES = Features({"image": Image(), **DESCRIPTION, "scene": Value("stri
 
 
 def captioned_images(
-    source: str | Path, split: str, *, share: float = 1.0, skip_unusable: bool = False, cache_dir: Path | None = None
+    source: str | Path,
+    split: str,
+    *,
+    share: float = 1.0,
+    skip_unusable: bool = False,
+    cache_dir: Path | None = None,
+    without: str | Path = "",
 ) -> Dataset:
     """One split (train, val or test) of a source, or its first images, the fraction `share` of them.
 
     A source is "scenes/<style>/<size>" (size 8k or 30k), a folder in a layout of `data.layouts` or with parquet
     files, or a hub id, optionally with a revision: "nlphuji/flickr30k@refs/convert/parquet". Where a source has no
     splits, `split_by_id` makes them; a set in parquet that is one single split, without a column for it, has none.
+    `without` is another source, whose test split is judged: photographs that are in it are left out, and one line says
+    how many (Flickr30k has all of Flickr8k).
 
-    Raises ValueError with number and names of images that are missing or cannot be decoded (with `skip_unusable` they
-    are left out with a warning) and for any other error in the source, FileNotFoundError when there is no such source.
+    Raises ValueError with number and names of images that are missing, cannot be decoded or are in two splits (with
+    `skip_unusable` they are left out with a warning, of two splits the earlier one) and for any other error in the
+    source, FileNotFoundError when there is no such source.
     """
     if split not in SPLITS:
         raise ValueError(f"no split {split!r}; there are {', '.join(SPLITS)}")
-    if bundled := re.fullmatch(r"scenes/(\w+)/(\w+)", str(source)):
-        return scene_dataset(*bundled.groups(), split, seed=0, share=share, cache_dir=cache_dir)
+    if bundled := bundled_scenes(source):
+        return scene_dataset(*bundled, split, seed=0, share=share, cache_dir=cache_dir)
+    dataset = _split_of(source, split, skip_unusable, cache_dir)
+    if without and str(without) != str(source) and not bundled_scenes(without):
+        dataset = _unseen(dataset, _split_of(without, "test", skip_unusable, cache_dir), source, without)
+    return _usable(dataset.select(range(ceil(share * len(dataset)))), source, skip_unusable)
+
+
+def bundled_scenes(source: str | Path) -> tuple[str, str] | None:
+    """Style and size of a source that is the bundled world, "scenes/<style>/<size>"; None of photographs."""
+    bundled = re.fullmatch(r"scenes/(\w+)/(\w+)", str(source))
+    return (bundled[1], bundled[2]) if bundled else None
+
+
+def set_names(*sources: str) -> list[str]:
+    """What the sets of images are called in tables and files, one name a source.
+
+    "8k" and "30k" are Flickr8k and Flickr30k, and the bundled scenes that stand in for them, alone. Another set has the
+    name of its folder or its name on the hub.
+    """
+    names = [_set_name(source) for source in sources]
+    return [name if name not in names[:i] else f"{name}_{i + 1}" for i, name in enumerate(names)]
+
+
+def _set_name(source: str) -> str:
+    if bundled := bundled_scenes(source):
+        return bundled[1]
+    folder = Path(source).expanduser()
+    parts = [source.partition("@")[0], *(path.name for path in folder.iterdir())] if folder.is_dir() else [source]
+    plain = [re.sub(r"[^a-z0-9]", "", part.lower()) for part in parts]
+    for name, known in (("30k", r"flickr30k|results20130124"), ("8k", r"flicke?r8k")):
+        if any(re.search(known, part) for part in plain):
+            return name
+    return re.sub(r"\W+", "_", Path(source.partition("@")[0]).name).strip("_") or "images"
+
+
+def _split_of(source: str | Path, split: str, skip_unusable: bool, cache_dir: Path | None) -> Dataset:
+    """One split of photographs, before it is looked at whether they can be decoded."""
     folder = Path(source).expanduser()
     if folder.is_dir() and not any(folder.rglob("*.parquet")):
         rows, paths = read_caption_file(folder)
         images = Dataset.from_dict({"image": [str(path) for path in paths]}, features=Features({"image": Image()}))
     else:
         rows, images = _read_hub_set(str(folder if folder.is_dir() else source), cache_dir)
-    dataset = _one_split(rows, images, split, source)
-    return _usable(dataset.select(range(ceil(share * len(dataset)))), source, skip_unusable)
+    return _one_split(rows, images, split, source, skip_unusable)
 
 
 def split_by_id(image: str) -> str:
@@ -157,8 +202,10 @@ def _table_rows(table: Dataset, place: str, split: str | None) -> Iterator[Row]:
 
 def image_digests(table: Dataset) -> Iterator[str]:
     """A digest of the file of each image, in the order of the rows."""
-    for row in table.select_columns("image").cast_column("image", Image(decode=False)):
-        image = row["image"]
+    for number, row in enumerate(table.select_columns("image").cast_column("image", Image(decode=False))):
+        if (image := row["image"]) is None:  # it is named later, with all that cannot be used
+            yield f"none at row {number}"
+            continue
         content = Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
         yield hashlib.sha256(content).hexdigest()[:16]
 
@@ -166,19 +213,29 @@ def image_digests(table: Dataset) -> Iterator[str]:
 # ---------------------------------------------------------------------------------------------- selection of a split
 
 
-def _one_split(rows: list[Row], images: Dataset, split: str, source: str | Path) -> Dataset:
+def _one_split(rows: list[Row], images: Dataset, split: str, source: str | Path, skip_unusable: bool) -> Dataset:
     """The images of a split with their captions; `rows` and `images` have the same order, and may repeat an image."""
     captions: dict[str, list[str]] = {}
     splits: dict[str, str | None] = {}
     first: dict[str, int] = {}  # the first row of each image
+    twice: dict[str, None] = {}  # the images that are in two splits
     unsplit = all(row.split is None for row in rows)
     for number, row in enumerate(rows):
         if row.split is None and not unsplit:
             raise ValueError(f"{row.place}: image {row.image} has no split, but other images have one")
-        if splits.setdefault(row.image, row.split) != row.split:
-            raise ValueError(f"{row.place}: image {row.image} is in {row.split} and in {splits[row.image]}")
+        if (other := splits.setdefault(row.image, row.split)) != row.split:
+            if not skip_unusable:
+                elsewhere = rows[first[row.image]].place
+                raise ValueError(f"{row.place}: image {row.image} is in {row.split} and in {other} ({elsewhere})")
+            twice[row.image] = None
+            splits[row.image] = max(row.split, other, key=SPLITS.index)  # what is judged is not trained on
         captions.setdefault(row.image, []).extend(row.captions)
         first.setdefault(row.image, number)
+    if twice:
+        named = ", ".join(list(twice)[:5]) + (", ..." if len(twice) > 5 else "")
+        warnings.warn(
+            f"{source}: {len(twice)} images are in two splits: {named}; left out of the earlier", stacklevel=4
+        )
     if unsplit:
         splits = {image: split_by_id(image) for image in splits}
     chosen = [number for image, number in first.items() if splits[image] == split]
@@ -210,14 +267,64 @@ def _usable(dataset: Dataset, source: str | Path, skip_unusable: bool) -> Datase
     return dataset.select([i for i, problem in enumerate(problems) if not problem])
 
 
-def _problem(image: dict) -> str | None:
+def _problem(image: dict | None) -> str | None:
     """Why an image cannot be used, None when it can."""
+    if image is None:
+        return "missing"
     try:
         with PIL.Image.open(image["path"] if image["bytes"] is None else BytesIO(image["bytes"])) as picture:
             picture.draft(None, (1, 1))  # a JPEG is read to its end, but decoded at an eighth of its size
             picture.load()
     except FileNotFoundError:
         return "missing"
-    except (OSError, SyntaxError) as error:
+    except Exception as error:  # a decoder may raise anything
         return "cannot identify image file" if isinstance(error, PIL.UnidentifiedImageError) else str(error)
     return None
+
+
+# ---------------------------------------------------------------------------------------------- what is judged too
+
+FLICKR_NAME = re.compile(r"(\d{6,})(_[0-9a-f]+)?(\.\w+)?")  # a photograph's number at Flickr; 8k has a secret after it
+ALIKE = 25  # of the 256 bits of `_gradients`: copies in another size or quality differ in fewer, other pictures in more
+
+
+def _unseen(dataset: Dataset, judged: Dataset, source: str | Path, without: str | Path) -> Dataset:
+    """The dataset without photographs of `judged`: by their number at Flickr or, where names have none, by content."""
+    names = [[FLICKR_NAME.fullmatch(Path(name).name) for name in images["id"]] for images in (dataset, judged)]
+    if all(map(all, names)):
+        numbers = {name[1] for name in names[1]}
+        kept = [i for i, name in enumerate(names[0]) if name[1] not in numbers]
+    else:
+        kept = _unlike(dataset, judged)
+    if (left_out := len(dataset) - len(kept)) and processes.is_main():
+        print(f"{source}: {left_out} photographs left out of training, for they are in the test split of {without}")
+    return dataset.select(kept) if left_out else dataset
+
+
+def _unlike(dataset: Dataset, judged: Dataset) -> list[int]:
+    """The numbers of the images whose gradients are those of no judged image."""
+    taken = np.stack([bits for bits in _all_gradients(judged) if bits is not None] or [np.zeros(256, bool)])
+    nearest = (256 if bits is None else (taken != bits).sum(1).min() for bits in _all_gradients(dataset))
+    return [i for i, distance in enumerate(nearest) if distance > ALIKE]
+
+
+def _all_gradients(dataset: Dataset) -> Iterator[np.ndarray | None]:
+    with ThreadPoolExecutor() as pool:
+        for batch in dataset.select_columns("image").cast_column("image", Image(decode=False)).iter(256):
+            yield from pool.map(_gradients, batch["image"])
+
+
+def _gradients(image: dict | None) -> np.ndarray | None:
+    """A difference hash, (256,) bool: where a grey image of 17 x 16 pixels grows brighter to the right.
+
+    None of what cannot be decoded.
+    """
+    if image is None:
+        return None
+    try:
+        with PIL.Image.open(image["path"] if image["bytes"] is None else BytesIO(image["bytes"])) as picture:
+            picture.draft("L", (64, 64))
+            small = np.asarray(picture.convert("L").resize((17, 16), PIL.Image.Resampling.BOX), dtype=np.int16)
+    except Exception:  # a decoder may raise anything; `_usable` names the image
+        return None
+    return (small[:, 1:] > small[:, :-1]).ravel()

@@ -10,25 +10,28 @@ Files are float16. Its rounding, 2**-11 of a value, is far below the spread of t
 """
 
 import re
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import accumulate, chain
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import torch
 from datasets import Dataset
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
-from tqdm import trange
+from tqdm import tqdm
 
+from lora_distill import processes
 from lora_distill.data.captioned import image_digests
 from lora_distill.pipeline import encoded_prompts, tokenizer_digest
-from lora_distill.storage import DamagedFileError, cache_key, digest, map_array, save_array
+from lora_distill.storage import cache_key, digest, mapped_rows
 
-ENCODED = 1  # version of the encoded files, part of the keys of their caches: raise it when they change
+ENCODED = 2  # version of the encoded files, part of the keys of their caches: raise it when they change
+CAPTIONS = 128  # embedded at a time
 # Whole words, so not "bright" or "leftover". Where "left" is a verb, the image is not mirrored either: no loss.
 LEFT_OR_RIGHT = re.compile(r"\b(left|right)(most|wards?|hand|handed)?\b", re.IGNORECASE)
 
@@ -68,9 +71,10 @@ def encode_images(
 ) -> EncodedImages:
     """Encode a split from `captioned.captioned_images`, or load it from `cache_dir`.
 
-    The cache depends on the bytes of the images, the captions, the framing, the tokenizer, and the weights and dtype of
-    VAE and text encoder. Images are read and encoded `batch_size` at a time. Raises ValueError for a resolution that
-    is not a multiple of the VAE's scale factor, and for encoded values that are not finite.
+    The cache depends on the bytes of the images, Pillow's version, the captions, the framing, the tokenizer, and the
+    weights and dtype of VAE and text encoder. Images are read, encoded and written `batch_size` at a time: a cut run
+    goes on, and several processes share the work. Raises ValueError for a resolution that is not a multiple of the
+    VAE's scale factor, for an image that cannot be read and for encoded values that are not finite.
     """
     shrink = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
     if framing.resolution % shrink:
@@ -78,54 +82,62 @@ def encode_images(
     captions = list(chain.from_iterable(dataset["captions"]))
     first_caption = torch.tensor([0, *accumulate(map(len, dataset["captions"]))])
     may_mirror = [framing.mirror and not LEFT_OR_RIGHT.search(caption) for caption in captions]
-    vae, text_encoder, tokenizer = pipe.vae, pipe.text_encoder, pipe.tokenizer
+    vae, text_encoder = pipe.vae, pipe.text_encoder
 
     images_key = cache_key(
         version=ENCODED,
         images=list(image_digests(dataset)),
+        pillow=PIL.__version__,
         framing=asdict(framing),
         vae=digest(vae.state_dict()),
         dtype=str(vae.dtype),
     )
     latent = (vae.config.latent_channels, framing.resolution // shrink, framing.resolution // shrink)
     shape = (len(dataset), framing.random_crops or 1, 1 + framing.mirror, 2, *latent)
-    posteriors = _mapped(
-        cache_dir / f"posteriors-{images_key}.npy", shape, lambda: _posteriors(pipe, dataset, framing, batch_size)
+    posteriors = mapped_rows(
+        cache_dir / f"posteriors-{images_key}.npy", shape, batch_size, partial(_posteriors, pipe, dataset, framing)
     )
     captions_key = cache_key(
         version=ENCODED,
         captions=captions,
         text_encoder=digest(text_encoder.state_dict()),
-        tokenizer=tokenizer_digest(tokenizer),
+        tokenizer=tokenizer_digest(pipe.tokenizer),
         dtype=str(text_encoder.dtype),
     )
-    shape = (len(captions), tokenizer.model_max_length, text_encoder.config.hidden_size)
-    prompt_embeds = _mapped(cache_dir / f"captions-{captions_key}.npy", shape, lambda: encoded_prompts(pipe, captions))
+    shape = (len(captions), pipe.tokenizer.model_max_length, text_encoder.config.hidden_size)
+    prompt_embeds = mapped_rows(
+        cache_dir / f"captions-{captions_key}.npy", shape, CAPTIONS, partial(_embeddings, pipe, captions)
+    )
     key = f"{images_key}-{captions_key}"
     return EncodedImages(
         posteriors, prompt_embeds, first_caption, torch.tensor(may_mirror), vae.config.scaling_factor, key
     )
 
 
-def _mapped(path: Path, shape: tuple[int, ...], make: Callable[[], Iterable[Tensor]]) -> np.ndarray:
-    """The array in a file, made and written if there is no such file or it is damaged."""
-    if path.exists():
-        try:
-            return map_array(path)
-        except DamagedFileError as error:
-            warnings.warn(f"{error}; made again", stacklevel=3)
-    save_array(path, shape, make())
-    return map_array(path)
+def _embeddings(pipe: StableDiffusionPipeline, captions: list[str], parts: list[slice]) -> Iterator[Tensor]:
+    if parts:  # a process may have none
+        yield from encoded_prompts(pipe, [caption for part in parts for caption in captions[part]], CAPTIONS)
 
 
 @torch.no_grad()
-def _posteriors(pipe: StableDiffusionPipeline, dataset: Dataset, framing: Framing, batch_size: int) -> Iterator[Tensor]:
-    """Batches of mean and log-variance of all views: (b, crops, 1 or 2, 2, c, h, w)."""
-    for start in trange(0, len(dataset), batch_size, desc="encoding images", mininterval=2, leave=False):
-        images = dataset[start : start + batch_size]["image"]
-        pixels = torch.stack([views(image, framing, start + i) for i, image in enumerate(images)])  # (b, *views)
+def _posteriors(
+    pipe: StableDiffusionPipeline, dataset: Dataset, framing: Framing, parts: list[slice]
+) -> Iterator[Tensor]:
+    """Mean and log-variance of all views of each part's images: (b, crops, 1 or 2, 2, c, h, w)."""
+    bar = {"desc": "encoding images", "mininterval": 2, "leave": False, "disable": not processes.is_main()}
+    for part in tqdm(parts, **bar):
+        pixels = torch.stack([_views_of(dataset, number, framing) for number in range(part.start, part.stop)])
         posterior = pipe.vae.encode(pixels.flatten(0, 2).to(pipe.vae.device, pipe.vae.dtype)).latent_dist
         yield torch.stack([posterior.mean, posterior.logvar], dim=1).unflatten(0, pixels.shape[:3])
+
+
+def _views_of(dataset: Dataset, number: int, framing: Framing) -> Tensor:
+    """`views` of an image of a split. Raises ValueError that names an image that cannot be read."""
+    try:
+        return views(dataset[number]["image"], framing, number)
+    except Exception as error:  # a decoder may raise anything
+        name = dataset.select_columns("id")[number]["id"]
+        raise ValueError(f"image {name} cannot be read: {error}") from None
 
 
 def views(image: PIL.Image.Image, framing: Framing, number: int) -> Tensor:
@@ -133,16 +145,44 @@ def views(image: PIL.Image.Image, framing: Framing, number: int) -> Tensor:
 
     `number` is the image's number in the split, the seed of its random crops.
     """
-    resolution = framing.resolution
+    image, resolution = upright_rgb(image), framing.resolution
     scale = resolution / min(image.size)
     width, height = (round(scale * side) for side in image.size)
-    image = image.convert("RGB").resize((width, height), PIL.Image.Resampling.LANCZOS)
+    image = image.resize((width, height), PIL.Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1  # (3, height, width)
     slack = np.array([height - resolution, width - resolution])
     rng = np.random.default_rng(number)
     corners = rng.integers(slack + 1, size=(framing.random_crops, 2)) if framing.random_crops else [slack // 2]
     crops = torch.stack([pixels[:, y : y + resolution, x : x + resolution] for y, x in corners])
     return torch.stack([crops, crops.flip(-1)] if framing.mirror else [crops], dim=1)
+
+
+def upright_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """An image of any mode as one shows it: turned as its EXIF data says, alpha on white, 16 bits and floats scaled.
+
+    Raises ValueError for numbers in no known range.
+    """
+    image = PIL.ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return _scaled(image).convert("RGB")
+    if image.has_transparency_data:
+        white = PIL.Image.new("RGBA", image.size, "white")
+        return PIL.Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")
+
+
+def _scaled(image: PIL.Image.Image) -> PIL.Image.Image:
+    """A grey image of 16 bits, 32 bits or floats, in 8 bits; Pillow's own conversion cuts all above 255 off.
+
+    Floats are in [0, 1]; floats and 32 bits are also in [0, 255] or [0, 65535].
+    """
+    values = np.asarray(image, dtype=np.float64)
+    low, high = values.min(), values.max()
+    if not (low >= 0 and high <= 65535):
+        raise ValueError(f"its values lie between {low:g} and {high:g}, in none of the ranges 0 to 1, 255 and 65535")
+    eight_bits = 1 if image.mode == "F" and high <= 1 else 255
+    top = 65535 if image.mode.startswith("I;16") or high > 255 else eight_bits
+    return PIL.Image.fromarray((values * (255 / top)).round().astype(np.uint8))
 
 
 def image_batches(
@@ -186,9 +226,8 @@ def consistency_batches(
     """A function that samples batches for `ConsistencyDistillation` from those of `draw_batch`.
 
     Timesteps are moved up to the DDIM grid, that of `LCMScheduler`: 19, 39, ..., 999 for skip = 20 of 1000 timesteps.
-    Added are `guidance_scale` (b,), uniform in [w_min, w_max], and `inside`, the indices of the rows whose timestep is
-    above the first grid point. Raises ValueError for a skip that does not divide the timesteps and unless
-    1 <= w_min <= w_max.
+    Added is `guidance_scale` (b,), uniform in [w_min, w_max]. Raises ValueError for a skip that does not divide the
+    timesteps and unless 1 <= w_min <= w_max.
     """
     if skip < 1 or train_timesteps % skip:
         raise ValueError(f"ddim_skip: expected a divisor of the {train_timesteps} timesteps, got {skip}")
@@ -199,7 +238,6 @@ def consistency_batches(
         batch = draw_batch(step, batch_size, generator)
         timesteps = (batch["timesteps"] // skip + 1) * skip - 1
         guidance_scale = w_min + (w_max - w_min) * torch.rand(batch_size, generator=generator)
-        inside = torch.nonzero(timesteps >= skip).flatten()  # on the CPU: on a GPU it would synchronise
-        return {**batch, "timesteps": timesteps, "guidance_scale": guidance_scale, "inside": inside}
+        return {**batch, "timesteps": timesteps, "guidance_scale": guidance_scale}
 
     return draw

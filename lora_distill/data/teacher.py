@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,10 +15,11 @@ from torch import Tensor
 from lora_distill.data import scenes
 from lora_distill.data.captioned import captioned_images
 from lora_distill.pipeline import encode_prompts, fingerprint
-from lora_distill.sampling import Sampler, initial_noise, sample_in_batches
-from lora_distill.storage import cache_key, cached
+from lora_distill.sampling import Sampler, initial_noise, sample, step_generators
+from lora_distill.storage import cache_key, cached_parts
 
-TEACHER_SET = 1  # version of teacher images, part of the key of their cache: raise it when they change
+TEACHER_SET = 2  # version of teacher images, part of the key of their cache: raise it when they change
+AT_ONCE, EMBEDDED = 50, 1024  # images sampled and prompts embedded at a time, and kept in one file
 
 
 @dataclass(frozen=True)
@@ -47,15 +49,16 @@ def captioned_prompts(images: Dataset, count: int, seed: int) -> Prompts:
     return Prompts(None, [captions[i] for i in chosen])
 
 
-def training_captions(source: str, style: str, count: int, seed: int) -> list[str]:
+def training_captions(source: str, style: str, count: int, seed: int, **options: Any) -> list[str]:
     """`count` captions of the training split, one per image, to make teacher images of.
 
-    With `source` "scenes" the images are scenes of `style`; with another source they repeat when there are fewer.
+    With `source` "scenes" the images are scenes of `style`; with another source they repeat when there are fewer, and
+    `options` are those of `captioned_images`.
     """
     if source == "scenes":
         return scene_prompts(style, "train", count, seed).captions
     rng = np.random.default_rng([seed, 3])
-    captions = captioned_images(source, "train")["captions"][:]
+    captions = captioned_images(source, "train", **options)["captions"][:]
     return [five[int(rng.integers(len(five)))] for five in (captions[i % len(captions)] for i in range(count))]
 
 
@@ -63,30 +66,35 @@ def training_captions(source: str, style: str, count: int, seed: int) -> list[st
 
 
 def teacher_set(
-    pipe: StableDiffusionPipeline, captions: list[str], sampler: Sampler, seed: int, cache_dir: Path
+    pipe: StableDiffusionPipeline,
+    captions: list[str],
+    sampler: Sampler,
+    seed: int,
+    cache_dir: Path,
+    batch_size: int = AT_ONCE,
 ) -> dict[str, Tensor]:
     """The teacher's `latents` (n, 4, h, w) for `captions`, cached on disk.
 
     With them `prompt_embeds` (n, tokens, dim) and `empty_embeds` (1, tokens, dim), the embedding of "". The latents are
-    the sampler's output: decoding and encoding them again would change them only by the VAE's error.
+    the sampler's output: decoding and encoding them again would change them only by the VAE's error. They are sampled
+    and written `batch_size` at a time, at most 50: a cut run goes on, and several processes share the work.
     """
-    key = cache_key(
-        version=TEACHER_SET,
-        pipeline=fingerprint(pipe),
-        captions=captions,
-        sampler=repr(sampler),
-        seed=seed,
-        dtype=str(pipe.unet.dtype),
-    )
+    depends_on = {"version": TEACHER_SET, "pipeline": fingerprint(pipe), "captions": captions}
+    embeds_key = cache_key(**depends_on, dtype=str(pipe.text_encoder.dtype))
 
-    def make() -> dict[str, Tensor]:
-        prompt_embeds, empty_embeds = encode_prompts(pipe, captions), encode_prompts(pipe, [""])
-        noise = initial_noise(pipe, len(captions), seed)
-        latents = sample_in_batches(pipe, sampler, noise, prompt_embeds, empty_embeds, seed, title="teacher images")
-        return {"latents": latents, "prompt_embeds": prompt_embeds, "empty_embeds": empty_embeds}
+    def embed(rows: slice) -> dict[str, Tensor]:
+        return {"prompt_embeds": encode_prompts(pipe, captions[rows])}
 
-    tensors = cached(cache_dir, "teacher", key, make)
-    return {name: tensor.to(pipe.unet.device) for name, tensor in tensors.items()}
+    embeds = cached_parts(cache_dir, "prompts", embeds_key, len(captions), EMBEDDED, embed)["prompt_embeds"]
+    embeds, empty_embeds = embeds.to(pipe.unet.device), encode_prompts(pipe, [""])
+    noise, generators = initial_noise(pipe, len(captions), seed), step_generators(len(captions), seed)
+
+    def draw(rows: slice) -> dict[str, Tensor]:
+        return {"latents": sample(pipe, sampler, noise[rows], embeds[rows], empty_embeds, generators[rows])}
+
+    latents_key = cache_key(**depends_on, sampler=repr(sampler), seed=seed, dtype=str(pipe.unet.dtype))
+    latents = cached_parts(cache_dir, "teacher", latents_key, len(captions), min(batch_size, AT_ONCE), draw)["latents"]
+    return {"latents": latents.to(pipe.unet.device), "prompt_embeds": embeds, "empty_embeds": empty_embeds}
 
 
 def noised_batches(
@@ -94,18 +102,18 @@ def noised_batches(
 ) -> Callable[[int, int, torch.Generator], dict[str, Tensor]]:
     """A function that samples batches for the objectives from a teacher set.
 
-    It takes (step, batch_size, generator). A batch has teacher `latents` and noise `eps` (b, 4, h, w), uniform
-    `timesteps` (b,) and `prompt_embeds` (b, tokens, dim).
+    It takes (step, batch_size, generator). A batch, on the CPU, has teacher `latents` and noise `eps` (b, 4, h, w),
+    uniform `timesteps` (b,) and `prompt_embeds` (b, tokens, dim).
     """
+    latents, embeds = teacher["latents"].cpu(), teacher["prompt_embeds"].cpu()  # rows of a GPU's would make it wait
 
     def draw_batch(step: int, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
-        rows = torch.randint(len(teacher["latents"]), (batch_size,), generator=generator)
-        latents = teacher["latents"][rows.to(teacher["latents"].device)]
+        rows = torch.randint(len(latents), (batch_size,), generator=generator)
         return {
-            "latents": latents,
-            "prompt_embeds": teacher["prompt_embeds"][rows.to(latents.device)],
-            "eps": torch.randn(latents.shape, generator=generator).to(latents),
-            "timesteps": torch.randint(train_timesteps, (batch_size,), generator=generator).to(latents.device),
+            "latents": latents[rows],
+            "prompt_embeds": embeds[rows],
+            "eps": torch.randn(latents[rows].shape, generator=generator).to(latents.dtype),
+            "timesteps": torch.randint(train_timesteps, (batch_size,), generator=generator),
         }
 
     return draw_batch

@@ -18,6 +18,7 @@ from efficientnet_lite_pytorch import EfficientNet
 from torch import Tensor, nn
 from transformers import AutoConfig, CLIPModel, Dinov2Model, PreTrainedModel
 
+from lora_distill.judge.pictures import Pictures, batches
 from lora_distill.storage import cache_key, cached, digest
 
 
@@ -257,7 +258,7 @@ def _downloaded(url: str) -> Path:
 @torch.no_grad()
 def extract(
     extractor: Extractor,
-    images: np.ndarray | Iterable[np.ndarray],
+    images: np.ndarray | Pictures | Iterable[np.ndarray],
     layers: Iterable[str] | None = None,
     batch_size: int = 50,
 ) -> Features:
@@ -271,12 +272,11 @@ def extract(
         raise ValueError(f"{extractor.name}: no layer {', '.join(unknown)}, only {', '.join(extractor.layers)}")
     device = next(extractor.parameters()).device
     rows = {layer: [] for layer in layers}
-    for array in _arrays(images):
-        for batch in torch.from_numpy(array).split(batch_size):
-            found = extractor(batch.to(device).permute(0, 3, 1, 2), layers)
-            for layer in layers:
-                # a copy, for a view such as the class token would keep all tokens alive
-                rows[layer].append(found[layer].float().cpu().clone())
+    for array in batches(images, batch_size):
+        found = extractor(torch.from_numpy(array).to(device).permute(0, 3, 1, 2), layers)
+        for layer in layers:
+            # a copy, for a view such as the class token would keep all tokens alive
+            rows[layer].append(found[layer].float().cpu().clone())
     if not rows[layers[0]]:
         raise ValueError("no images to extract features of")
     return Features(extractor.name, {layer: torch.cat(rows.pop(layer)) for layer in layers})
@@ -284,33 +284,30 @@ def extract(
 
 def cached_features(
     extractor: Extractor,
-    images: np.ndarray | Iterable[np.ndarray],
+    images: np.ndarray | Pictures | Iterable[np.ndarray],
     cache_dir: Path,
     layers: Iterable[str] | None = None,
 ) -> Features:
     """`extract` for reference images, kept in `cache_dir`/features-*.safetensors; a damaged file is made again.
 
-    The key holds the images' bytes, the weights and the layers, so `images` are gone through
+    The key holds the images' bytes, or the key of `Pictures`, the weights and the layers, so `images` are gone through
     twice: a list or another iterable that can start again. Raises ValueError for one that cannot.
     """
     if isinstance(images, Iterator):
         raise ValueError("images are read twice: give an array or a list of arrays, not an iterator")
     layers = tuple(layers or extractor.layers)
-    sha = hashlib.sha256()
-    for array in _arrays(images):
-        for image in array:
-            sha.update(str(image.shape).encode() + image.tobytes())
     key = cache_key(
         version=FEATURES,
-        images=sha.hexdigest(),
+        images=getattr(images, "key", "") or _digest_of(images),
         extractor=[extractor.name, extractor.input_size, digest(extractor.state_dict())],
         layers=layers,
     )
     return Features(extractor.name, cached(cache_dir, "features", key, lambda: extract(extractor, images, layers).rows))
 
 
-def _arrays(images: np.ndarray | Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    for array in [images] if isinstance(images, np.ndarray) else images:
-        if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3:
-            raise ValueError(f"expected images (n, h, w, 3) uint8, got {array.shape} {array.dtype}")
-        yield array
+def _digest_of(images: np.ndarray | Pictures | Iterable[np.ndarray]) -> str:
+    sha = hashlib.sha256()
+    for array in batches(images):
+        for image in array:
+            sha.update(str(image.shape).encode() + image.tobytes())
+    return sha.hexdigest()

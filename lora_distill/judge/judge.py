@@ -1,41 +1,45 @@
 """One judge for every sampler: the same prompts, the same noise, the same measure of alignment and reference images."""
 
 import json
-import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
+import PIL
 from diffusers import StableDiffusionPipeline
-from torch import Tensor
+from tqdm import tqdm
 
+from lora_distill import processes
 from lora_distill.data import scenes
-from lora_distill.data.captioned import captioned_images
+from lora_distill.data.captioned import bundled_scenes, captioned_images, image_digests
 from lora_distill.data.encoded import Framing, views
 from lora_distill.data.teacher import Prompts, captioned_prompts, scene_prompts
 from lora_distill.judge import distances
 from lora_distill.judge.features import LAYERS, Features
-from lora_distill.judge.metrics import FrechetDistance, Proportion, Score, clip_score, compare, prompt_alignment
+from lora_distill.judge.metrics import FrechetDistance, Proportion, Score, aligner, compare
+from lora_distill.judge.pictures import Pictures, kept_pictures, slug, stored_pictures
 from lora_distill.pipeline import decode_latents, encode_prompts, fingerprint, to_uint8
-from lora_distill.sampling import Sampler, initial_noise, sample_in_batches
+from lora_distill.sampling import Sampler, initial_noise, sample, step_generators
 from lora_distill.settings import Settings
-from lora_distill.storage import cache_key, cached, digest, load_tensors, save_tensors
+from lora_distill.storage import atomic_write, cache_key, digest
 
-JUDGED = 1  # version of sampled latents, in the keys of their caches: raise it when they change
+JUDGED = 1  # version of sampled pictures, in the keys of their caches: raise it when they change
+EXTRACTOR, FD = "EfficientNet-Lite0", "fd_efficientnet_lite0"
+COLUMNS = {"all": "all_correct", "content": "content", "clip": "clip_cosine", "": FD}  # of what counts, in tables
 
 
 @dataclass(frozen=True)
 class Quality:
     """What the judge found in the images of one sampler and one seed."""
 
-    images: np.ndarray  # (n, h, w, 3) uint8
-    alignment: dict[str, Proportion | Score]  # photographs have "content" alone, by CLIP
+    images: np.ndarray | Pictures  # (n, h, w, 3) uint8
+    alignment: dict[str, Proportion | Score]  # by attribute of a scene; photographs have "clip", or nothing
     distance: FrechetDistance  # to the reference images of the judge
+    key: str = "all"  # the alignment that counts; "" where there is none
 
     @cached_property
     def features(self) -> Features:
@@ -48,63 +52,80 @@ class Quality:
         return distances.frechet_distance(self.features.frechet, self.distance.reference.frechet)
 
     @property
-    def all_correct(self) -> Proportion:
-        return self.alignment["all"]
+    def counted(self) -> Proportion | Score:
+        """The alignment that counts; where photographs have no CLIP, the distance."""
+        if self.key:
+            return self.alignment[self.key]
+        return Score(self.distance.name, self.frechet_distance, len(self.images))
+
+    @property
+    def column(self) -> str:
+        """The column of what counts."""
+        return COLUMNS[self.key]
 
 
 class Judge:
     """Judges samplers on a fixed set of prompts against reference images of the same split.
 
-    With `cache_dir` the features of the reference are kept there, and the latents that were sampled: a long evaluation
-    that was cut off goes on where it was. `layers` names more features than the Frechet distance needs. What the
-    bundled scenes show is read exactly; of other images a CLIP, `clip` is its folder or hub id, scores the content.
-    Raises ValueError where such images have no CLIP.
+    What the bundled scenes show is read exactly, and `key` names the attribute that counts, "all" or "content". Of
+    other images a CLIP, `clip` is its folder or hub id, gives the cosine to their captions; without one the distance
+    alone is judged. With `cache_dir` the features of the reference are kept there, and the pictures that were sampled:
+    a long evaluation that was cut off goes on where it was. `layers` names more features than the Frechet distance
+    needs.
     """
 
     def __init__(
         self,
         pipe: StableDiffusionPipeline,
         prompts: Prompts,
-        reference: np.ndarray,
+        reference: np.ndarray | Pictures,
         *,
+        key: str = "all",
         cache_dir: Path | None = None,
         batch_size: int = 50,
         clip: str = "",
         layers: Iterable[str] | None = None,
     ):
-        if prompts.scenes is None and not clip:
-            raise ValueError("clip: photographs need a CLIP model to score their content, a folder or a hub id")
-        self.clip = clip
-        self.cache_dir = cache_dir
         self.pipe = pipe
         self.prompts = prompts
+        self.cache_dir = cache_dir
         self.batch_size = batch_size
+        self.clip = "" if prompts.scenes else clip
+        self.key = key if prompts.scenes else "clip" if clip else ""
         self.prompt_embeds = encode_prompts(pipe, prompts.captions)
         self.empty_embeds = encode_prompts(pipe, [""])
-        self.reader = scenes.Reader() if prompts.scenes else None
-        self.frechet_distance = FrechetDistance(reference, pipe.device.type, cache_dir=cache_dir, layers=layers)
+        self.align = aligner(prompts, clip, str(pipe.device), batch_size)
+        self.frechet_distance = FrechetDistance(reference, str(pipe.device), cache_dir=cache_dir, layers=layers)
 
-    def __call__(self, sampler: Sampler, seed: int, pipe: StableDiffusionPipeline | None = None) -> Quality:
-        """Sample the prompts from noise that depends on the seed alone, and judge the images."""
-        return self.judge_images(self.images(sampler, seed, pipe))
+    def __call__(
+        self, sampler: Sampler, seed: int, pipe: StableDiffusionPipeline | None = None, folder: Path | None = None
+    ) -> Quality:
+        """Sample the prompts from noise that depends on the seed alone, and judge the images.
+
+        With a `folder` they are kept there, whatever else is cached.
+        """
+        return self.judge_images(self.images(sampler, seed, pipe, folder=folder))
 
     def images(
-        self, sampler: Sampler, seed: int, pipe: StableDiffusionPipeline | None = None, count: int | None = None
-    ) -> np.ndarray:
+        self,
+        sampler: Sampler,
+        seed: int,
+        pipe: StableDiffusionPipeline | None = None,
+        count: int | None = None,
+        folder: Path | None = None,
+    ) -> np.ndarray | Pictures:
         """The images (n, h, w, 3) uint8 that are judged, or those of the first `count` prompts alone."""
-        pipe = pipe or self.pipe
-        return decode_latents(pipe, self._latents(pipe, sampler, seed, count), self.batch_size)
+        pipe, captions = pipe or self.pipe, self.prompts.captions[:count]
+        noise, generators = initial_noise(pipe, len(captions), seed), step_generators(len(captions), seed)
 
-    def _latents(self, pipe: StableDiffusionPipeline, sampler: Sampler, seed: int, count: int | None) -> Tensor:
-        captions = self.prompts.captions[:count]
+        def make(rows: slice) -> np.ndarray:
+            embeds = self.prompt_embeds[:count][rows], self.empty_embeds
+            return decode_latents(pipe, sample(pipe, sampler, noise[rows], *embeds, generators[rows]), self.batch_size)
 
-        def make() -> dict[str, Tensor]:
-            noise = initial_noise(pipe, len(captions), seed)
-            embeds = self.prompt_embeds[:count], self.empty_embeds
-            return {"latents": sample_in_batches(pipe, sampler, noise, *embeds, seed, self.batch_size)}
-
-        if self.cache_dir is None or sampler.adapter:  # an adapter that plays may still be in training
-            return make()["latents"]
+        if folder is None and (self.cache_dir is None or sampler.adapter):  # an adapter that plays may be in training
+            parts = [slice(i, i + self.batch_size) for i in range(0, len(captions), self.batch_size)]
+            bar = {"desc": "sampling", "mininterval": 2, "leave": False, "disable": not processes.is_main()}
+            return np.concatenate([make(rows) for rows in tqdm(parts, **bar)])
         key = cache_key(
             version=JUDGED,
             pipeline=[fingerprint(pipe), type(pipe.unet).__name__, pipe.unet.device.type],
@@ -112,17 +133,11 @@ class Judge:
             sampler=repr(sampler),
             seed=seed,
         )
-        return cached(self.cache_dir, "judged", key, make)["latents"].to(pipe.unet.device)
+        return kept_pictures(folder or self.cache_dir / f"judged-{key}", key, len(captions), self.batch_size, make)
 
-    def judge_images(self, images: np.ndarray) -> Quality:
+    def judge_images(self, images: np.ndarray | Pictures) -> Quality:
         """The judgement of images that are at hand, one a prompt."""
-        return Quality(images, self._alignment(images), self.frechet_distance)
-
-    def _alignment(self, images: np.ndarray) -> dict[str, Proportion | Score]:
-        if self.reader:
-            return prompt_alignment(images, self.prompts.scenes, self.reader)
-        score = clip_score(images, self.prompts.captions, self.clip, self.pipe.device.type)
-        return {"content": replace(score, value=score.value / 100)}  # a cosine, as the reader's shares below 1
+        return Quality(images, self.align(images), self.frechet_distance, self.key)
 
     def milestones(
         self, sampler: Sampler, every: int
@@ -131,11 +146,11 @@ class Judge:
 
         def measure(step: int, student: StableDiffusionPipeline) -> dict[str, float]:
             quality = self(sampler, seed=0, pipe=student)
-            return {"all_correct": quality.all_correct.value, "fd_efficientnet_lite0": quality.frechet_distance}
+            return {quality.column: quality.counted.value, FD: quality.frechet_distance}
 
-        reference = digest(self.reference.rows)
-        captions = self.prompts.captions
-        return every, measure, cache_key(sampler=repr(sampler), every=every, captions=captions, reference=reference)
+        depends_on = {"reference": digest(self.reference.rows), "captions": self.prompts.captions}
+        depends_on |= {"clip": self.clip} if self.clip else {}
+        return every, measure, cache_key(sampler=repr(sampler), every=every, **depends_on)
 
     def distance_interval(self, quality: Quality, resamples: int = 100) -> tuple[float, float]:
         """The 95 % bootstrap interval of the Frechet distance over the images; the reference stays as it is."""
@@ -147,6 +162,25 @@ class Judge:
     def reference(self) -> Features:
         """The features of the reference images."""
         return self.frechet_distance.reference
+
+
+def judge_for(
+    pipe: StableDiffusionPipeline, settings: Settings, source: str, split: str, count: int, key: str, cache_dir: Path
+) -> Judge:
+    """The judge of `count` prompts of a split of a source, as the settings say: see `held_out` and `Judge`.
+
+    On the test split it keeps all features that the last notebook measures.
+    """
+    layers = LAYERS[EXTRACTOR] if split == "test" else None
+    return Judge(
+        pipe,
+        *held_out(source, split, count, settings),
+        key=key,
+        cache_dir=cache_dir,
+        batch_size=settings.eval_batch,
+        clip=settings.clip,
+        layers=layers,
+    )
 
 
 class Method(NamedTuple):
@@ -162,17 +196,25 @@ def judge_methods(
     methods: dict[str, Method],
     seeds: Iterable[int],
     deploy: Callable[[StableDiffusionPipeline, str | None], StableDiffusionPipeline],
+    folder: Path,
+    notebook: str,
 ) -> dict[str, list[Quality]]:
     """Every method judged with every seed of sampling, on what `deploy(pipe, adapter)` makes of its pipeline.
 
-    Each seed takes the next of a method's trainings, and the first again after the last.
+    Each seed takes the next of a method's trainings, and the first again after the last. The pictures are kept in
+    folder/images/<notebook>/<method>/<seed>, for later notebooks: see `load_images`.
     """
-    return {
-        name: [
-            judge(sampler, seed, deploy(pipe, adapter)) for seed, adapter in zip(seeds, cycle(adapters), strict=False)
+    judged, index = {}, {}
+    for name, (sampler, pipe, adapters) in methods.items():
+        places = [Path("images", notebook, slug(name), str(seed)) for seed in seeds]
+        judged[name] = [
+            judge(sampler, seed, deploy(pipe, adapter), folder / place)
+            for seed, adapter, place in zip(seeds, cycle(adapters), places, strict=False)
         ]
-        for name, (sampler, pipe, adapters) in methods.items()
-    }
+        found = zip(places, judged[name], strict=True)
+        index[name] = [{"folder": p.as_posix(), "count": len(q.images), "key": q.images.key} for p, q in found]
+    atomic_write(folder / f"{notebook}_images.json", json.dumps(index, indent=1))
+    return judged
 
 
 def distance_floor(distance: FrechetDistance, prompts: Prompts, seed: int) -> float | None:
@@ -184,8 +226,8 @@ def distance_floor(distance: FrechetDistance, prompts: Prompts, seed: int) -> fl
 
 
 def further_distances(
-    methods: dict[str, list[np.ndarray]],
-    reference: np.ndarray,
+    methods: dict[str, list[np.ndarray | Pictures]],
+    reference: np.ndarray | Pictures,
     sources: dict[str, str],
     *,
     device: str = "cpu",
@@ -217,41 +259,38 @@ def drawn(style: str, split: str, count: int, seed: int) -> np.ndarray:
     return np.stack([scenes.draw(scene) for scene in scenes.sample_scenes(style, split, count, seed)])
 
 
-def held_out(source: str, split: str, count: int, settings: Settings) -> tuple[Prompts, np.ndarray]:
+def held_out(source: str, split: str, count: int, settings: Settings) -> tuple[Prompts, np.ndarray | Pictures]:
     """`count` prompts of a split, and reference images (n, h, w, 3) uint8 to compare with.
 
-    Of the bundled scenes, 1,000 drawings of other scenes than the prompts'. Of photographs, as is usual, every image
-    of the split, in the same framing as in training.
+    Of the bundled scenes ("scenes", in the settings' style, or "scenes/<style>/<size>"), 1,000 drawings of other scenes
+    than the prompts'. Of photographs, as is usual, every image of the split, in the same framing as in training, read
+    when it is needed.
     """
-    if bundled := re.fullmatch(r"scenes/(\w+)/\w+", source):
-        style = bundled[1]
+    if source == "scenes" or bundled_scenes(source):
+        style, _ = bundled_scenes(source) or (settings.style, "")
         prompts = scene_prompts(style, split, count, settings.seed)
         return prompts, drawn(style, split, 1000, settings.seed + 1)
     images = captioned_images(source, split, skip_unusable=settings.skip_unusable)
     framing = Framing(settings.resolution)
-    pixels = [to_uint8(views(row["image"], framing, i)[0]) for i, row in enumerate(images)]
-    return captioned_prompts(images, count, settings.seed), np.concatenate(pixels)
+
+    def read(number: int) -> np.ndarray:
+        return to_uint8(views(images[number]["image"], framing, number)[0])[0]
+
+    key = cache_key(images=list(image_digests(images)), framing=asdict(framing), pillow=PIL.__version__)
+    return captioned_prompts(images, count, settings.seed), Pictures(len(images), read, key)
 
 
-def save_images(folder: Path, notebook: str, qualities: dict[str, list[Quality]]) -> None:
-    """Keep the images of each method and seed in folder/<notebook>_images.safetensors, for later notebooks."""
-    images = {
-        f"{name}/{i}": torch.from_numpy(q.images) for name, seeds in qualities.items() for i, q in enumerate(seeds)
-    }
-    save_tensors(folder / f"{notebook}_images.safetensors", images, {"methods": json.dumps(list(qualities))})
-
-
-def load_images(folder: Path, notebook: str) -> dict[str, list[np.ndarray]]:
-    """The images (n, h, w, 3) uint8 of each method, seed by seed, as `save_images` left them.
+def load_images(folder: Path, notebook: str) -> dict[str, list[Pictures]]:
+    """The pictures of each method, seed by seed, that `judge_methods` kept in a run's folder, read when needed.
 
     Raises FileNotFoundError where the notebook was not run.
     """
-    path = folder / f"{notebook}_images.safetensors"
+    path = folder / f"{notebook}_images.json"
     if not path.exists():
         command = f"python -m lora_distill reproduce --profile {folder.name} --notebook {notebook}"
         raise FileNotFoundError(f"no {path.name} in {folder}; {command} makes it")
-    tensors, metadata = load_tensors(path)
+    index = json.loads(path.read_text())
     return {
-        name: [tensors[f"{name}/{i}"].numpy() for i in range(sum(key.rpartition("/")[0] == name for key in tensors))]
-        for name in json.loads(metadata["methods"])
+        name: [stored_pictures(folder / one["folder"], one["count"], one["key"]) for one in seeds]
+        for name, seeds in index.items()
     }

@@ -2,18 +2,19 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
-from torchmetrics.multimodal import CLIPScore
-from transformers import CLIPProcessor
+from torch import Tensor, nn
+from transformers import CLIPModel, CLIPProcessor
 
 from lora_distill.data.scenes import Reader, Scene, agreement
+from lora_distill.data.teacher import Prompts
 from lora_distill.judge import distances
 from lora_distill.judge.features import LAYERS, Features, cached_features, extract, load_extractor, pretrained_clip
+from lora_distill.judge.pictures import Pictures, batches
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,11 @@ class Score:
     reference_count: int | None = None
     low: float | None = None
     high: float | None = None
+
+    @property
+    def columns(self) -> dict[str, float | None]:
+        """The interval and N as a table has them beside the value: low, high and n."""
+        return {"low": self.low, "high": self.high, "n": self.count}
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -147,7 +153,7 @@ class FrechetDistance:
 
     def __init__(
         self,
-        reference: np.ndarray | Iterable[np.ndarray],
+        reference: np.ndarray | Pictures | Iterable[np.ndarray],
         device: str = "cpu",
         extractor: str = "EfficientNet-Lite0",
         source: str | Path | None = None,
@@ -160,47 +166,90 @@ class FrechetDistance:
         self.cache_dir = cache_dir
         self.reference = self.features(reference)
 
-    def __call__(self, images: np.ndarray | Iterable[np.ndarray]) -> float:
+    def __call__(self, images: np.ndarray | Pictures | Iterable[np.ndarray]) -> float:
         """The distance of images (n, h, w, 3) uint8 to the reference."""
         return distances.frechet_distance(self.features(images).frechet, self.reference.frechet)
 
-    def features(self, images: np.ndarray | Iterable[np.ndarray]) -> Features:
+    def features(self, images: np.ndarray | Pictures | Iterable[np.ndarray]) -> Features:
         """The layers of images (n, h, w, 3) uint8, in one pass over them; from the cache where they are in it."""
         if self.cache_dir:
             return cached_features(self.extractor, images, self.cache_dir, self.layers)
         return extract(self.extractor, images, self.layers)
 
 
-def clip_score(
-    images: Iterable[np.ndarray], captions: list[str], source: str | Path, device: str = "cpu", batch_size: int = 50
-) -> Score:
-    """CLIPScore, 100 cos(image, caption) on average (Hessel et al. 2021, without its weight of 2.5).
+Aligner = Callable[[np.ndarray | Pictures], dict[str, Proportion | Score]]
 
-    `images` are arrays (n, h, w, 3) uint8 one after another, with a caption each. `source` is a folder or hub id of a
-    CLIP. Raises FileNotFoundError when there is none, ValueError when images and captions are not as many.
+
+def aligner(prompts: Prompts, clip: str = "", device: str = "cpu", batch_size: int = 50) -> Aligner:
+    """How images of the prompts, one a prompt, are scored: a function from images to scores by name.
+
+    Scenes are read: the shares of `prompt_alignment`. Of photographs, CLIP's cosine is "clip"; without a CLIP there is
+    no score.
     """
-    model = pretrained_clip(source)
+    if prompts.scenes is not None:
+        reader = Reader()
+        return lambda images: prompt_alignment(np.asarray(images), prompts.scenes, reader)
+    if not clip:
+        return lambda images: {}
+    cosine = ClipCosine(prompts.captions, clip, device, batch_size)
+    return lambda images: {"clip": cosine(images)}
+
+
+class ClipCosine:
+    """CLIP's cosine of images and their captions, one a caption: CLIPScore (Hessel et al. 2021) without its 2.5 or 100.
+
+    `source` is a folder or hub id of a CLIP. The captions go through it once. Raises FileNotFoundError when there is
+    none.
+    """
+
+    @torch.no_grad()
+    def __init__(self, captions: list[str], source: str | Path, device: str = "cpu", batch_size: int = 50):
+        self.source, self.batch_size = source, batch_size
+        self.model, self.processor = _clip(str(source), device)
+        self.captions = torch.cat([self._caption_rows(captions[i : i + 128]) for i in range(0, len(captions), 128)])
+
+    @torch.no_grad()
+    def __call__(self, images: np.ndarray | Pictures | Iterable[np.ndarray]) -> Score:
+        """The mean over images (n, h, w, 3) uint8 with its normal 95 % interval.
+
+        Raises ValueError when images and captions are not as many.
+        """
+        rows = torch.cat([self._image_rows(array) for array in batches(images, self.batch_size)])
+        if len(rows) != len(self.captions):
+            raise ValueError(f"expected a caption an image, got {len(rows)} images and {len(self.captions)} captions")
+        cosines = (rows * self.captions).sum(1).double()
+        mean = float(cosines.mean())
+        half = 1.959964 * float(cosines.std()) / len(cosines) ** 0.5 if len(cosines) > 1 else None
+        bounds = (None, None) if half is None else (mean - half, mean + half)
+        return Score(f"CLIP cosine, {Path(self.source).name}", mean, len(cosines), None, *bounds)
+
+    def _caption_rows(self, captions: list[str]) -> Tensor:
+        longest = self.model.config.text_config.max_position_embeddings
+        tokens = self.processor.tokenizer(
+            captions, padding=True, truncation=True, max_length=longest, return_tensors="pt"
+        ).to(self.model.device)
+        return nn.functional.normalize(self.model.get_text_features(**tokens)).cpu()
+
+    def _image_rows(self, array: np.ndarray) -> Tensor:
+        pixels = self.processor.image_processor(images=list(array), return_tensors="pt")["pixel_values"]
+        return nn.functional.normalize(self.model.get_image_features(pixels.to(self.model.device))).cpu()
+
+
+@lru_cache(maxsize=1)
+def _clip(source: str, device: str) -> tuple[CLIPModel, CLIPProcessor]:
+    model = pretrained_clip(source).eval().requires_grad_(False).to(device)
     try:
-        processor = CLIPProcessor.from_pretrained(source)
+        return model, CLIPProcessor.from_pretrained(source)
     except (OSError, ValueError):
         raise FileNotFoundError(f"{source}: no tokenizer and image processor beside CLIP's weights") from None
-    metric = CLIPScore(lambda: (model.eval().requires_grad_(False), processor)).to(device)
-    done = 0
-    for array in [images] if isinstance(images, np.ndarray) else images:
-        for batch in torch.from_numpy(array).permute(0, 3, 1, 2).to(device).split(batch_size):
-            metric.update(batch, captions[done : done + len(batch)])
-            done += len(batch)
-    if done != len(captions):
-        raise ValueError(f"expected a caption an image, got {done} images and {len(captions)} captions")
-    return Score(f"CLIPScore-{Path(source).name}", float(metric.compute()), done)
 
 
 # ---------------------------------------------------------------------------------------------- fidelity
 
 
 def fidelity(
-    images: np.ndarray,
-    teacher_images: np.ndarray,
+    images: np.ndarray | Pictures,
+    teacher_images: np.ndarray | Pictures,
     features: Features,
     teacher_features: Features,
     latents: Tensor | None = None,
@@ -229,9 +278,13 @@ def latent_mse(latents: Tensor, reference: Tensor) -> float:
     return float((latents.double() - reference.double()).square().mean())
 
 
-def psnr(images: np.ndarray, reference: np.ndarray) -> float:
+def psnr(images: np.ndarray | Pictures, reference: np.ndarray | Pictures) -> float:
     """Peak signal-to-noise ratio in dB between images of the same noise, over all; raises ValueError for two shapes."""
-    if images.shape != reference.shape:
-        raise ValueError(f"images differ in shape, {images.shape} and {reference.shape}")
-    mse = np.mean((images.astype(np.float64) - reference.astype(np.float64)) ** 2)
+    errors = []
+    for ours, theirs in zip(batches(images), batches(reference), strict=False):
+        if ours.shape != theirs.shape or len(images) != len(reference):
+            shapes = (len(images), *ours.shape[1:]), (len(reference), *theirs.shape[1:])
+            raise ValueError(f"images differ in shape, {shapes[0]} and {shapes[1]}")
+        errors += list(np.mean((ours.astype(np.float64) - theirs.astype(np.float64)) ** 2, axis=(1, 2, 3)))
+    mse = np.mean(errors)
     return float(10 * np.log10(255**2 / mse)) if mse else float("inf")

@@ -1,14 +1,13 @@
 """The tables of notebooks 02 to 04 as one reads them: what was found in words, and rows as short tables."""
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
 import pandas
 
-from lora_distill.judge.judge import Method, Quality
-from lora_distill.judge.metrics import Proportion
-from lora_distill.judge.tables import BASE, EXTRACTOR, FD, TEACHER, sd_column
+from lora_distill.data.captioned import bundled_scenes, set_names
+from lora_distill.judge.judge import COLUMNS, EXTRACTOR, FD, Method, Quality
+from lora_distill.judge.tables import BASE, TEACHER, sd_column
 from lora_distill.sampling import sampler_name
 from lora_distill.storage import atomic_write
 
@@ -20,38 +19,66 @@ pandas.set_option("display.max_colwidth", None)  # results are sentences: a note
 def guided_results(rows: list[dict], trained: int, frozen: int) -> dict[str, str]:
     """What notebook 02 found, in words: of its `quality_rows`, and of how many parameters beside W0 were trained."""
     by_name = {row["method"]: row for row in rows}
-    correct = {name: f"{row['all_correct_percent']:.1f} %" for name, row in by_name.items()}
+    measure, values = _aligned(rows)
+    passes = " and ".join(str(by_name[name]["unet_passes"]) for name in (TEACHER, "LoRA student"))
+    words = {TEACHER: "teacher with two passes", "LoRA student": "LoRA student with one pass",
+             "no guidance": "one pass without guidance", "full copy": "full copy with one pass"}  # fmt: skip
     return {
-        "all correct, teacher with two passes": correct[TEACHER],
-        "all correct, LoRA student with one pass": correct["LoRA student"],
-        "all correct, one pass without guidance": correct["no guidance"],
-        "all correct, full copy with one pass": correct["full copy"],
-        "UNet passes an image, teacher and student": " and ".join(
-            str(by_name[name]["unet_passes"]) for name in (TEACHER, "LoRA student")
-        ),
+        **{f"{measure}, {said}": values[name] for name, said in words.items() if name in by_name},
+        "UNet passes an image, teacher and student": passes,
         "trained parameters": f"{100 * trained / frozen:.2f} % of the UNet",
     }
 
 
-def few_step_results(rows: list[dict], sizes: Iterable[str], rank: int) -> dict[str, str]:
-    """What notebook 03 found, in words: of its `quality_rows`, the names of the data sets and LCM-LoRA's rank."""
-    by_name, sizes = {row["method"]: row for row in rows}, list(sizes)
-    content = {name: f"{row['content_percent']:.1f} %" for name, row in by_name.items()}
+def few_step_results(rows: list[dict], rank: int, source: str) -> dict[str, str]:
+    """What notebook 03 found, in words: of its `quality_rows`, LCM-LoRA's rank and the source that is judged."""
+    by_name = {row["method"]: row for row in rows}
+    loras = [name for name in by_name if name.startswith("LCM-LoRA ")]
+    sizes = [name.removeprefix("LCM-LoRA ") for name in loras]
     untrained = ("DDIM, 4 passes", "DPM++, 4 passes", "LCM scheduler")
-    compared = (BASE, f"fine-tuned, rank {rank}", *(f"LCM-LoRA {size}" for size in sizes))
-    distance = ", ".join(f"{by_name[name][FD]:.1f}" for name in compared)
-    return {
-        "content correct, guided teacher": content[BASE],
-        f"content correct, LCM-LoRA {' and '.join(sizes)}, 4 passes": " and ".join(
-            content[f"LCM-LoRA {size}"] for size in sizes
-        ),
-        "content correct, LoRA that mimics the LCM, 4 passes": content["LoRA mimics LCM"],
-        "content correct, base with 4 guided steps, 8 passes": content["base, guided, 4 steps"],
-        "content correct, base with 4 passes: DDIM, DPM++, LCM scheduler": ", ".join(
-            content[f"base, {name}"] for name in untrained
-        ),
-        f"FD-{EXTRACTOR} to Flickr: base, fine-tune, LCM-LoRA {', '.join(sizes)}": distance,
+    distance = ", ".join(f"{by_name[name][FD]:.1f}" for name in (BASE, f"fine-tuned, rank {rank}", *loras))
+    measure, values = _aligned(rows)
+    words = {"guided teacher": [BASE], f"LCM-LoRA {' and '.join(sizes)}, 4 passes": loras,
+             "LoRA that mimics the LCM, 4 passes": ["LoRA mimics LCM"],
+             "base with 4 guided steps, 8 passes": ["base, guided, 4 steps"]}  # fmt: skip
+    found = {
+        f"{measure}, {said}": " and ".join(values[name] for name in names)
+        for said, names in words.items()
+        if all(name in by_name for name in names)
     }
+    rivals = ", ".join(values[f"base, {name}"] for name in untrained)
+    solvers = ", ".join(name.removesuffix(", 4 passes") for name in untrained)
+    found[f"{measure}, base with 4 passes: {solvers}"] = rivals
+    to = "Flickr" if _flickr(source) else "real images"
+    return found | {f"FD-{EXTRACTOR} to {to}: base, fine-tune, LCM-LoRA {', '.join(sizes)}": distance}
+
+
+def few_step_title(source: str) -> str:
+    """What notebook 03's results are of."""
+    if bundled_scenes(source):
+        return "LCM-LoRA on the Flickr stand-in (test captions)"
+    return f"LCM-LoRA on {_flickr(source) or Path(source).name} (test captions)"
+
+
+def _flickr(source: str) -> str:
+    """Flickr8k or Flickr30k where a source is one of them or its stand-in; empty otherwise."""
+    (name,) = set_names(source)
+    return f"Flickr{name}" if name in ("8k", "30k") else ""
+
+
+ALIGNED = {  # columns of tables of quality: what they hold, in words, and how a value is written
+    "all_correct_percent": ("all correct", "{:.1f} %"),
+    "content_percent": ("content correct", "{:.1f} %"),
+    COLUMNS["clip"]: ("CLIP cosine", "{:.3f}"),
+    FD: (f"FD-{EXTRACTOR}", "{:.1f}"),
+}
+
+
+def _aligned(rows: list[dict]) -> tuple[str, dict[str, str]]:
+    """What the alignment of a table is, in words, and its value by method; the distance where there is none."""
+    column = next(column for column in ALIGNED if column in rows[0])
+    measure, form = ALIGNED[column]
+    return measure, {row["method"]: form.format(row[column]) for row in rows}
 
 
 def evaluation_results(measured: list[dict]) -> dict[str, str]:
@@ -72,8 +99,9 @@ def seconds_results(times: list[dict], grid: list[dict]) -> dict[str, str]:
         found[f"seconds an image, merged student against teacher, batch {batch}, {runtime}"] = ", ".join(
             f"{-row['saving_percent']:+.0f} % on {row['threads']} thread(s)" for row in student
         )
-    fast = [row for row in times if row["deployed"] and row["method"] == "LCM-LoRA 8k"]
-    found[f"times faster at batch {batch}, LCM-LoRA 8k, merged, 4 steps"] = ", ".join(
+    name = next(row["method"] for row in times if row["method"].startswith("LCM-LoRA "))
+    fast = [row for row in times if row["deployed"] and row["method"] == name]
+    found[f"times faster at batch {batch}, {name}, merged, 4 steps"] = ", ".join(
         f"{row['times_faster']:.1f} on {row['threads']} thread(s)" for row in fast
     )
     student = [row for row in grid if row["method"] == "LoRA student, merged"]
@@ -104,6 +132,7 @@ HEADINGS = {  # of the columns that are shown: the heading, and the digits of it
     "content_percent": ("content, %", 1),
     "flickr_style_percent": ("Flickr's style, %", 0),
     "alignment_percent": ("aligned, %", 1),
+    COLUMNS["clip"]: ("CLIP cosine", 3),
     FD: ("FD", 1),
     "kid_efficientnet_lite0": ("KID", 3),
     "is_efficientnet_lite0": ("IS", 2),
@@ -114,20 +143,27 @@ HEADINGS = {  # of the columns that are shown: the heading, and the digits of it
 }
 
 
-def passes(content: dict[str, dict[int, Proportion]]) -> pandas.DataFrame:
-    """Content correct in per cent, a row a method and a column a number of UNet passes."""
+def passes(judged: dict[str, dict[int, Quality]]) -> pandas.DataFrame:
+    """What counts, a row a method and a column a number of UNet passes."""
     table = pandas.DataFrame(
-        {method: {n: f"{100 * share.value:.1f} %" for n, share in points.items()} for method, points in content.items()}
+        {method: {n: _counted(quality)[1] for n, quality in points.items()} for method, points in judged.items()}
     )
     return table.sort_index().T.fillna("").rename_axis(columns="passes")
 
 
+def _counted(quality: Quality) -> tuple[str, str]:
+    """Heading and value of what counts of one judgement."""
+    column = quality.column if quality.column in ALIGNED else f"{quality.column}_percent"
+    heading, form = ALIGNED[column]
+    return heading, form.format(quality.counted.value * (100 if column.endswith("_percent") else 1))
+
+
 def ablation(judged: dict[str, Quality], logs: dict[str, list[dict]]) -> pandas.DataFrame:
-    """Content, distance, and the first and last value of each term of the loss, a row a mimic; the LCM has no log."""
+    """What counts, distance, and the first and last value of each term of the loss, a row a mimic; the LCM has none."""
     table = {}
     for name, quality in judged.items():
         first, last = (logs[name][0], logs[name][-1]) if name in logs else ({}, {})
-        row = {"content, %": f"{100 * quality.alignment['content'].value:.1f}", "FD": f"{quality.frechet_distance:.1f}"}
+        row = dict([_counted(quality)]) | {"FD": f"{quality.frechet_distance:.1f}"}
         row |= {term.upper(): f"{first[term]:.4f} → {last[term]:.4f}" if first else "" for term in ("mse", "kl")}
         table[name] = row
     return pandas.DataFrame(table).T

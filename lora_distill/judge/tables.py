@@ -6,23 +6,35 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lora_distill.data.teacher import Prompts, scene_prompts
+from lora_distill.data.teacher import Prompts
 from lora_distill.judge.features import LAYERS, Features
-from lora_distill.judge.judge import Judge, Method, Quality, distance_floor, drawn, held_out, load_images
+from lora_distill.judge.judge import (
+    COLUMNS,
+    EXTRACTOR,
+    FD,
+    Judge,
+    Method,
+    Quality,
+    distance_floor,
+    held_out,
+    load_images,
+)
 from lora_distill.judge.metrics import (
+    Aligner,
     FrechetDistance,
     Proportion,
+    Score,
+    aligner,
     compare,
     fidelity,
     inception_score,
-    prompt_alignment,
     psnr,
 )
+from lora_distill.judge.pictures import Pictures
 from lora_distill.sampling import unet_passes
 from lora_distill.settings import Settings, figures_dir, run_dir
 from lora_distill.storage import read_table
 
-EXTRACTOR, FD = "EfficientNet-Lite0", "fd_efficientnet_lite0"
 IS_SPLITS = 2  # of the inception score: few, for the sets are small
 TEACHER, BASE = "teacher, two passes", "base, guided"  # what the students of notebooks 02 and 03 are measured against
 
@@ -33,24 +45,37 @@ TEACHER, BASE = "teacher, two passes", "base, guided"  # what the students of no
 def guidance_rows(judged: dict[float, Quality], judge: Judge, teacher_scale: float) -> list[dict]:
     """Alignment and distance, with their intervals, at each guidance scale."""
     return [
-        {"guidance_scale": w, "all_correct": quality.all_correct.value, **quality.all_correct.columns,
-         **_distance(quality, judge), "teacher_guidance_scale": teacher_scale}
+        {"guidance_scale": w, **_counted(quality), **_distance(quality, judge), "teacher_guidance_scale": teacher_scale}
         for w, quality in judged.items()
     ]  # fmt: skip
 
 
 def milestone_rows(logs: dict[str, list[dict]], teacher: Quality, judge: Judge) -> list[dict]:
     """Alignment and distance at the milestones of each training, and of the teacher, which has no step."""
-    reference = _distance(teacher, judge)
+    reference, counted = _distance(teacher, judge), _counted(teacher)
     rows = [
-        {"method": method, "step": entry["step"], "all_correct": entry["all_correct"],
-         **Proportion(entry["all_correct"], len(judge.prompts)).columns,
+        {"method": method, "step": entry["step"], **_counted_in(entry, counted, len(judge.prompts)),
          **dict.fromkeys(reference), FD: entry[FD]}
-        for method, log in logs.items() for entry in log if "all_correct" in entry
+        for method, log in logs.items() for entry in log if FD in entry
     ]  # fmt: skip
-    correct = teacher.all_correct
-    last = {"method": TEACHER, "step": None, "all_correct": correct.value, **correct.columns, **reference}
-    return [*rows, last]
+    return [*rows, {"method": TEACHER, "step": None, **counted, **reference}]
+
+
+def _counted(quality: Quality) -> dict[str, float | int | None]:
+    """The columns of what counts of one judgement: the value, its interval and N; of a distance alone only N."""
+    if not quality.key:
+        return {"n": len(quality.images)}
+    return {quality.column: quality.counted.value, **quality.counted.columns}
+
+
+def _counted_in(entry: dict, counted: dict, count: int) -> dict[str, float | int | None]:
+    """The same columns of a measurement in a log, which holds values alone: of a share the interval follows from N."""
+    column = next(iter(counted))
+    if column == "n":
+        return {"n": count}
+    share = column in (COLUMNS["all"], COLUMNS["content"])
+    value = Proportion(entry[column], count) if share else Score(column, entry[column], count)
+    return {column: value.value, **value.columns}
 
 
 def loss_rows(logs: dict[str, list[dict]]) -> list[dict]:
@@ -63,21 +88,23 @@ def loss_rows(logs: dict[str, list[dict]]) -> list[dict]:
     ]
 
 
-def passes_rows(content: dict[str, dict[int, Proportion]], trained: Iterable[str]) -> list[dict]:
-    """Content correct of each method at each number of UNet passes; `trained` names those that training made."""
+def passes_rows(judged: dict[str, dict[int, Quality]], trained: Iterable[str]) -> list[dict]:
+    """What counts of each method at each number of UNet passes; `trained` names those that training made."""
     return [
-        {"method": method, "unet_passes": passes, "content": share.value, **share.columns, "trained": method in trained}
-        for method, points in content.items()
-        for passes, share in points.items()
-    ]
+        {"method": method, "unet_passes": passes, quality.column: quality.counted.value, **quality.counted.columns,
+         "trained": method in trained}
+        for method, points in judged.items()
+        for passes, quality in points.items()
+    ]  # fmt: skip
 
 
 def mixture_rows(mixtures: dict[float, Quality]) -> list[dict]:
-    """Every alignment of two adapters added up, by the weight of the second."""
-    return [
-        {"weight": weight} | {name: share.value for name, share in quality.alignment.items()}
-        for weight, quality in mixtures.items()
-    ]
+    """Every alignment of two adapters added up, by the weight of the second; without any, the distance."""
+    rows = []
+    for weight, quality in mixtures.items():
+        row = {COLUMNS["clip"] if name == "clip" else name: score.value for name, score in quality.alignment.items()}
+        rows.append({"weight": weight} | (row or {FD: quality.frechet_distance}))
+    return rows
 
 
 def _distance(quality: Quality, judge: Judge) -> dict[str, float]:
@@ -88,37 +115,45 @@ def _distance(quality: Quality, judge: Judge) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------------- quality
 
 
-QUALITY = {
-    "all": ("method", "n", "seeds", "trainings", "reference_n", "all_correct_percent", "all_correct_sd",
-            FD, f"{FD}_sd", f"{FD}_floor", "psnr_to_teacher_db", "unet_passes"),
-    "content": ("method", "unet_passes", "n", "seeds", "trainings", "reference_n", "content_percent", "content_sd",
-                "flickr_style_percent", FD, f"{FD}_sd", f"{FD}_floor"),
-}  # fmt: skip
-
-
 def quality_rows(
-    judged: dict[str, list[Quality]], methods: dict[str, Method], judge: Judge, floor: float | None, key: str
+    judged: dict[str, list[Quality]], methods: dict[str, Method], judge: Judge, floor: float | None, baseline: str = ""
 ) -> list[dict]:
     """A row a method of `judge_methods`: means over its seeds, and trainings where it has several; spread as deviation.
 
-    `key` is the alignment that counts: "all" of notebook 02, where fidelity is to the teacher's images of the same
-    noise, or "content" of notebook 03, where the style stands apart.
+    The alignment is the judge's; where it is the content of scenes, their style stands apart. Fidelity is to the
+    images of `baseline` of the same noise, where one is named.
     """
     rows = []
     for name, qualities in judged.items():
         sampler, pipe, adapters = methods[name]
-        share = [100 * quality.alignment[key].value for quality in qualities]
-        style = [100 * quality.alignment["style"].value for quality in qualities if "style" in quality.alignment]
         distance = [quality.frechet_distance for quality in qualities]
-        short = {"all": "all_correct", "content": "content"}[key]
-        row = {"method": name, "unet_passes": unet_passes(pipe, sampler), "n": len(judge.prompts)}
-        row |= {"seeds": len(qualities), "trainings": len(adapters), "reference_n": len(judge.reference)}
-        row |= {f"{short}_percent": np.mean(share), f"{short}_sd": np.std(share)}
-        row |= {"flickr_style_percent": np.mean(style) if style else None}
+        passes = {"unet_passes": unet_passes(pipe, sampler)}
+        row = {"method": name} | ({} if baseline else passes)
+        row |= {"n": len(judge.prompts), "seeds": len(qualities), "trainings": len(adapters)}
+        row |= {
+            "reference_n": len(judge.reference),
+            **_aligned([quality.alignment for quality in qualities], judge.key),
+        }
+        if judge.key == "content":
+            row |= {"flickr_style_percent": np.mean([100 * quality.alignment["style"].value for quality in qualities])}
         row |= {FD: np.mean(distance), f"{FD}_sd": np.std(distance), f"{FD}_floor": floor}
-        row |= {"psnr_to_teacher_db": _mean_psnr(qualities, judged[TEACHER]) if key == "all" else None}
-        rows.append(_rounded({column: row[column] for column in QUALITY[key]}, digits=2))
+        row |= {"psnr_to_teacher_db": _mean_psnr(qualities, judged[baseline]), **passes} if baseline else {}
+        rows.append(_rounded(row, digits=2))
     return rows
+
+
+def _aligned(alignments: list[dict[str, Proportion | Score]], key: str, name: str = "") -> dict[str, float]:
+    """Mean and deviation of the alignment that counts over seeds, shares in per cent; nothing where there is none.
+
+    Shares are in the columns `name`_percent and `name`_sd, by default those of the attribute that counts.
+    """
+    if not key:
+        return {}
+    values = [alignment[key].value for alignment in alignments]
+    if key == "clip":
+        return {COLUMNS[key]: np.mean(values), f"{COLUMNS[key]}_sd": np.std(values)}
+    name, shares = name or COLUMNS[key], [100 * value for value in values]
+    return {f"{name}_percent": np.mean(shares), f"{name}_sd": np.std(shares)}
 
 
 def _mean_psnr(qualities: list[Quality], teacher: list[Quality]) -> float | None:
@@ -127,8 +162,11 @@ def _mean_psnr(qualities: list[Quality], teacher: list[Quality]) -> float | None
 
 
 def _rounded(row: dict, digits: int) -> dict:
-    """A row with its floats rounded, and no negative zero among them."""
-    return {name: round(float(v), digits) + 0.0 if isinstance(v, float) else v for name, v in row.items()}
+    """A row with its floats rounded, a cosine to four digits, and no negative zero among them."""
+    return {
+        name: round(float(v), 4 if name.startswith(COLUMNS["clip"]) else digits) + 0.0 if isinstance(v, float) else v
+        for name, v in row.items()
+    }
 
 
 # ---------------------------------------------------------------------------------------------- more measures
@@ -137,30 +175,29 @@ def _rounded(row: dict, digits: int) -> dict:
 class ImageSet(NamedTuple):
     """What a notebook left to measure: images (n, h, w, 3) uint8 of each method and seed, and its table's rows."""
 
-    images: dict[str, list[np.ndarray]]
+    images: dict[str, list[np.ndarray | Pictures]]
     rows: dict[str, dict]  # of the notebook's table of quality, by method
     prompts: Prompts
-    reference: np.ndarray  # real images (n, h, w, 3) uint8
-    key: str  # the alignment that counts
+    reference: np.ndarray | Pictures  # real images (n, h, w, 3) uint8
+    align: Aligner
+    key: str  # the alignment that counts; "" where there is none
     baseline: str  # the method that fidelity is to
 
 
-def image_sets(settings: Settings) -> dict[str, ImageSet]:
+def image_sets(settings: Settings, device: str = "cpu") -> dict[str, ImageSet]:
     """The images of notebooks 02 and 03 by the name of their set. Raises FileNotFoundError where one was not run."""
     folder, results = run_dir(settings), figures_dir(settings)
-    scenes = (
-        scene_prompts(settings.style, "test", settings.eval_prompts, settings.seed),
-        drawn(settings.style, "test", 1000, settings.seed + 1),
-    )
-    captioned = held_out(settings.flickr_8k, "test", settings.eval_prompts, settings)
     sets = {}
-    for name, notebook, held, key, baseline in (
-        ("guided distillation", "02_guided_distillation", scenes, "all", TEACHER),
-        ("few steps", "03_lcm_lora_flickr", captioned, "content", BASE),
+    for name, notebook, source, key, baseline in (
+        ("guided distillation", "02_guided_distillation", settings.data, "all", TEACHER),
+        ("few steps", "03_lcm_lora_flickr", settings.flickr_8k, "content", BASE),
     ):
         images = load_images(folder, notebook)
         rows = {row["method"]: row for row in read_table(results / f"{notebook[:2]}_quality.csv")}
-        sets[name] = ImageSet(images, rows, *held, key, baseline)
+        prompts, reference = held_out(source, "test", settings.eval_prompts, settings)
+        align = aligner(prompts, settings.clip, device, settings.eval_batch)
+        key = key if prompts.scenes else "clip" if settings.clip else ""
+        sets[name] = ImageSet(images, rows, prompts, reference, align, key, baseline)
     return sets
 
 
@@ -173,36 +210,31 @@ def measure_rows(
     features = {method: [judge.features(images) for images in seeds] for method, seeds in found.images.items()}
     rows = []
     for method, seeds in found.images.items():
-        pairs = zip(seeds, features[method], strict=True)
-        measured = _means([_measures(*pair, found, judge, seed) for pair in pairs])
+        measured = _means([_measures(one, judge, seed) for one in features[method]])
+        alignment = _aligned([found.align(images) for images in seeds], found.key, "alignment")
         row = {"set": name, "method": method, "n": len(seeds[0]), "seeds": len(seeds)}
         row |= {"trainings": found.rows[method]["trainings"], "reference_n": len(judge.reference)}
         row |= {"unet_passes": found.rows[method]["unet_passes"]}
-        row |= {column: measured.pop(column) for column in ("alignment_percent", "alignment_sd", FD, f"{FD}_sd")}
+        row |= {**alignment, **{column: measured.pop(column) for column in (FD, f"{FD}_sd")}}
         row |= {f"{FD}_floor": floor, **measured, **_likeness(method, found, features)}
         rows.append(_rounded(row, digits=4))
     return rows
 
 
-def _measures(
-    images: np.ndarray, features: Features, found: ImageSet, judge: FrechetDistance, seed: int
-) -> dict[str, float | None]:
-    """All measures of the images of one seed, by column; no alignment for photographs."""
+def _measures(features: Features, judge: FrechetDistance, seed: int) -> dict[str, float]:
+    """All measures of the features of one seed's images, by column."""
     scores = compare(features, judge.reference, seed=seed)
     scores[f"IS-{EXTRACTOR}"] = inception_score(features, splits=IS_SPLITS)
-    scenes = found.prompts.scenes
-    alignment = 100 * prompt_alignment(images, scenes)[found.key].value if scenes else None
     named = (("fd", "FD"), ("kid", "KID"), ("is", "IS"), ("precision", "precision"), ("recall", "recall"))
-    columns = {f"{column}_efficientnet_lite0": scores[f"{measure}-{EXTRACTOR}"].value for column, measure in named}
-    return {"alignment_percent": alignment, **columns}
+    return {f"{column}_efficientnet_lite0": scores[f"{measure}-{EXTRACTOR}"].value for column, measure in named}
 
 
-def _means(measured: list[dict[str, float | None]]) -> dict[str, float | None]:
+def _means(measured: list[dict[str, float]]) -> dict[str, float]:
     """Means and deviations over seeds, in the columns `name` and `name_sd`."""
     row = {}
-    for column, first in measured[0].items():
-        values = None if first is None else [one[column] for one in measured]
-        row |= {column: values and np.mean(values), sd_column(column): values and np.std(values)}
+    for column in measured[0]:
+        values = [one[column] for one in measured]
+        row |= {column: np.mean(values), sd_column(column): np.std(values)}
     return row
 
 
@@ -245,7 +277,8 @@ def distance_rows(measured: list[dict]) -> list[dict]:
 def speed_rows(times: list[dict]) -> list[dict]:
     """The slides' Figure 2 and ours beside it: the guided teacher and LCM-LoRA as deployed, on one thread."""
     here = {row["method"]: row for row in times if row["deployed"] and row["threads"] == 1}
-    base, fast = here[TEACHER]["seconds_an_image"], here["LCM-LoRA 8k"]["seconds_an_image"]
+    fast = next(row["seconds_an_image"] for method, row in here.items() if method.startswith("LCM-LoRA "))
+    base = here[TEACHER]["seconds_an_image"]
     return [
         {"source": f"{source}, {seconds['base'] / seconds['LCM-LoRA']:.1f} times", "method": method, "seconds": value}
         for source, seconds in (("slides", SLIDES_SECONDS), ("here", {"base": base, "LCM-LoRA": fast}))
@@ -253,26 +286,35 @@ def speed_rows(times: list[dict]) -> list[dict]:
     ]
 
 
-FRONT = {
-    "guided distillation": {"LoRA student": "LoRA student", "full copy": "full copy", "half guided": "half guided",
-                            "no guidance": "DDIM, one pass"},
-    "few steps": {"LCM": "LCM, all weights", "LCM-LoRA 30k": "LCM-LoRA 30k",
-                  "fine-tuned, rank 16": "fine-tuned, rank 16"},
-}  # fmt: skip
+UNTRAINED = ("half guided", "no guidance")
 
 
-def front_rows(curves: list[dict], sets: dict[str, ImageSet]) -> list[dict]:
+def front_rows(curves: list[dict], sets: dict[str, ImageSet], solver: str) -> list[dict]:
     """Content against UNet passes of every method: the `passes_rows` of notebook 03, and points of one seed.
 
-    The points are of methods that the curves lack, by the name of their curve in FRONT; photographs have none.
+    The points are of methods that the curves lack, of sets whose alignment is the curves'. `solver` is the name of the
+    multi-step sampler: the teacher is the last point of its guided curve.
     """
-    rows = [{**row, "method": "DDIM, guided" if row["method"] == "teacher" else row["method"]} for row in curves]
-    for name, methods in FRONT.items():
-        found = sets[name]
-        for method, label in methods.items():
-            if found.prompts.scenes and method in found.images:
-                share = prompt_alignment(found.images[method][0], found.prompts.scenes)["content"]
-                passes = found.rows[method]["unet_passes"]
-                trained = label not in ("half guided", "DDIM, one pass")
-                rows += passes_rows({label: {passes: share}}, [label] if trained else [])
+    guided, single = f"{solver}, guided", f"{solver}, one pass"
+    rows = [{**row, "method": guided if row["method"] == "teacher" else row["method"]} for row in curves]
+    there = {row["method"] for row in rows}
+    for found in sets.values():
+        for method in (name for name in _front_names(found) if name in found.images and name not in there):
+            score = found.align(found.images[method][0]).get("clip" if found.key == "clip" else "content")
+            column = COLUMNS["clip" if found.key == "clip" else "content"]
+            if score is not None and column in rows[0]:
+                label = single if method == "no guidance" else _front_names(found)[method]
+                rows.append(
+                    {"method": label, "unet_passes": found.rows[method]["unet_passes"], column: score.value,
+                     **score.columns, "trained": method not in UNTRAINED}
+                )  # fmt: skip
     return sorted(rows, key=lambda row: row["unet_passes"])
+
+
+def _front_names(found: ImageSet) -> dict[str, str]:
+    """The methods of a set that are points of the front, and their names there."""
+    if found.baseline == TEACHER:
+        return {name: name for name in ("LoRA student", "full copy", *UNTRAINED)}
+    loras = [name for name in found.images if name.startswith("LCM-LoRA ")]
+    tuned = [name for name in found.images if name.startswith("fine-tuned, rank ")][-1:]
+    return {"LCM": "LCM, all weights", **{name: name for name in (*loras[1:], *tuned)}}

@@ -79,9 +79,9 @@ def _embeds(pipe: StableDiffusionPipeline, sampler: Sampler, prompts: list[str])
     return encode_prompts(pipe, prompts), encode_prompts(pipe, [""]) if sampler.guidance_scale != 1 else None
 
 
-def thread_counts() -> list[int]:
-    """The numbers of threads to time on: one, and as many as PyTorch has."""
-    return sorted({1, torch.get_num_threads()})
+def thread_counts(device: str | torch.device = "cpu") -> list[int]:
+    """The numbers of threads to time on: one, and as many as PyTorch has; on a GPU one, for they do not count there."""
+    return sorted({1, torch.get_num_threads()}) if torch.device(device).type == "cpu" else [1]
 
 
 def time_runtimes(
@@ -90,7 +90,8 @@ def time_runtimes(
     """`time_samplers` of each runtime's contestants at each of `thread_counts`, by runtime and threads."""
     timings = {}
     for name, entered in contestants.items():
-        for count in thread_counts():
+        device = next(iter(entered.values()))[0].device
+        for count in thread_counts(device):
             with threads(count):
                 timings[name, count] = time_samplers(entered, prompts, repeats)
     return timings
@@ -175,7 +176,7 @@ def unet_rows(
     """
     rows = []
     for name, pipe in pipes.items():
-        for count in thread_counts():
+        for count in thread_counts(pipe.device):
             with threads(count):
                 seconds = time_unet(pipe, batch_sizes, repeats)
             rows += [

@@ -192,7 +192,7 @@ def _training(scheme: Training, setup: Setup, unet: Callable[..., UNet]) -> Iter
         moving = {"activations": setup.batch * width * block.moving, "gradients": precision.trained.itemsize * done}
         yield _add_up(static, live, again, moving)
         done += block.trained
-    # AdamW: all gradients in float32, and square roots of all second moments, which the 8-bit kernel does without
+    # AdamW: all gradients in float32, and in its foreach form the square roots of all second moments
     yield _add_up(static, {"gradients": 4 * done, "activations": 4 * done * (setup.optimizer == "adamw")})
 
 

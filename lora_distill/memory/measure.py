@@ -151,7 +151,7 @@ def track(scheme: Scheme, setup: Setup, unet_config: Mapping[str, Any], *batches
     peaks = []
     with cuda_autocast(), Tracker() as tracker:
         step = prepare(scheme, setup, unet_config, "cpu")
-        _assign(step, tracker)
+        assign(step, tracker)
         for batch in batches or (setup.batch,):
             tracker.reset()
             step(batch)
@@ -159,7 +159,7 @@ def track(scheme: Scheme, setup: Setup, unet_config: Mapping[str, Any], *batches
     return peaks
 
 
-def _assign(step: Step, tracker: Tracker) -> None:
+def assign(step: Step, tracker: Tracker) -> None:
     """Say what weights, A and B and AdamW's states are; and gradients, which are activations until accumulated."""
     named = [pair for unet in step.unets for pair in unet.named_parameters()]
     tracker.assign((p for name, p in named if "lora_" not in name), "weights")

@@ -139,10 +139,15 @@ def _paths(
     return {batch: cache_dir / f"{way.__name__}-{key}.json" for batch, key in keys.items()}
 
 
+def is_cached(way: Way, name: str, setup: Setup, batches: Sequence[int], config: Config, cache_dir: Path) -> bool:
+    """Whether `peaks` of the same would only read."""
+    return all(path.exists() for path in _paths(way, name, setup, batches, config, cache_dir).values())
+
+
 def fill_cache(cases: Iterable[Case], device: str, cache_dir: Path) -> None:
     """Run what `compare` will read, in two processes: a simulation is plain Python and takes one core."""
     jobs = [(way, *case) for case in cases for way in ((simulate, track) if _tracks(device, case[-1]) else (simulate,))]
-    jobs = [job for job in jobs if not all(path.exists() for path in _paths(*job, cache_dir).values())]
+    jobs = [job for job in jobs if not is_cached(*job, cache_dir)]
     if jobs:
         with ProcessPoolExecutor(2, get_context("spawn"), initializer=_start) as pool:
             done = as_completed([pool.submit(peaks, *job, cache_dir) for job in jobs])

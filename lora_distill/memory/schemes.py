@@ -95,7 +95,7 @@ class Setup:
     resolution: int = 512  # pixels; a latent has an eighth of it
     checkpointing: bool = False
     precision: str | None = None
-    optimizer: Literal["adamw", "adamw-8bit"] = "adamw"
+    optimizer: Literal["adamw", "adamw-fused", "adamw-8bit"] = "adamw"  # in its foreach form, in one kernel, in 8 bits
     quantised_base: Literal["none", "int8", "nf4"] = "none"  # frozen linear layers only, as bitsandbytes does
 
 
@@ -131,7 +131,7 @@ def check(scheme: Scheme, setup: Setup, config: dict) -> None:
         raise ValueError(f"rank: must be at least 1, got {scheme.rank}")
     _one_of("targets", scheme.targets, TARGETS)
     _one_of("precision", setup.precision or scheme.precision, PRECISIONS)
-    _one_of("optimizer", setup.optimizer, ("adamw", "adamw-8bit"))
+    _one_of("optimizer", setup.optimizer, ("adamw", "adamw-fused", "adamw-8bit"))
     _one_of("quantised_base", setup.quantised_base, ("none", "int8", "nf4"))
 
 

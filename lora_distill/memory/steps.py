@@ -43,7 +43,7 @@ def prepare(scheme: Scheme, setup: Setup, unet_config: Mapping[str, Any], device
     Raises ValueError for what no run can use, and for settings that only the account knows.
     """
     schemes.check(scheme, setup, unet_config)
-    if setup.optimizer != "adamw" or setup.quantised_base != "none":
+    if setup.optimizer == "adamw-8bit" or setup.quantised_base != "none":
         raise ValueError("an 8-bit optimizer and a quantised base are settings of the account alone")
     precision = schemes.precision_of(scheme, setup)
     zeros = partial(torch.zeros, dtype=torch.float32 if precision.autocast else precision.frozen, device=device)
@@ -62,7 +62,7 @@ def prepare(scheme: Scheme, setup: Setup, unet_config: Mapping[str, Any], device
     objective = _objective(scheme, student, teacher, empty_embeds)
     schedule = Schedule(1, setup.batch, 1e-4, mixed_precision="bf16" if precision.autocast else "no")
     step = TrainingStep(objective, schedule, device)
-    _like_a_gpus_adamw(step)
+    _ready_adamw(step, fused=setup.optimizer == "adamw-fused")
     return Step(step, inputs, [student] if teacher is student else [student, teacher], step)
 
 
@@ -73,7 +73,6 @@ def _inputs(zeros: Callable[..., Tensor], channels: int, side: int, empty_embeds
         "eps": zeros(batch, channels, side, side),
         "timesteps": torch.zeros(batch, dtype=torch.long, device=empty_embeds.device),
         "guidance_scale": zeros(batch),
-        "inside": torch.arange(batch, device=empty_embeds.device),
         "prompt_embeds": zeros(batch, *empty_embeds.shape[1:]),
         "empty_embeds": empty_embeds,
     }
@@ -102,12 +101,13 @@ def _objective(scheme: Training, student, teacher, empty_embeds: Tensor) -> nn.M
     return ConsistencyDistillation(student, teacher, scheduler, empty_embeds)
 
 
-def _like_a_gpus_adamw(step: TrainingStep) -> None:
-    """Foreach, as AdamW takes it on a GPU by itself; and states, which its first step would make after the peak."""
-    step.adamw.param_groups[0]["foreach"] = True
+def _ready_adamw(step: TrainingStep, fused: bool) -> None:
+    """AdamW in one kernel, or foreach; and its states, which the first step would make after the peak."""
+    step.adamw.param_groups[0] |= {"fused": fused, "foreach": not fused}
     for master in step.masters.values():
         moments = {"exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}
-        step.adamw.state[master] = {"step": torch.tensor(0.0), **moments}
+        count = torch.zeros((), device=master.device if fused else "cpu")
+        step.adamw.state[master] = {"step": count, **moments}
 
 
 # ---------------------------------------------------------------------------------------------- forward passes

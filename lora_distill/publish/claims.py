@@ -13,7 +13,7 @@ import pandas
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from lora_distill.publish.rules import NOT_REPRODUCED, PARTLY, REPRODUCED, RULES, TOO_COARSE
+from lora_distill.publish.rules import NOT_REPRODUCED, PARTLY, REPRODUCED, RULES, UNTOLD
 from lora_distill.settings import PACKAGE, results_folders
 
 CLAIMS = PACKAGE / "assets" / "claims.yaml"
@@ -24,6 +24,13 @@ WORKS = {
     "slides": "Enhancing Image Generation with LCM LoRA Distillation",
     "readers": "What readers of both ask for",
 }
+
+
+CONDITIONS = {  # columns of tables that `measure` writes
+    "machine": ("machine",), "precision": ("dtype", "precision"), "runtime": ("runtime",), "batch": ("batch",),
+    "resolution": ("resolution",),
+}  # fmt: skip
+CONDITION_TEXTS = {"batch": "batch {}", "resolution": "{} px"}
 
 
 class ClaimsError(ValueError):
@@ -126,8 +133,9 @@ def judge(claim: Claim, folder: Path) -> Verdict:
         verdict, here = RULES[claim.id](**quantities)
     except ArithmeticError as error:
         raise ClaimsError(f"claim {claim.id}: {error}") from None
-    if verdict == TOO_COARSE:
-        return Verdict(claim, quantities, NOT_TESTABLE, f"{here}: {TOO_COARSE}")
+    here += conditions(claim, folder)
+    if verdict in UNTOLD:
+        return Verdict(claim, quantities, NOT_TESTABLE, f"{here}: {verdict}")
     return Verdict(claim, quantities, verdict, here)
 
 
@@ -142,8 +150,10 @@ def measure(quantity: Quantity, folder: Path) -> float | list[float]:
     Raises `Missing` when the table, the row or the value is not there, `ClaimsError` when the table is malformed.
     """
     path, table = _read(quantity, folder)
-    if unknown := {*quantity.where, quantity.column} - set(table.columns):
+    if unknown := quantity.where.keys() - set(table.columns):
         raise ClaimsError(f"{path} has no column {min(unknown)!r}; it has {', '.join(map(str, table.columns))}")
+    if quantity.column not in table.columns:  # of photographs there is no reader's verdict, and without CLIP no cosine
+        raise Missing(f"no {quantity.column} in {path.name}")
     for column, value in quantity.where.items():
         table = table[table[column] == value]
     place = ", ".join(f"{column} {value}" for column, value in quantity.where.items())
@@ -160,6 +170,26 @@ def measure(quantity: Quantity, folder: Path) -> float | list[float]:
     if len(values) > 1:
         raise ClaimsError(f"{path}: {len(values)} rows for {place}; one was expected")
     return float(values.iloc[0])
+
+
+def conditions(claim: Claim, folder: Path) -> str:
+    """Machine, precision, runtime, batch and size of what a claim rests on, in brackets; empty for other tables than
+    those that `measure` writes."""
+    found: dict[str, set[str]] = {kind: set() for kind in CONDITIONS}
+    for quantity in claim.measured.values():
+        _, table = _read(quantity, folder)
+        if "machine" not in table.columns:
+            continue
+        for column, value in quantity.where.items():
+            table = table[table[column] == value]
+        for kind, columns in CONDITIONS.items():
+            for column in set(columns) & set(table.columns):
+                found[kind] |= {str(value) for value in table[column]}
+    texts = {
+        kind: ", ".join(sorted(values, key=lambda text: (len(text), text))) for kind, values in found.items() if values
+    }
+    parts = [CONDITION_TEXTS.get(kind, "{}").format(text) for kind, text in texts.items()]
+    return f" [{'; '.join(parts)}]" if parts else ""
 
 
 def summary(verdicts: list[Verdict]) -> str:

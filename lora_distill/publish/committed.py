@@ -15,8 +15,8 @@ from lora_distill.storage import atomic_write
 IN_NOTEBOOKS = "cpu"  # the profile whose outputs the committed notebooks hold
 IN_README = "full"  # the profile whose results the README states
 KINDS = {".svg", ".png", ".csv", ".json"}
-# Tables that the command `memory` writes, and no notebook.
-OF_MEMORY = ("01_memory_*", "01_flops.csv")
+# What the commands `memory` and `measure` write, and no notebook.
+OF_MEMORY = ("01_memory_*", "01_flops.csv", "01_measured_*")
 
 
 def publish(profile: str | Path) -> list[Path]:
@@ -107,7 +107,7 @@ def copy_figures(source: Path, names: set[str]) -> Path:
             shutil.copyfile(path, target / path.name)
     if (source / PROVENANCE).exists():
         provenance = read_provenance(source)
-        write_provenance(target, {name: made for name, made in provenance.items() if f"{name}.svg" in names})
+        write_provenance(target, {name: made for name, made in provenance.items() if f"{name}.svg" in names | kept})
     return target
 
 

@@ -18,6 +18,7 @@ from lora_distill.settings import ENOUGH_PROMPTS, PACKAGE, Settings, figures_dir
 from lora_distill.storage import atomic_write, device_name, git_commit, read_table, table_text
 
 STYLE = PACKAGE / "assets" / "figures.mplstyle"
+THUMBNAIL = 128  # pixels, as a grid shows a picture at most an inch wide
 PROVENANCE = "provenance.json"  # of a profile's figures: what made the results that they show
 NO_DATES = {"pdf": {"CreationDate": None, "Creator": None, "Producer": None}, "svg": {"Date": None, "Creator": None}}
 
@@ -131,7 +132,10 @@ def grid_rows(labels: list[str], captions: list[str]) -> list[dict]:
 
 
 def image_sheet(images: np.ndarray, lines: int) -> bytes:
-    """Images (n, h, w, 3) uint8 side by side in so many lines, as PNG."""
+    """Images (n, h, w, 3) uint8 side by side in so many lines, as PNG; larger ones are shrunk to a side of 128 px."""
+    if (longest := max(images.shape[1:3])) > THUMBNAIL:
+        size = tuple(round(side * THUMBNAIL / longest) for side in images.shape[2:0:-1])
+        images = np.stack([np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX)) for image in images])
     n, h, w, _ = images.shape
     sheet = images.reshape(lines, n // lines, h, w, 3).transpose(0, 2, 1, 3, 4).reshape(lines * h, -1, 3)
     buffer = io.BytesIO()

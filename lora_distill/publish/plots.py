@@ -11,15 +11,17 @@ from matplotlib.ticker import LogLocator
 
 from lora_distill.publish import plots_memory
 from lora_distill.publish.style import (
+    ALIGNMENTS,
     REFERENCE,
     STYLES,
     WIDTH,
     Rows,
+    alignment_of,
     column,
     grouped,
     image_grid,
     loss_by_method,
-    share_with_interval,
+    value_with_interval,
 )
 
 STAGES = {"vae_crops": "VAE, crops", "vae_images": "VAE, images", "text_encoder": "text encoder", "unet": "UNet"}
@@ -49,7 +51,7 @@ def alignment_against_guidance(rows: Rows) -> Figure:
     figure, ax = plt.subplots(figsize=(WIDTH, 2.4))
     sampled = [row for row in rows if row["guidance_scale"] is not None]
     for attribute, points in grouped(sampled, "attribute").items():
-        share_with_interval(ax, points, "guidance_scale", "correct", label=attribute)
+        value_with_interval(ax, points, "guidance_scale", "correct", label=attribute)
     for row in rows:
         if row["guidance_scale"] is None:
             ax.axhline(100 * row["correct"], label=row["attribute"], **REFERENCE)
@@ -63,15 +65,16 @@ def alignment_against_guidance(rows: Rows) -> Figure:
 
 def quality_against_guidance(rows: Rows) -> Figure:
     """Alignment and distance to real images against w; the teacher's w is dotted."""
-    figure, (ax, ax_fd) = _quality_panels("guidance scale w")
-    share_with_interval(ax, rows, "guidance_scale", "all_correct")
+    figure, ax, ax_fd = _quality_panels("guidance scale w", rows)
     distance, low, high = (column(rows, f"fd_efficientnet_lite0{end}") for end in ("", "_low", "_high"))
     spread = (distance - low, high - distance)
     ax_fd.errorbar(column(rows, "guidance_scale"), distance, spread, color="C1", marker="s")
-    for panel in (ax, ax_fd):
+    if ax:
+        value_with_interval(ax, rows, "guidance_scale", alignment_of(rows))
+        ax.set_ylim(top=ALIGNMENTS[alignment_of(rows)][2])
+    for panel in figure.axes:
         panel.axvline(rows[0]["teacher_guidance_scale"], color="0.5", linestyle=":", linewidth=1, label="teacher's w")
-    ax.set_ylim(top=101)
-    ax.legend(loc="lower right")
+    figure.axes[0].legend(loc="lower right")
     return figure
 
 
@@ -94,27 +97,36 @@ def quality_against_steps(rows: Rows) -> Figure:
 
     The band is the 95 % interval of the teacher's distance over its images; that of each point is about as wide.
     """
-    figure, (ax, ax_fd) = _quality_panels("training step")
+    figure, ax, ax_fd = _quality_panels("training step", rows)
+    aligned = alignment_of(rows)
+    _, factor, top = ALIGNMENTS[aligned]
     for method, points in grouped(rows, "method").items():
         if points[0]["step"] is None:
-            ax.axhline(100 * points[0]["all_correct"], label=method, **REFERENCE)
             ax_fd.axhline(points[0]["fd_efficientnet_lite0"], **REFERENCE)
             band = (points[0]["fd_efficientnet_lite0_low"], points[0]["fd_efficientnet_lite0_high"])
             ax_fd.axhspan(*band, color="0.9", zorder=0, label="95 % interval of the teacher's")
         else:
-            share_with_interval(ax, points, "step", "all_correct", label=method)
-            ax_fd.plot(column(points, "step"), column(points, "fd_efficientnet_lite0"))
-    ax.set_ylim(top=101)
-    ax.legend(loc="lower right")
+            ax_fd.plot(column(points, "step"), column(points, "fd_efficientnet_lite0"), label=None if ax else method)
+        if ax and points[0]["step"] is None:
+            ax.axhline(factor * points[0][aligned], label=method, **REFERENCE)
+        elif ax:
+            value_with_interval(ax, points, "step", aligned, label=method)
+    if ax:
+        ax.set_ylim(top=top)
+        ax.legend(loc="lower right")
     ax_fd.legend(loc="lower center", fontsize=7)
     return figure
 
 
-def _quality_panels(xlabel: str) -> tuple[Figure, tuple[Axes, Axes]]:
-    figure, (ax, ax_fd) = plt.subplots(1, 2, figsize=(WIDTH, 2.5))
-    ax.set(xlabel=xlabel, ylabel="all correct, %", title="alignment")
-    ax_fd.set(xlabel=xlabel, ylabel="FD-EfficientNet-Lite0", title="distance to real images")
-    return figure, (ax, ax_fd)
+def _quality_panels(xlabel: str, rows: Rows) -> tuple[Figure, Axes | None, Axes]:
+    """A panel of alignment, where there is one, and a panel of distance."""
+    aligned = alignment_of(rows)
+    figure, axes = plt.subplots(1, 2 - aligned.startswith("fd_"), figsize=(WIDTH, 2.5), squeeze=False)
+    *first, last = axes[0]
+    last.set(xlabel=xlabel, ylabel="FD-EfficientNet-Lite0", title="distance to real images")
+    for ax in first:
+        ax.set(xlabel=xlabel, ylabel=ALIGNMENTS[aligned][0], title="alignment")
+    return figure, first[0] if first else None, last
 
 
 # -------------------------------------------------------------------------------------------------------- 03: few steps
@@ -126,21 +138,23 @@ def consistency_loss(rows: Rows) -> Figure:
 
 
 def content_against_passes(rows: Rows) -> Figure:
-    """Content correct against UNet evaluations: trained models solid, samplers of the base dotted.
+    """What counts against UNet evaluations: trained models solid, samplers of the base dotted.
 
     A method of a single point is the guided teacher, a dashed line.
     """
     figure, ax = plt.subplots(figsize=(WIDTH, 2.8))
+    aligned = alignment_of(rows)
+    name, factor, top = ALIGNMENTS[aligned]
     for method, points in grouped(rows, "method").items():
         if len(points) == 1:
             label = f"{method}, {points[0]['unet_passes']} evaluations"
-            ax.axhline(100 * points[0]["content"], label=label, **REFERENCE)
+            ax.axhline(factor * points[0][aligned], label=label, **REFERENCE)
         else:
             style = {"linestyle": "-" if points[0]["trained"] else ":", **STYLES.get(method, {})}
-            share_with_interval(ax, points, "unet_passes", "content", label=method, **style)
+            value_with_interval(ax, points, "unet_passes", aligned, label=method, **style)
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter("{x:g}")
-    ax.set(xlabel="UNet evaluations an image", ylabel="content correct, %", ylim=(0, 102))
+    ax.set(xlabel="UNet evaluations an image", ylabel=name, ylim=(0, top) if top else None)
     ax.legend(fontsize=7)
     return figure
 
@@ -199,18 +213,21 @@ def pareto_front(rows: Rows) -> Figure:
     grey steps.
     """
     figure, ax = plt.subplots(figsize=(WIDTH, 3.8))
+    aligned = alignment_of(rows)
+    name, factor, top = ALIGNMENTS[aligned]
+    better = min if aligned.startswith("fd_") else max
     methods = grouped(rows, "method")
     for index, (method, points) in enumerate(methods.items()):
         aside = 2 ** (0.015 * (index - len(methods) / 2))  # points of one number of evaluations stand side by side
         shifted = [{**row, "unet_passes": aside * row["unet_passes"]} for row in points]
         style = {"linestyle": "-" if points[0]["trained"] else ":", "elinewidth": 0.9, **STYLES.get(method, {})}
-        share_with_interval(ax, shifted, "unet_passes", "content", label=method, **style)
+        value_with_interval(ax, shifted, "unet_passes", aligned, label=method, **style)
     ordered = sorted(rows, key=lambda row: row["unet_passes"])
-    best = [100 * max(r["content"] for r in ordered if r["unet_passes"] <= row["unet_passes"]) for row in ordered]
+    best = [factor * better(r[aligned] for r in ordered if r["unet_passes"] <= row["unet_passes"]) for row in ordered]
     ax.step(column(ordered, "unet_passes"), best, where="post", color="0.8", linewidth=5, zorder=0, marker="")
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter("{x:g}")
-    ax.set(xlabel="UNet evaluations an image", ylabel="content correct, %", ylim=(0, 103))
+    ax.set(xlabel="UNet evaluations an image", ylabel=name, ylim=(0, top + 1) if top else None)
     figure.legend(*ax.get_legend_handles_labels(), fontsize=6.5, loc="outside lower center", ncols=4)
     return figure
 
@@ -311,7 +328,7 @@ class Plot(NamedTuple):
 KEPT = ("quality-kept", "alignment-kept", "distance-against-standard-distillation")
 MEMORY = ("memory-half-training", "memory-half-before-distillation", "conventional-raises-memory")
 INFERENCE = ("memory-half-inference",)
-SPEED = ("inference-time-40-percent",)
+SPEED = ("inference-time-40-percent", "inference-time-on-the-small-pipeline")
 FLICKR = ("finetune-fid-below-base", "lcm-lora-fid-above-base", "larger-data-better")
 FEW_STEPS = ("lcm-lora-alignment", "lcm-lora-against-untrained")
 OVER_BATCHES = ("time-over-batch-and-resolution", "lcm-lora-time-over-batch-and-resolution")
@@ -332,6 +349,8 @@ FIGURES = {
         "The account against simulation and measurement",
         ("memory-account-is-true", "conventional-raises-memory"),
     ),
+    "01_measured_memory": Plot(plots_memory.measured_peaks, "Measured peak memory of the architecture's steps", MEMORY),
+    "01_measured_seconds": Plot(plots_memory.measured_seconds, "Measured seconds an image of the architecture", SPEED),
     "02_guidance_curve": Plot(quality_against_guidance, "Quality against guidance"),
     "02_guidance_grid": Plot(image_grid, "The same noise at several guidance scales"),
     "02_difference": Plot(guidance_against_timestep, "What guidance adds, against the timestep"),

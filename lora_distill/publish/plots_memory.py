@@ -17,6 +17,9 @@ COLOURS = {
     "activations": "0.78",
 }
 
+MEASURED = ("account_gb", "simulation_gb", "measured_gb", "process_gb")
+PARTS = {"text_encoder": "text encoder", "unet": "UNet", "vae": "decoder"}
+
 
 def training_peaks(rows: Rows) -> Figure:
     """The peak of a training step by scheme and term, a panel a batch."""
@@ -78,6 +81,79 @@ def account_against_measurement(rows: Rows) -> Figure:
     ax.set(xlabel="peak simulated or measured, GB", ylabel="account is off by, %")
     ax.legend(loc="upper center", ncols=2)
     return figure
+
+
+def measured_peaks(rows: Rows) -> Figure:
+    """Measured peaks of one image beside account and simulation, a panel a device, size and precision, the largest."""
+    rows = [row for row in rows if row["batch"] == 1]
+    largest = max(row["resolution"] for row in rows)
+    panels = grouped([row | {"panel": _panel(row)} for row in rows if row["resolution"] == largest], "panel")
+    height = 0.8 + sum(0.4 + 0.2 * len(panel) for panel in panels.values())
+    ratios = {"height_ratios": [2 + len(panel) for panel in panels.values()]}
+    figure, axes = plt.subplots(len(panels), 1, figsize=(WIDTH, height), squeeze=False, gridspec_kw=ratios)
+    for ax, (title, panel) in zip(axes[:, 0], panels.items(), strict=True):
+        _measured_bars(ax, panel)
+        ax.set_title(title, loc="left")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    axes[-1, 0].set_xlabel("peak of a step, GB")
+    return figure
+
+
+def _panel(row: dict) -> str:
+    return f"{row['machine']}: {row['resolution']} px, batch {row['batch']}, {row['precision']}"
+
+
+def _measured_bars(ax: Axes, rows: Rows) -> None:
+    """A bar a scheme of its live tensors, within that of the whole process; account and simulation as marks."""
+    labels, places = [row["label"] for row in rows], np.arange(len(rows))
+    known = {key: np.array([row[key] or np.nan for row in rows], dtype=float) for key in MEASURED}
+    whole = "whole process" if rows[0]["device"] == "cpu" else "reserved by the allocator"
+    ax.barh(places, known["process_gb"], color="0.85", height=0.7, label=whole)
+    ax.barh(places, known["measured_gb"], color="C0", height=0.4, label="tensors, measured")
+    ax.plot(known["account_gb"], places, "|", color="black", markersize=9, label="on paper")
+    ax.plot(known["simulation_gb"], places, "x", color="C1", markersize=5, label="simulated")
+    for y, row in enumerate(rows):
+        if row["measured_gb"] is None:
+            ax.annotate("not measured", (0, y), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7)
+    ax.set(xlim=(0, 1.05 * np.nanmax(list(known.values()))))
+    ax.set_yticks(places, labels)
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+
+
+def measured_seconds(rows: Rows) -> Figure:
+    """Seconds of an image by part, a panel a device, dtype and way of measuring, and what each saves."""
+    rows = [row for row in rows if row["seconds_an_image"] and row["batch"] == 1]
+    panels = grouped([row | {"panel": _seconds_panel(row)} for row in rows], "panel")
+    height = 0.8 + sum(0.4 + 0.2 * len(panel) for panel in panels.values())
+    ratios = {"height_ratios": [2 + len(panel) for panel in panels.values()]}
+    figure, axes = plt.subplots(len(panels), 1, figsize=(WIDTH, height), squeeze=False, gridspec_kw=ratios)
+    for ax, (title, panel) in zip(axes[:, 0], panels.items(), strict=True):
+        _seconds_bars(ax, panel)
+        ax.set_title(title, loc="left")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    axes[-1, 0].set_xlabel("seconds an image")
+    return figure
+
+
+def _seconds_panel(row: dict) -> str:
+    return f"{row['machine']}: {row['resolution']} px, {row['dtype']}, {row['how']}"
+
+
+def _seconds_bars(ax: Axes, rows: Rows) -> None:
+    """A bar a sampler, of text encoder, UNet and decoder, with what it saves at its end."""
+    labels, left = [row["method"] for row in rows], np.zeros(len(rows))
+    for key, colour in (("text_encoder", "C2"), ("unet", "C0"), ("vae", "0.7")):
+        seconds = column(rows, f"{key}_seconds")
+        ax.barh(labels, seconds, left=left, color=colour, height=0.7, label=PARTS[key])
+        left += seconds
+    for y, (row, total) in enumerate(zip(rows, left, strict=True)):
+        saved = f" (−{row['saving_percent']:.0f} %)" if row["saving_percent"] else ""
+        text = f"{total:.3g}{saved}"
+        ax.annotate(text, (total, y), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7)
+    ax.set(xlim=(0, 1.2 * max(left)))
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
 
 
 def _stacked_bars(ax: Axes, schemes: Rows) -> None:

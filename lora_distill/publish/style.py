@@ -43,9 +43,23 @@ def column(rows: Rows, key: str) -> np.ndarray:
     return np.array([row[key] for row in rows])
 
 
-def share_with_interval(ax: Axes, rows: Rows, x: str, share: str, **style: Any) -> None:
-    """A curve of shares in per cent, with the interval of the columns `low` and `high` as error bars."""
-    values, low, high = (100 * column(rows, key) for key in (share, "low", "high"))
+ALIGNMENTS = {  # columns of what counts: what stands at the axis, the factor to its unit and the axis' end
+    "all_correct": ("all correct, %", 100, 101),
+    "content": ("content correct, %", 100, 102),
+    "clip_cosine": ("CLIP cosine", 1, None),
+    "fd_efficientnet_lite0": ("FD-EfficientNet-Lite0", 1, None),
+}
+
+
+def alignment_of(rows: Rows) -> str:
+    """The column of what counts in rows: a share of scenes, of photographs the cosine or else the distance."""
+    return next(name for name in ALIGNMENTS if name in rows[0])
+
+
+def value_with_interval(ax: Axes, rows: Rows, x: str, value: str, **style: Any) -> None:
+    """A curve of what counts in its unit, with the interval of the columns `low` and `high`, if any, as error bars."""
+    factor = ALIGNMENTS[value][1] if value in ALIGNMENTS else 100
+    values, low, high = (factor * column(rows, key).astype(float) for key in (value, "low", "high"))
     ax.errorbar(column(rows, x), values, np.abs([low - values, high - values]), **style)
 
 

@@ -1,7 +1,8 @@
 """The training loop: one for every objective; a resumed training equals an uninterrupted one, bit for bit.
 
-All random numbers of batch i come from a generator seeded with (seed, i, process). So a resumed training samples the
-same batches and noise, and a checkpoint needs no state of a generator.
+All random numbers of batch i come from a generator seeded with (seed, i). So a resumed training samples the same
+batches and noise, and a checkpoint needs no state of a generator. Several processes sample the same batch and each
+takes its rows: together they train what one process trains, up to rounding.
 """
 
 import json
@@ -9,7 +10,8 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,16 +19,19 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import GradientAccumulationPlugin, TorchDynamoPlugin
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lora_distill import processes
 from lora_distill.storage import DamagedFileError, atomic_write, load_tensors, resident_peak_mb, save_tensors
-from lora_distill.train.optimizer import MasterAdamW
+from lora_distill.train.optimizer import build_optimizer
 
 CHECKPOINT = "checkpoint.safetensors"  # of an unfinished training
 RESULT = "result.safetensors"  # of a finished one
 LOG = "log.jsonl"
+PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # of autocast
 Milestones = tuple[int, Callable[..., dict], str]  # every so many updates, what is measured, and a key of it
 
 
@@ -35,7 +40,7 @@ class Schedule:
     """The hyperparameters of a training; one step is one optimiser update."""
 
     steps: int
-    batch_size: int
+    batch_size: int  # images a forward pass, over all processes
     learning_rate: float
     seed: int = 0
     warmup_steps: int = 0
@@ -46,6 +51,7 @@ class Schedule:
     beta2: float = 0.999
     ema_decay: float = 0.0  # 0 is off
     mixed_precision: str = "no"
+    optimizer: str = "adamw"
     log_every: int = 10
     checkpoint_every: int = 500
 
@@ -58,9 +64,9 @@ class Schedule:
         return self.learning_rate * (self.final_learning_rate + (1 - self.final_learning_rate) * cosine)
 
 
-def step_generator(seed: int, step: int, process: int = 0) -> torch.Generator:
+def step_generator(seed: int, step: int) -> torch.Generator:
     """The generator, on the CPU, of all random numbers of one batch; `step` is the number of the batch."""
-    mixed = np.random.SeedSequence([seed, step, process]).generate_state(1, np.uint64)[0]
+    mixed = np.random.SeedSequence([seed, step, 0]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(mixed) >> 1)
 
 
@@ -76,116 +82,209 @@ def train(
 ) -> list[dict]:
     """Minimise `objective(batch) -> (loss, scalars)` over its trainable parameters; return the rows of the log.
 
-    `draw_batch(step, batch_size, generator)` samples a batch. With `milestones = (n, measure, key)` the dict
-    `measure(step)` is added to the log before the first step, after every n-th and after the last; `key` names all that
-    it depends on.
+    `draw_batch(step, batch_size, generator)` samples a batch: tensors with a row an image. With `milestones = (n,
+    measure, key)` the dict `measure(step)` is added to the log before the first step, after every n-th and after the
+    last; `key` names all that it depends on. Several processes each take their rows of the same batch; each calls
+    `measure`, which may share work among them, and the main one's numbers and files are kept.
 
     The trained parameters and the log are written to `folder`/result.safetensors. If that file exists, it is loaded and
     nothing is trained; else training goes on from the checkpoint in `folder`, if any. A damaged file is ignored with a
-    warning, one with other milestones than those asked for silently. Raises ValueError for one of another schedule.
+    warning, one with other milestones than those asked for silently. Raises ValueError for one of another schedule, for
+    a batch that the processes cannot share evenly, and for a loss that is not finite; nothing is saved then.
     """
     step = TrainingStep(objective, schedule, device)
     every, measure, measured = milestones or (0, None, None)
     result = _Result(step.parameters, schedule, measured, folder)
     if (log := result.restore()) is not None:
         return log
-    masters, adamw, main = step.masters, step.adamw, step.accelerator.is_main_process
-    decay = schedule.ema_decay
-    ema = EMAModel(masters.values(), decay=decay, use_ema_warmup=True, power=0.75) if decay else None
-    state = _State(masters, adamw, ema, step.accelerator.scaler, schedule, measured, folder)
+    average = _Average(step, objective, schedule.ema_decay) if schedule.ema_decay else None
+    state = _State(step, average, schedule, measured, folder)
     first_step, log = state.restore()
-    adamw.publish()
-    if ema:  # consistency distillation takes its target from the moving average
-        objective.moving_average = dict(zip(step.parameters, ema.shadow_params, strict=True))
+    step.adamw.publish()
+    if average:
+        average.hand_over()
 
-    progress = tqdm(total=schedule.steps, initial=first_step, desc=title, mininterval=2, file=sys.stdout, ncols=100)
+    rows, main = own_rows(schedule.batch_size), processes.is_main()
+    options = {"desc": title, "mininterval": 2, "file": sys.stdout, "ncols": 100, "disable": not main}
+    progress = tqdm(total=schedule.steps, initial=first_step, **options)
     if every and first_step == 0:
-        log.append({"step": 0, **measure(0)})
+        log.append({"step": 0, **_measured(measure, 0, None)})
     clock, images = time.perf_counter(), 0
     for update in range(first_step, schedule.steps):
-        adamw.param_groups[0]["lr"] = schedule.learning_rate_at(update)
+        step.adamw.param_groups[0]["lr"] = schedule.learning_rate_at(update)
         for part in range(schedule.gradient_accumulation):
-            number = update * schedule.gradient_accumulation + part
-            generator = step_generator(schedule.seed, number, step.accelerator.process_index)
-            loss, scalars = step(draw_batch(update, schedule.batch_size, generator))
-            images += schedule.batch_size * step.accelerator.num_processes
-        if ema:
-            ema.step(masters.values())
+            generator = step_generator(schedule.seed, update * schedule.gradient_accumulation + part)
+            batch = draw_batch(update, schedule.batch_size, generator)
+            loss, scalars = step({name: tensor[rows] for name, tensor in batch.items()})
+            images += schedule.batch_size
+        if average:
+            average.step()
         progress.update()
 
         done = update + 1
         if done % schedule.log_every == 0 or done == schedule.steps:
-            row = {"step": done, "loss": loss.item(), **{name: value.item() for name, value in scalars.items()}}
+            row = {"step": done, **step.over_processes({"loss": loss, **scalars})}
+            _check_loss(row["loss"], done)
             seconds = time.perf_counter() - clock
             row |= {"learning_rate": schedule.learning_rate_at(update), "images_per_s": round(images / seconds, 2)}
-            row |= {"peak_memory_mb": peak_memory_mb(step.accelerator.device)}
+            row |= {"peak_memory_mb": peak_memory_mb(step.device)}
             clock, images = time.perf_counter(), 0
-            log.append(row)
+            log.append(processes.agree(row))
             progress.set_postfix_str(f"loss {row['loss']:.4f}, {row['images_per_s']:.0f} images/s", refresh=False)
         if every and (done % every == 0 or done == schedule.steps):
-            log.append({"step": done, **_at_average(measure, done, ema, adamw)})
+            log.append({"step": done, **_measured(measure, done, average)})
             clock, images = time.perf_counter(), 0
-        if main and done % schedule.checkpoint_every == 0 and done < schedule.steps:
+        if done % schedule.checkpoint_every == 0 and done < schedule.steps:
             state.save(done, log)
     progress.close()
-    if ema:
-        ema.copy_to(adamw.masters)
-        adamw.publish()
-    if main:
-        result.save(log)
+    if average:
+        average.take_over()
+    _check_weights(step.parameters.values(), schedule.steps)
+    result.save(log)
+    step.free()
     return log
 
 
 class TrainingStep:
-    """The training step of one batch: forward, backward and, for the last batch of an update, clipping and AdamW."""
+    """The training step of one batch: forward, backward and, for the last batch of an update, clipping and AdamW.
+
+    The objective is moved to this process's device first, so that masters and moving average lie there too. Gradients
+    are averaged over the processes.
+    """
 
     def __init__(self, objective: nn.Module, schedule: Schedule, device: str | torch.device = "cpu"):
-        AcceleratorState._reset_state()  # else accelerate keeps the precision of the process's first training
-        self.accelerator = Accelerator(
-            mixed_precision=schedule.mixed_precision,
-            gradient_accumulation_steps=schedule.gradient_accumulation,
-            cpu=torch.device(device).type == "cpu",
-        )
-        self.max_grad_norm = schedule.max_grad_norm
+        self.accelerator = _accelerator(schedule, device)
+        self.device = self.accelerator.device
+        # what lies on the device is not moved: tensors without values, as memory/ has them, cannot be
+        if any(t.device != self.device for t in (*objective.parameters(), *objective.buffers())):
+            objective.to(self.device)
         self.parameters = {name: p for name, p in objective.named_parameters() if p.requires_grad}
-        self.adamw = MasterAdamW(
-            self.parameters.values(),
-            lr=schedule.learning_rate,
-            betas=(0.9, schedule.beta2),
-            weight_decay=schedule.weight_decay,
-        )
+        betas = (0.9, schedule.beta2)
+        options = {"lr": schedule.learning_rate, "betas": betas, "weight_decay": schedule.weight_decay}
+        self.adamw = build_optimizer(schedule.optimizer, self.parameters.values(), **options)
         # float32 parameters are their own masters
         self.masters = dict(zip(self.parameters, self.adamw.masters, strict=True))
-        # what lies on the device is not moved: tensors without values, as memory/ has them, cannot be
-        away = any(t.device != self.accelerator.device for t in (*objective.parameters(), *objective.buffers()))
-        self.model, self.optimizer = self.accelerator.prepare(objective, self.adamw, device_placement=[away, True])
+        self.autocast = PRECISIONS[schedule.mixed_precision]
+        # in fp16 small gradients vanish: the loss is scaled, and an update whose gradients overflow is left out
+        half = torch.float16 in {self.autocast, *(p.dtype for p in self.parameters.values())}
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
+        self.max_grad_norm = schedule.max_grad_norm
+        self.model = self.accelerator.prepare_model(objective, device_placement=False)
 
     def __call__(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Do the step; return the loss of the batch and its scalars."""
-        batch = {name: tensor.to(self.accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+        """Do the step; return the loss of this process's batch and its scalars."""
+        batch = {name: _on(self.device, tensor) for name, tensor in batch.items()}
         with self.accelerator.accumulate(self.model):
-            with self.accelerator.autocast():
+            with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
                 loss, scalars = self.model(batch)
-            self.accelerator.backward(loss)
+            self.accelerator.backward(self.scaler.scale(loss))
             if self.accelerator.sync_gradients:
-                self.accelerator.clip_grad_norm_(self.parameters.values(), self.max_grad_norm)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-        return loss, scalars
+                self._update()
+        return loss.detach(), scalars
+
+    def _update(self) -> None:
+        self.adamw.take_gradients()
+        self.scaler.unscale_(self.adamw)
+        nn.utils.clip_grad_norm_(self.masters.values(), self.max_grad_norm)
+        self.scaler.step(self.adamw)
+        self.scaler.update()
+        self.adamw.zero_grad()  # an update that the scaler left out has not dropped them
+
+    def over_processes(self, scalars: dict[str, Tensor]) -> dict[str, float]:
+        """The mean of each scalar over the processes. It waits for the device: the loop asks at logged steps only."""
+        values = torch.stack([value.detach().float() for value in scalars.values()])
+        return dict(zip(scalars, self.accelerator.reduce(values, "mean").tolist(), strict=True))
+
+    def free(self) -> None:
+        """Let go of the objective."""
+        self.model = None
+        self.accelerator.free_memory()
 
 
-def _at_average(call: Callable[[int], dict], step: int, ema: EMAModel | None, adamw: MasterAdamW) -> dict:
-    """`call(step)` with the weights that training would return now: those of the moving average, if there is one."""
-    if ema is None:
-        return call(step)
-    ema.store(adamw.masters)
-    ema.copy_to(adamw.masters)
-    adamw.publish()
-    try:
-        return call(step)
-    finally:
-        ema.restore(adamw.masters)
-        adamw.publish()
+def _accelerator(schedule: Schedule, device: str | torch.device) -> Accelerator:
+    """Accelerate's part: the device, gradients over processes and over parts of an update; no variable changes it.
+
+    Precision is ours: accelerate scales no loss of 16-bit weights, and none on a CPU.
+    """
+    AcceleratorState._reset_state()  # a variable of the shell may have given it a precision
+    on_cpu = torch.device(device).type == "cpu"
+    if processes.count() > 1:
+        processes.connect(on_cpu)
+    return Accelerator(
+        mixed_precision="no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=schedule.gradient_accumulation),
+        dynamo_plugin=TorchDynamoPlugin(backend="NO"),
+        cpu=on_cpu,
+    )
+
+
+def _on(device: torch.device, tensor: Tensor) -> Tensor:
+    """The tensor on the device; a GPU does not wait for it, which takes memory that the system does not move."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def own_rows(batch_size: int) -> slice:
+    """This process's rows of a batch. Raises ValueError when the processes cannot share it evenly."""
+    size, rest = divmod(batch_size, processes.count())
+    if rest:
+        raise ValueError(f"batch_size: expected a multiple of the {processes.count()} processes, got {batch_size}")
+    return slice(processes.index() * size, (processes.index() + 1) * size)
+
+
+class _Average:
+    """The moving average of the masters, and the objective's view of it in the parameters' dtype.
+
+    Consistency distillation takes its target from it. Cast once an update, it runs in 16 bits where the student does.
+    """
+
+    def __init__(self, step: TrainingStep, objective: nn.Module, decay: float):
+        self.masters, self.publish = list(step.masters.values()), step.adamw.publish
+        on_gpu = step.device.type == "cuda"
+        self.ema = EMAModel(self.masters, decay=decay, use_ema_warmup=True, power=0.75, foreach=on_gpu)
+        self.parameters, self.objective = step.parameters, objective
+
+    def step(self) -> None:
+        self.ema.step(self.masters)
+        self.hand_over()
+
+    def hand_over(self) -> None:
+        """Give the objective the average of now."""
+        pairs = zip(self.parameters.items(), self.ema.shadow_params, strict=True)
+        self.objective.moving_average = {name: shadow.to(p.dtype) for (name, p), shadow in pairs}
+
+    def take_over(self) -> None:
+        """Put the average in place of the trained weights."""
+        self.ema.copy_to(self.masters)
+        self.publish()
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Inside the block the weights are those that training would return now."""
+        self.ema.store(self.masters)
+        self.take_over()
+        try:
+            yield
+        finally:
+            self.ema.restore(self.masters)
+            self.publish()
+
+
+def _measured(measure: Callable[[int], dict], step: int, average: _Average | None) -> dict:
+    """The main process's `measure(step)` with the weights that training would return now."""
+    with average.in_place() if average else nullcontext():
+        return processes.agree(measure(step))
+
+
+def _check_loss(loss: float, step: int) -> None:
+    if not math.isfinite(loss):
+        raise ValueError(f"training stopped at step {step}: the loss is {loss}; a lower learning rate may help")
+
+
+def _check_weights(weights: Iterable[Tensor], step: int) -> None:
+    if not torch.stack([weight.isfinite().all() for weight in weights]).all():
+        raise ValueError(f"training stopped at step {step}: weights are not finite; a lower learning rate may help")
 
 
 def peak_memory_mb(device: torch.device) -> float | None:
@@ -201,14 +300,25 @@ def peak_memory_mb(device: torch.device) -> float | None:
 def _restored(path: Path, schedule: Schedule, measured: str | None) -> tuple[dict[str, Tensor], dict] | None:
     """Tensors and metadata of a file; None if it does not exist, lacks the milestones or, with a warning, is damaged.
 
-    Raises ValueError for a file of another schedule.
+    Of several processes the main one decides. Raises ValueError for a file of another schedule, FileNotFoundError where
+    the main process has a file that this one does not see.
     """
+    found = _read(path, schedule, measured) if processes.is_main() else None
+    if not processes.agree(found is not None):
+        return None
+    found = found or _read(path, schedule, measured)
+    if found is None:
+        raise FileNotFoundError(f"{path}: the main process reads it and this one does not; they must share runs/")
+    return found
+
+
+def _read(path: Path, schedule: Schedule, measured: str | None) -> tuple[dict[str, Tensor], dict] | None:
     if not path.exists():
         return None
     try:
         tensors, texts = load_tensors(path)
     except DamagedFileError as error:
-        warnings.warn(f"{error}; training starts anew", stacklevel=4)
+        warnings.warn(f"{error}; training starts anew", stacklevel=5)
         return None
     metadata = {key: json.loads(text) for key, text in texts.items()}
     if metadata["schedule"] != repr(schedule):
@@ -226,12 +336,14 @@ class _Result:
     folder: Path
 
     def save(self, log: list[dict]) -> None:
-        """Write the result, then remove the checkpoint."""
-        metadata = {"schedule": repr(self.schedule), "measured": self.measured, "log": log}
-        texts = {key: json.dumps(value) for key, value in metadata.items()}
-        save_tensors(self.folder / RESULT, self.parameters, texts)
-        (self.folder / CHECKPOINT).unlink(missing_ok=True)
-        _write_log(self.folder, log)
+        """Write the result, then remove the checkpoint; only the main process does, and the others wait for it."""
+        if processes.is_main():
+            metadata = {"schedule": repr(self.schedule), "measured": self.measured, "log": log}
+            texts = {key: json.dumps(value) for key, value in metadata.items()}
+            save_tensors(self.folder / RESULT, self.parameters, texts)
+            (self.folder / CHECKPOINT).unlink(missing_ok=True)
+            _write_log(self.folder, log)
+        processes.wait()
 
     @torch.no_grad()
     def restore(self) -> list[dict] | None:
@@ -241,7 +353,8 @@ class _Result:
         tensors, metadata = found
         for name, p in self.parameters.items():
             p.copy_(tensors[name])
-        (self.folder / CHECKPOINT).unlink(missing_ok=True)  # left if the process was killed between the two
+        if processes.is_main():  # left if the process was killed between the two
+            (self.folder / CHECKPOINT).unlink(missing_ok=True)
         return metadata["log"]
 
 
@@ -249,25 +362,27 @@ class _Result:
 class _State:
     """The checkpoint: all that a resumed training needs, in one safetensors file."""
 
-    parameters: dict[str, nn.Parameter]
-    optimizer: torch.optim.AdamW
-    ema: EMAModel | None
-    scaler: torch.amp.GradScaler | None  # of fp16 training
+    training: TrainingStep
+    average: _Average | None
     schedule: Schedule
     measured: str | None
     folder: Path
 
     def save(self, step: int, log: list[dict]) -> None:
-        tensors = {f"parameter.{name}": p for name, p in self.parameters.items()}
-        for name, p in self.parameters.items():
-            tensors |= {f"optimizer.{name}.{key}": value for key, value in self.optimizer.state[p].items()}
-        if self.ema:
-            shadows = zip(self.parameters, self.ema.shadow_params, strict=True)
+        """Write the checkpoint, in the main process alone. Raises ValueError for weights that are not finite."""
+        masters, adamw = self.training.masters, self.training.adamw
+        _check_weights(masters.values(), step)
+        if not processes.is_main():
+            return
+        tensors = {f"parameter.{name}": p for name, p in masters.items()}
+        for name, p in masters.items():
+            tensors |= {f"optimizer.{name}.{key}": value for key, value in adamw.kept(p).items()}
+        if self.average:
+            shadows = zip(masters, self.average.ema.shadow_params, strict=True)
             tensors |= {f"ema.{name}": shadow for name, shadow in shadows}
-        scaler = self.scaler.state_dict() if self.scaler else None
         metadata = {"step": step, "schedule": repr(self.schedule), "measured": self.measured, "log": log}
-        texts = {key: json.dumps(value) for key, value in (metadata | {"scaler": scaler}).items()}
-        save_tensors(self.folder / CHECKPOINT, tensors, texts)
+        metadata |= {"scaler": self.training.scaler.state_dict()}
+        save_tensors(self.folder / CHECKPOINT, tensors, {key: json.dumps(value) for key, value in metadata.items()})
         _write_log(self.folder, log)
 
     def restore(self) -> tuple[int, list[dict]]:
@@ -280,16 +395,17 @@ class _State:
 
     @torch.no_grad()
     def _load(self, tensors: dict[str, Tensor], metadata: dict) -> None:
-        for name, p in self.parameters.items():
+        masters, adamw = self.training.masters, self.training.adamw
+        for name, p in masters.items():
             p.copy_(tensors[f"parameter.{name}"])
             prefix = f"optimizer.{name}."
             state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            self.optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in state.items()}
-        if self.ema:
-            self.ema.shadow_params = [tensors[f"ema.{name}"].to(p.device) for name, p in self.parameters.items()]
-            self.ema.optimization_step = metadata["step"]
-        if self.scaler:
-            self.scaler.load_state_dict(metadata["scaler"])
+            adamw.take_up(p, state)
+        if self.average:
+            ema = self.average.ema
+            ema.shadow_params = [tensors[f"ema.{name}"].to(p.device) for name, p in masters.items()]
+            ema.optimization_step = metadata["step"]
+        self.training.scaler.load_state_dict(metadata["scaler"])
 
 
 def _write_log(folder: Path, log: list[dict]) -> None:

@@ -1,8 +1,8 @@
 """Training objectives: small modules, `objective(batch) -> (loss, scalars)`.
 
 A batch has `latents` (b, 4, h, w), `eps` (the noise, same shape), `timesteps` (b,) and `prompt_embeds`
-(b, tokens, dim); for the consistency objectives also `guidance_scale` (b,) and `inside` (see
-`data.encoded.consistency_batches`). All randomness is in the batch.
+(b, tokens, dim); for the consistency objectives also `guidance_scale` (b,). All randomness is in the batch. No shape
+and no branch depends on a value, so that nothing waits for a GPU.
 """
 
 import torch
@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from lora_distill import diffusion
 from lora_distill.adapters import role
+from lora_distill.processes import all_rows
 
 
 def unet_output(
@@ -46,7 +47,7 @@ class GuidanceDistillation(nn.Module):
         super().__init__()
         self.student = student
         self.teacher = teacher
-        self.alphas_cumprod = scheduler.alphas_cumprod
+        self.register_buffer("alphas_cumprod", scheduler.alphas_cumprod, persistent=False)
         self.guidance_scale = guidance_scale
         self.register_buffer("empty_embeds", empty_embeds, persistent=False)  # (1, tokens, dim)
 
@@ -91,7 +92,7 @@ class ConsistencyFunction(nn.Module):
         super().__init__()
         self.unet = unet
         self.prediction_type = scheduler.config.prediction_type
-        self.alphas_cumprod = scheduler.alphas_cumprod
+        self.register_buffer("alphas_cumprod", scheduler.alphas_cumprod, persistent=False)
 
     def forward(self, x_t: Tensor, timesteps: Tensor, prompt_embeds: Tensor, guidance_scale: Tensor) -> Tensor:
         """Clean latents (b, 4, h, w) for x_t at timesteps (b,); only a full LCM uses guidance_scale (b,)."""
@@ -108,9 +109,9 @@ class ConsistencyDistillation(nn.Module):
     """f(x_t, t) <- f_target(x_s, s); x_s is one DDIM step of the guided teacher from x_t (Luo et al. 2023, alg. 1).
 
     `timesteps` lie on the DDIM grid; `guidance_scale` (b,) is the w of each row. s = t - `skip`; from the first grid
-    point s = 0, where the boundary condition f(x, 0) = x makes x_s the target. `inside` lists the other rows, and
-    f_target is evaluated for those only. It is the moving average of the student (`moving_average`) if training keeps
-    one, else the student itself. The student runs last, so that its graph is not in memory during the other passes.
+    point s = 0, where the boundary condition f(x, 0) = x makes x_s the target. f_target is the moving average of the
+    student (`moving_average`) if training keeps one, else the student itself. The student runs last, so that its graph
+    is not in memory during the other passes.
     """
 
     def __init__(
@@ -126,7 +127,7 @@ class ConsistencyDistillation(nn.Module):
         self.student = ConsistencyFunction(student, scheduler)
         self.teacher = teacher
         self.prediction_type = scheduler.config.prediction_type
-        self.alphas_cumprod = scheduler.alphas_cumprod
+        self.register_buffer("alphas_cumprod", scheduler.alphas_cumprod, persistent=False)
         self.skip = skip
         self.huber_c = huber_c
         self.moving_average: dict[str, Tensor] = {}
@@ -140,7 +141,7 @@ class ConsistencyDistillation(nn.Module):
         x_t = diffusion.add_noise(batch["latents"], batch["eps"], alpha, sigma)
         earlier = (timesteps - self.skip).clamp(min=0)
         x_s = self.ddim_solver(x_t, timesteps, earlier, prompt_embeds, guidance_scale)
-        target = self.target(x_s, earlier, prompt_embeds, guidance_scale, batch["inside"])
+        target = self.target(x_s, earlier, prompt_embeds, guidance_scale)
         prediction = self.student(x_t, timesteps, prompt_embeds, guidance_scale)
         return diffusion.pseudo_huber(prediction, target, self.huber_c), {}
 
@@ -157,19 +158,19 @@ class ConsistencyDistillation(nn.Module):
         return diffusion.ddim_step(x0, eps, *diffusion.alpha_sigma(self.alphas_cumprod, earlier))
 
     @torch.no_grad()
-    def target(
-        self, x_s: Tensor, timesteps: Tensor, prompt_embeds: Tensor, guidance_scale: Tensor, inside: Tensor
-    ) -> Tensor:
-        """f_target(x_s, s), (b, 4, h, w); the rows that are not in `inside` have s = 0 and equal x_s."""
-        rows = (x_s[inside], timesteps[inside], prompt_embeds[inside], guidance_scale[inside])
+    def target(self, x_s: Tensor, timesteps: Tensor, prompt_embeds: Tensor, guidance_scale: Tensor) -> Tensor:
+        """f_target(x_s, s), (b, 4, h, w); rows with s = 0 are x_s: the boundary condition, without rounding."""
+        rows = (x_s, timesteps, prompt_embeds, guidance_scale)
         weights = {name.removeprefix("student."): value for name, value in self.moving_average.items()}
-        return x_s.index_copy(0, inside, functional_call(self.student, weights, rows).to(x_s.dtype))
+        target = functional_call(self.student, weights, rows)
+        return torch.where(timesteps[:, None, None, None] > 0, target, x_s.to(target.dtype))
 
 
 class ConsistencyMimicry(nn.Module):
     """The student's clean latents <- those of a trained LCM for the same x_t, MSE + KL (the slides' phase 3).
 
-    The slides do not say which KL. Ours is between Gaussians fitted to each latent channel over batch and space.
+    The slides do not say which KL. Ours is between Gaussians fitted to each latent channel over batch and space; the
+    batch is that of all processes.
     """
 
     def __init__(
@@ -183,7 +184,7 @@ class ConsistencyMimicry(nn.Module):
         super().__init__()
         self.student = ConsistencyFunction(student, scheduler)
         self.lcm = ConsistencyFunction(lcm, scheduler)
-        self.alphas_cumprod = scheduler.alphas_cumprod
+        self.register_buffer("alphas_cumprod", scheduler.alphas_cumprod, persistent=False)
         self.mse_weight = mse_weight
         self.kl_weight = kl_weight
 
@@ -194,7 +195,8 @@ class ConsistencyMimicry(nn.Module):
         with torch.no_grad():
             reference = self.lcm(*inputs)
         prediction = self.student(*inputs)
-        mse, kl = diffusion.mean_squared_error(prediction, reference), diffusion.gaussian_kl(prediction, reference)
+        mse = diffusion.mean_squared_error(prediction, reference)
+        kl = diffusion.gaussian_kl(all_rows(prediction), all_rows(reference))
         return self.mse_weight * mse + self.kl_weight * kl, {"mse": mse.detach(), "kl": kl.detach()}
 
 
@@ -205,7 +207,7 @@ class Denoising(nn.Module):
         super().__init__()
         self.student = student
         self.prediction_type = scheduler.config.prediction_type
-        self.alphas_cumprod = scheduler.alphas_cumprod
+        self.register_buffer("alphas_cumprod", scheduler.alphas_cumprod, persistent=False)
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         alpha, sigma = diffusion.alpha_sigma(self.alphas_cumprod, batch["timesteps"])

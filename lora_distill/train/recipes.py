@@ -4,7 +4,8 @@ One frozen W0 is teacher and base of every adapter; only the conventional full c
 Each recipe trains in a folder named by a key of all that decides its result: no training continues a different one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,16 +13,17 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
+from lora_distill import processes
 from lora_distill.adapters import adapter_names, add_adapter, plain_copy, save_adapter
 from lora_distill.data.encoded import EncodedImages, consistency_batches, image_batches
 from lora_distill.data.teacher import noised_batches
-from lora_distill.pipeline import adapter_dtype, encode_prompts, fingerprint, with_unet
+from lora_distill.pipeline import adapter_dtype, compiled, encode_prompts, fingerprint, is_compiled, with_unet
 from lora_distill.settings import Settings
 from lora_distill.storage import cache_key, digest
 from lora_distill.train.loop import Milestones, Schedule, train
 from lora_distill.train.objectives import ConsistencyDistillation, ConsistencyMimicry, Denoising, GuidanceDistillation
 
-RECIPE = 1  # version of recipes, loop and objectives, part of the keys of trainings: raise it when a result changes
+RECIPE = 2  # version of recipes, loop and objectives, part of the keys of trainings: raise it when a result changes
 W_EMBEDDING = 256  # features of w that a full LCM takes, as in the published LCM
 
 
@@ -56,7 +58,7 @@ def distil_lora(
     lora = {"rank": settings.lora_rank, "alpha": settings.lora_alpha, "targets": settings.lora_targets}
     plan = schedule(settings, settings.learning_rate)
     log = _distil("lora", pipe, pipe.unet, teacher, settings, plan, folder, milestones, **lora)
-    save_adapter(pipe.unet, name, lora_file(folder, name))
+    _save(pipe, name, folder)
     return log
 
 
@@ -69,8 +71,8 @@ def distil_full_copy(
 ) -> tuple[StableDiffusionPipeline, list[dict]]:
     """The conventional method: the student is a full copy of the UNet; return its pipeline and the log."""
     pipe.unet.requires_grad_(False)  # adapters that were trained on it before included
-    student = plain_copy(pipe.unet)
-    plan = schedule(settings, settings.full_learning_rate)
+    student = _like(pipe.unet, plain_copy(pipe.unet))
+    plan = replace(schedule(settings, settings.full_learning_rate), optimizer=settings.optimizer)
     log = _distil("full copy", pipe, student, teacher, settings, plan, folder, milestones)
     return with_unet(pipe, student.requires_grad_(False)), log
 
@@ -87,12 +89,12 @@ def train_lcm(
 ) -> tuple[StableDiffusionPipeline, list[dict]]:
     """Phase 2: train a copy, all weights, as a full LCM for w ~ U[w_min, w_max]; return its pipeline and the log."""
     pipe.unet.requires_grad_(False)  # adapters that were trained on it before included
-    student = plain_copy(pipe.unet, time_cond_proj_dim=W_EMBEDDING)
+    student = _like(pipe.unet, plain_copy(pipe.unet, time_cond_proj_dim=W_EMBEDDING))
     objective = _consistency(pipe, student, settings)
     draw_batch = _batches(pipe, images, settings, settings.w_min, settings.w_max)
-    plan = _plan(settings, settings.lcm_learning_rate)
-    lcm_pipe = with_unet(pipe, student)
-    log = fit("lcm", objective, draw_batch, lcm_pipe, plan, folder, milestones, **_key(pipe, images, settings))
+    plan = replace(_plan(settings, settings.lcm_learning_rate), optimizer=settings.optimizer)
+    lcm_pipe, key = with_unet(pipe, student), _key(pipe, images, settings)
+    log = fit("lcm", objective, draw_batch, lcm_pipe, plan, settings, folder, milestones, **key)
     student.requires_grad_(False)
     return lcm_pipe, log
 
@@ -110,7 +112,8 @@ def train_lcm_lora(
     objective = _consistency(pipe, pipe.unet, settings)
     draw_batch = _batches(pipe, images, settings, settings.guidance_scale, settings.guidance_scale)
     plan = _plan(settings, settings.lcm_lora_learning_rate)
-    return _fit_adapter(name, objective, draw_batch, pipe, plan, folder, milestones, **_key(pipe, images, settings))
+    key = _key(pipe, images, settings)
+    return _fit_adapter(name, objective, draw_batch, pipe, plan, settings, folder, milestones, **key)
 
 
 def mimic_lcm(
@@ -129,7 +132,7 @@ def mimic_lcm(
     draw_batch = _batches(pipe, images, settings, settings.guidance_scale, settings.guidance_scale)
     plan = replace(_plan(settings, settings.lcm_lora_learning_rate), ema_decay=0.0)
     key = {**_key(pipe, images, settings), **weights, "lcm": digest(lcm_pipe.unet.state_dict())}
-    return _fit_adapter(name, objective, draw_batch, pipe, plan, folder, milestones, **key)
+    return _fit_adapter(name, objective, draw_batch, pipe, plan, settings, folder, milestones, **key)
 
 
 def finetune_lora(
@@ -148,7 +151,7 @@ def finetune_lora(
     draw_batch = image_batches(images, pipe.scheduler.config.num_train_timesteps)
     plan = replace(_plan(settings, settings.finetune_learning_rate), steps=settings.finetune_steps, ema_decay=0.0)
     key = {"pipeline": fingerprint(pipe), "images": images.key, "rank": rank, "targets": targets}
-    return _fit_adapter(name, objective, draw_batch, pipe, plan, folder, milestones, **key)
+    return _fit_adapter(name, objective, draw_batch, pipe, plan, settings, folder, milestones, **key)
 
 
 # ---------------------------------------------------------------------------------------------- what they share
@@ -174,7 +177,7 @@ def _distil(
     objective = GuidanceDistillation(student, pipe.unet, pipe.scheduler, w, empty_embeds)
     draw_batch = noised_batches(teacher, pipe.scheduler.config.num_train_timesteps)
     depends_on |= {"teacher": digest(teacher), "guidance_scale": w}
-    return fit(title, objective, draw_batch, with_unet(pipe, student), plan, folder, milestones, **depends_on)
+    return fit(title, objective, draw_batch, with_unet(pipe, student), plan, settings, folder, milestones, **depends_on)
 
 
 def fit(
@@ -183,20 +186,40 @@ def fit(
     draw_batch: Callable[[int, int, torch.Generator], dict[str, Tensor]],
     student_pipe: StableDiffusionPipeline,
     plan: Schedule,
+    settings: Settings,
     folder: Path,
     milestones: Milestones | None = None,
     **depends_on,
 ) -> list[dict]:
     """Train in a folder named by `title` and a key; return the log.
 
-    The key is a digest of the plan and of `depends_on`, all else that decides the result.
+    The key is a digest of the plan, the number of processes and `depends_on`, all else that decides the result. Of the
+    settings only those are read here that say how the UNets are computed.
     """
-    key = cache_key(version=RECIPE, plan=repr(plan), **depends_on)
+    key = cache_key(version=RECIPE, plan=repr(plan), processes=processes.in_series(), **depends_on)
     if milestones:
         every, measure, measured = milestones
         milestones = every, lambda step: measure(step, student_pipe), measured
     run = folder / f"{title.replace(' ', '_')}-{key}"
-    return train(objective, draw_batch, plan, run, device=student_pipe.device, milestones=milestones, title=title)
+    options = {"device": student_pipe.device, "milestones": milestones, "title": title}
+    with _checkpointed(objective) if settings.gradient_checkpointing else nullcontext():
+        return train(objective, draw_batch, plan, run, **options)
+
+
+@contextmanager
+def _checkpointed(objective: nn.Module) -> Iterator[None]:
+    """Inside the block the trained UNet computes its activations again in backward; afterwards it is as found."""
+    found = [module for module in objective.modules() if isinstance(module, UNet2DConditionModel)]
+    changed = [
+        unet for unet in found if any(p.requires_grad for p in unet.parameters()) and not unet.is_gradient_checkpointing
+    ]
+    for unet in changed:
+        unet.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        for unet in changed:
+            unet.disable_gradient_checkpointing()
 
 
 def schedule(settings: Settings, learning_rate: float) -> Schedule:
@@ -223,13 +246,27 @@ def _fit_adapter(
     draw_batch: Callable[[int, int, torch.Generator], dict[str, torch.Tensor]],
     pipe: StableDiffusionPipeline,
     plan: Schedule,
+    settings: Settings,
     folder: Path,
     milestones: Milestones | None,
     **depends_on,
 ) -> list[dict]:
-    log = fit(name, objective, draw_batch, pipe, plan, folder, milestones, **depends_on)
-    save_adapter(pipe.unet, name, lora_file(folder, name))
+    log = fit(name, objective, draw_batch, pipe, plan, settings, folder, milestones, **depends_on)
+    _save(pipe, name, folder)
     return log
+
+
+def _save(pipe: StableDiffusionPipeline, name: str, folder: Path) -> None:
+    """Write the LoRA file of an adapter; when this returns, every process can read it."""
+    save_adapter(pipe.unet, name, lora_file(folder, name))
+    processes.wait()
+
+
+def _like(unet: UNet2DConditionModel, copy: UNet2DConditionModel) -> UNet2DConditionModel:
+    """The copy, compiled if the UNet is."""
+    if is_compiled(unet):
+        compiled(copy)
+    return copy
 
 
 def _new_adapter(pipe: StableDiffusionPipeline, name: str, rank: int, targets: str, settings: Settings) -> None:

@@ -10,9 +10,11 @@ import json
 from pathlib import Path
 
 import PIL.Image
+import PIL.PngImagePlugin
 import pytest
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 
+from lora_distill import rehearsal
 from lora_distill.data import captioned, scenes
 from lora_distill.data.captioned import SPLITS, captioned_images, scene_dataset, split_by_id, split_scenes
 from lora_distill.data.teacher import training_captions
@@ -237,8 +239,17 @@ class TestParquet:
 
     def test_the_same_picture_in_two_splits_is_an_error(self, tmp_path):
         folder = self.save(tmp_path, train=self.five_columns(NAMES[:5]), test=self.five_columns(NAMES[4:]))
-        with pytest.raises(ValueError, match=r"test, row 0: image [0-9a-f]{16} is in test and in train$"):
+        with pytest.raises(
+            ValueError, match=r"test, row 0: image [0-9a-f]{16} is in test and in train \(.*, train, row 4\)$"
+        ):
             captioned_images(folder, "train", cache_dir=tmp_path / "cache")
+        options = {"skip_unusable": True, "cache_dir": tmp_path / "cache"}
+        for split, count in (("train", 4), ("test", len(NAMES) - 4)):
+            with pytest.warns(
+                UserWarning, match="1 images are in two splits: [0-9a-f]{16}; left out of the earlier"
+            ) as w:
+                assert len(captioned_images(folder, split, **options)) == count
+            assert w[0].filename == __file__
 
     def test_other_columns_are_an_error(self, tmp_path):
         folder = self.save(tmp_path, train=self.listed(NAMES).rename_column("caption", "words"))
@@ -363,6 +374,20 @@ class TestUnusableImages:
         assert dataset["id"][:] == [f"images/{name}" for name in NAMES[3:]]
         assert len(warned) == 1 and warned[0].filename == __file__
 
+    def test_what_a_decoder_raises_beyond_oserror_names_its_image(self, own, monkeypatch):
+        folder = own(*(record(name, split="train") for name in NAMES))
+        PIL.Image.new("1", (2000, 2000)).save(folder / "images" / NAMES[1], "png")
+        chunk = PIL.PngImagePlugin.PngInfo()
+        chunk.add_text("comment", "x" * 2_000_000, zip=True)
+        PIL.Image.new("RGB", (8, 8)).save(folder / "images" / NAMES[2], "png", pnginfo=chunk)
+        monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 1_000_000)
+        with pytest.raises(
+            ValueError, match=rf"2 of 12 .*{NAMES[1]} \(Image size .*{NAMES[2]} \(Decompressed data too"
+        ):
+            captioned_images(folder, "train")
+        with pytest.warns(UserWarning, match="left out"):
+            assert len(captioned_images(folder, "train", skip_unusable=True)) == 10
+
     def test_only_five_are_named(self, own):
         folder = own(*(record(name, split="train") for name in NAMES), images=[])
         with pytest.raises(ValueError, match=rf"12 of 12 .*{NAMES[4]} \(missing\), \.\.\.$"):
@@ -482,3 +507,67 @@ def test_a_share_takes_the_first_images(tokens, source):
     half = captioned_images(source, "val", share=0.5)
     count = (len(whole) + 1) // 2
     assert half["id"][:] == whole["id"][:count] and half["captions"][:] == whole["captions"][:count]
+
+
+# ---------------------------------------------------------------------------------------------- what is judged too
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """Made-up photographs as Flickr8k and as Flickr30k, which has three of Flickr8k's test split in training."""
+    folder = tmp_path_factory.mktemp("photographs")
+    rehearsal.write_photographs(folder / "8k", "flickr8k", train=4, val=2, test=12)
+    rehearsal.write_photographs(folder / "30k", "flickr30k", train=8, val=2, test=2)
+    return folder
+
+
+def test_photographs_of_flickr8ks_test_split_are_left_out_of_flickr30ks_training(photographs, capsys):
+    test = {name.partition("_")[0] for name in captioned_images(photographs / "8k", "test")["id"]}
+    everything = captioned_images(photographs / "30k", "train")
+    assert sum(Path(name).stem in test for name in everything["id"]) == 3
+    kept = captioned_images(photographs / "30k", "train", without=photographs / "8k")
+    assert kept["id"] == [name for name in everything["id"] if Path(name).stem not in test]
+    assert capsys.readouterr().out == (
+        f"{photographs / '30k'}: 3 photographs left out of training, for they are in the test split of "
+        f"{photographs / '8k'}\n"
+    )
+
+
+def test_copies_in_another_size_and_quality_are_left_out_where_names_say_nothing(photographs, tmp_path, capsys):
+    judged = captioned_images(photographs / "8k", "test")
+    mine = captioned_images(photographs / "8k", "train")
+    (tmp_path / "images").mkdir()
+    rows = []
+    for number, picture in enumerate([*mine["image"], judged[3]["image"], judged[5]["image"]]):
+        name = f"images/my picture {number}.jpg"
+        width, height = picture.size
+        picture.convert("RGB").resize((width * 2 // 3, height * 2 // 3)).save(tmp_path / name, quality=60)
+        rows.append({"file_name": name, "captions": ["a dog"], "split": "train"})
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    kept = captioned_images(tmp_path, "train", without=photographs / "8k")
+    assert len(kept) == len(mine) and "2 photographs left out" in capsys.readouterr().out
+
+
+def test_a_set_is_not_compared_with_itself_nor_with_drawn_scenes(photographs, capsys):
+    for without in (photographs / "8k", "scenes/fluent/8k"):
+        assert len(captioned_images(photographs / "8k", "train", without=without)) == 4
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("sources", "names"),
+    [
+        (["scenes/fluent/8k", "scenes/fluent/30k"], ["8k", "30k"]),
+        (["jxie/flickr8k", "nlphuji/flickr30k@refs/convert/parquet"], ["8k", "30k"]),
+        (["/data/Flickr_8k", "/data/my holiday"], ["8k", "my_holiday"]),
+        (["me/cats", "you/cats"], ["cats", "cats_2"]),
+    ],
+)
+def test_only_flickr_and_what_stands_in_for_it_are_called_8k_and_30k(sources, names):
+    assert captioned.set_names(*sources) == names
+
+
+def test_a_folder_in_flickrs_layout_is_flickr_whatever_its_name(tokens, tmp_path):
+    assert captioned.set_names(str(tokens)) == ["8k"]
+    rehearsal.write_photographs(tmp_path / "x", "flickr30k", train=1, val=1, test=1)
+    assert captioned.set_names(str(tmp_path / "x")) == ["30k"]

@@ -76,13 +76,58 @@ class TestViews:
         shape = views(photograph(0, width, height), Framing(64, random_crops=3, mirror=True), 0).shape
         assert shape == (3, 2, 3, 64, 64)
 
-    @pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P", "1"])
+    @pytest.mark.parametrize("mode", ["L", "RGBA", "LA", "CMYK", "P", "1", "YCbCr"])
     def test_any_mode_becomes_the_colours_that_it_shows(self, mode):
         picture = photograph(0).convert(mode)
         colour = views(picture.convert("RGB"), SQUARE, 0)
         assert torch.equal(views(picture, SQUARE, 0), colour) and colour.shape == (1, 1, 3, 64, 64)
-        grey = mode in ("L", "1")
+        grey = mode in ("L", "LA", "1")
         assert torch.equal(colour[0, 0, 0], colour[0, 0, 2]) is grey, "grey stays grey, colour stays colour"
+
+    @pytest.mark.parametrize("mode", ["I;16", "I;16B", "I", "F", "F of 255", "F of 65535"])
+    def test_a_ramp_of_16_bits_or_floats_stays_a_ramp(self, mode, tmp_path):
+        ramp = np.linspace(0, 1, 64)[None].repeat(64, 0)
+        kinds = {"I;16": "<u2", "I;16B": ">u2", "I": "<i4"}
+        top = float(mode.partition(" of ")[2] or (1 if mode == "F" else 65535))
+        picture = PIL.Image.fromarray((ramp * top).astype(kinds.get(mode, "<f4")))
+        assert picture.mode == mode.partition(" ")[0]
+        assert np.allclose(views(picture, SQUARE, 0)[0, 0, 1].numpy(), ramp * 2 - 1, atol=1 / 127)
+
+    def test_a_16_bit_png_stays_a_ramp(self, tmp_path):
+        ramp = np.linspace(0, 65535, 64).astype(np.uint16)[None].repeat(64, 0)
+        PIL.Image.fromarray(ramp).save(tmp_path / "ramp.png")
+        with PIL.Image.open(tmp_path / "ramp.png") as picture:
+            assert np.allclose(views(picture, SQUARE, 0)[0, 0, 1].numpy(), ramp / 32767.5 - 1, atol=1 / 127)
+
+    def test_numbers_in_no_known_range_are_refused(self):
+        with pytest.raises(ValueError, match=r"values lie between -1 and 1, in none of the ranges 0 to 1, 255 and"):
+            views(PIL.Image.fromarray(np.linspace(-1, 1, 4096, dtype=np.float32).reshape(64, 64)), SQUARE, 0)
+
+    @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "PA", "RGB", "L"])
+    def test_what_is_transparent_is_white_whatever_colour_hides_there(self, mode):
+        """Half is clear and hides magenta or grey, half is opaque."""
+        grey = mode in ("LA", "L")
+        clear, opaque = ((99,) * 3, (10,) * 3) if grey else ((255, 0, 255), (51, 102, 153))
+        picture = PIL.Image.new("RGBA", (64, 64), (*clear, 0))
+        picture.paste((*opaque, 255), (0, 0, 32, 64))
+        if mode in ("RGBA", "LA", "PA"):
+            picture = picture.convert(mode)
+        else:  # a colour, or an entry of the palette, that counts as transparent
+            picture = picture.convert("RGB").convert(mode)
+            picture.info["transparency"] = picture.getpixel((63, 0))
+        found = (views(picture, SQUARE, 0)[0, 0] + 1) * 127.5
+        assert torch.allclose(found[:, 32, 5], torch.tensor(opaque).float(), atol=0.5)
+        assert torch.allclose(found[:, 32, 60], torch.full((3,), 255.0), atol=0.5)
+
+    def test_half_transparent_is_half_way_to_white(self):
+        found = views(PIL.Image.new("RGBA", (64, 64), (0, 0, 0, 128)), SQUARE, 0)
+        assert torch.allclose(found, torch.full_like(found, 127 / 127.5 - 1), atol=0.01)
+
+    def test_a_photograph_stands_as_its_camera_was_held(self):
+        picture = photograph(0, 100, 70)
+        picture.getexif()[0x0112] = 6  # a quarter turn
+        turned = photograph(0, 100, 70).transpose(PIL.Image.Transpose.ROTATE_270)
+        assert torch.equal(views(picture, SQUARE, 0), views(turned, SQUARE, 0))
 
     def test_the_second_view_is_the_first_one_mirrored(self):
         plain, mirrored = views(photograph(0), MIRRORED, 0)[0]
@@ -145,6 +190,49 @@ class TestEncoding:
 
 
 class TestCache:
+    def test_a_cut_encoding_goes_on_at_the_next_batch(self, bundle, dataset, tmp_path, monkeypatch):
+        """Cut in the second of two batches of images, then in the captions."""
+        encode, sizes = bundle.vae.encode, []
+
+        def cut_at(number):
+            def counted(pixels):
+                if len(sizes) == number:
+                    raise KeyboardInterrupt
+                sizes.append(len(pixels))
+                return encode(pixels)
+
+            monkeypatch.setattr(bundle.vae, "encode", counted)
+            return encode_images(bundle, dataset, SQUARE, tmp_path / "cut", batch_size=4)
+
+        with pytest.raises(KeyboardInterrupt):
+            cut_at(1)
+        found = cut_at(None)
+        assert sizes == [4, 2]
+        monkeypatch.undo()
+        whole = encode_images(bundle, dataset, SQUARE, tmp_path / "whole", batch_size=4)
+        assert np.array_equal(found.posteriors, whole.posteriors)
+        assert np.array_equal(found.prompt_embeds, whole.prompt_embeds)
+
+    def test_another_pillow_and_other_merges_are_encoded_anew(self, dataset, tmp_path, made, monkeypatch):
+        pipe = load_pipeline("bundled")
+        encode_images(pipe, dataset, SQUARE, tmp_path)
+        made.clear()
+        monkeypatch.setattr(PIL, "__version__", "0.0")
+        encode_images(pipe, dataset, SQUARE, tmp_path)
+        assert made == ["posteriors"]
+        pipe.tokenizer.add_tokens(["bicycle"])
+        pipe.text_encoder.resize_token_embeddings(len(pipe.tokenizer))
+        encode_images(pipe, dataset, SQUARE, tmp_path)
+        assert made == ["posteriors", "captions"]
+
+    def test_an_image_that_cannot_be_read_is_named(self, bundle, dataset, tmp_path, monkeypatch):
+        def explode(*_):
+            raise PIL.Image.DecompressionBombError("Image size exceeds limit")
+
+        monkeypatch.setattr("lora_distill.data.encoded.upright_rgb", explode)
+        with pytest.raises(ValueError, match=r"^image 0 cannot be read: Image size exceeds limit$"):
+            encode_images(bundle, dataset, SQUARE, tmp_path)
+
     @pytest.fixture
     def made(self, monkeypatch):
         """What has been encoded so far: "posteriors" and "captions", a word each time, in turn."""

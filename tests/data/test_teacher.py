@@ -1,10 +1,15 @@
 """Prompts, and the cache of what the frozen teacher made: found again for the same inputs, and for no others."""
 
+from pathlib import Path
+
 import numpy as np
+import PIL.Image
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
 from lora_distill.data import scenes
+from lora_distill.data.captioned import captioned_images
 from lora_distill.data.teacher import noised_batches, scene_prompts, teacher_set, training_captions
 from lora_distill.pipeline import encode_prompts
 from lora_distill.sampling import Sampler, initial_noise, sample
@@ -72,10 +77,58 @@ def test_the_teacher_set_is_what_the_guided_sampler_makes(bundle, tmp_path):
     assert torch.equal(made["latents"], sample(bundle, GUIDED, initial_noise(bundle, 2, 5), embeds, empty))
 
 
+def test_a_cut_teacher_set_goes_on_at_the_next_batch(bundle, tmp_path, monkeypatch):
+    """Of five prompts, two at a time: cut in the second batch. The images are those of an uncut run."""
+    prompts, passes = (PROMPTS * 3)[:5], []
+    forward = UNet2DConditionModel.forward
+
+    def counted(self, x, *args, **kwargs):
+        if len(passes) == 3:
+            raise KeyboardInterrupt
+        passes.append(len(x) // 2)
+        return forward(self, x, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(UNet2DConditionModel, "forward", counted)
+        teacher_set(bundle, prompts, GUIDED, 5, tmp_path, batch_size=2)
+    assert passes == [2, 2, 2], "two steps of the first batch, one of the second"
+    passes.append(None)
+    with monkeypatch.context() as patch:
+        patch.setattr(UNet2DConditionModel, "forward", counted)
+        made = teacher_set(bundle, prompts, GUIDED, 5, tmp_path, batch_size=2)
+    assert passes[4:] == [2, 2, 1, 1], "the second and third batch alone"
+    embeds, empty = encode_prompts(bundle, prompts), encode_prompts(bundle, [""])
+    whole = sample(bundle, GUIDED, initial_noise(bundle, 5, 5), embeds, empty)
+    assert torch.allclose(made["latents"], whole, atol=1e-5) and torch.equal(made["prompt_embeds"], embeds)
+
+
+def test_noise_in_the_steps_does_not_depend_on_the_batch(bundle, tmp_path):
+    sampler = Sampler(2, scheduler="lcm")
+    one, two = (teacher_set(bundle, PROMPTS, sampler, 5, tmp_path / str(n), batch_size=n) for n in (1, 2))
+    assert torch.allclose(one["latents"], two["latents"], atol=1e-5)
+
+
+def test_captions_for_teacher_images_obey_what_the_settings_say_of_images(tmp_path):
+    """A folder with a picture that cannot be read, of which the first half is used."""
+    lines = ["image,caption"]
+    for number in range(40):
+        PIL.Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.jpg")
+        lines.append(f"{number}.jpg,picture {number}")
+    (tmp_path / "captions.txt").write_text("\n".join(lines))
+    train = captioned_images(tmp_path, "train")["id"]
+    (tmp_path / train[0]).write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"1 of \d+ images are missing or unreadable"):
+        training_captions(str(tmp_path), "noto", 99, 0)
+    with pytest.warns(UserWarning, match="left out"):
+        found = training_captions(str(tmp_path), "noto", 99, 0, share=0.5, skip_unusable=True, cache_dir=tmp_path)
+    allowed = {f"picture {Path(name).stem}" for name in train[1 : -(-len(train) // 2)]}
+    assert set(found) == allowed and len(found) == 99
+
+
 def test_a_teacher_set_is_used_again_for_the_same_inputs_only(bundle, tmp_path):
     def files(*changes):
         teacher_set(*changes, tmp_path)
-        return len(list(tmp_path.iterdir()))
+        return len(list(tmp_path.glob("teacher-*")))
 
     assert files(bundle, PROMPTS, GUIDED, 5) == files(bundle, PROMPTS, GUIDED, 5) == 1
     assert files(bundle, PROMPTS[::-1], GUIDED, 5) == 2

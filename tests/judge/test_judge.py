@@ -1,8 +1,19 @@
 """The judge: the same prompts and noise for every sampler, and what a training asks of it."""
 
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from lora_distill import processes, rehearsal
+from lora_distill.data.captioned import captioned_images
 from lora_distill.data.teacher import scene_prompts
-from lora_distill.judge.judge import Judge, drawn
+from lora_distill.judge.features import cached_features, extract, load_extractor
+from lora_distill.judge.judge import Judge, Method, drawn, held_out, judge_for, judge_methods, load_images
+from lora_distill.judge.pictures import Pictures, batches, kept_pictures, slug
 from lora_distill.sampling import Sampler
+from lora_distill.settings import Settings
 
 
 def test_the_first_images_of_a_judge_are_those_of_all(bundle):
@@ -19,6 +30,117 @@ def test_milestones_are_the_judgement_of_the_student_on_seed_0(bundle):
     assert key == judge.milestones(Sampler(2), every=50)[2] != judge.milestones(Sampler(3), every=50)[2]
     quality = judge(Sampler(2), seed=0)
     assert every == 50 and measure(100, bundle) == {
-        "all_correct": quality.all_correct.value,
+        "all_correct": quality.counted.value,
         "fd_efficientnet_lite0": quality.frechet_distance,
     }
+
+
+# ---------------------------------------------------------------------------------------------- photographs
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory) -> Settings:
+    folder = tmp_path_factory.mktemp("photographs")
+    rehearsal.write_photographs(folder / "8k", "flickr8k", train=4, val=3, test=5)
+    rehearsal.write_clip(folder / "clip")
+    return Settings(data=str(folder / "8k"), clip=str(folder / "clip"), resolution=64, eval_batch=2)
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_what_is_held_out_of_photographs_are_captions_and_all_images_of_that_split(photographs, split):
+    images = captioned_images(photographs.data, split)
+    prompts, reference = held_out(photographs.data, split, 3, photographs)
+    captions = {caption for five in images["captions"] for caption in five}
+    assert prompts.scenes is None and set(prompts.captions) <= captions
+    assert isinstance(reference, Pictures) and reference[:].shape == (len(images), 64, 64, 3)
+
+
+def test_what_is_held_out_of_scenes_is_that_of_the_bundled_world_in_either_notation():
+    settings = Settings(style="noto")
+    prompts, reference = held_out("scenes", "val", 3, settings)
+    assert prompts == scene_prompts("noto", "val", 3, 0) == held_out("scenes/noto/8k", "val", 3, settings)[0]
+    assert (reference == drawn("noto", "val", 1000, seed=1)).all()
+
+
+def test_photographs_are_judged_by_clip_and_without_one_by_their_distance(bundle, photographs, tmp_path):
+    options = (photographs.data, "test", 3, "all", tmp_path)
+    judge = judge_for(bundle, photographs, *options)
+    quality = judge(Sampler(2), seed=0)
+    assert (judge.key, quality.column, list(quality.alignment)) == ("clip", "clip_cosine", ["clip"])
+    assert -1 < quality.counted.low < quality.counted.value < quality.counted.high < 1
+    assert judge.milestones(Sampler(2), 5)[1](0, bundle).keys() == {"clip_cosine", "fd_efficientnet_lite0"}
+    bare = judge_for(bundle, photographs.model_copy(update={"clip": ""}), *options)
+    quality = bare(Sampler(2), seed=0)
+    assert (bare.key, quality.column, quality.alignment) == ("", "fd_efficientnet_lite0", {})
+    assert quality.counted.value == quality.frechet_distance
+
+
+def test_features_of_pictures_are_those_of_their_array(photographs, tmp_path):
+    _, reference = held_out(photographs.data, "test", 3, photographs)
+    network = load_extractor("EfficientNet-Lite0")
+    plain = extract(network, reference[:], ["block10"]).frechet
+    assert (cached_features(network, reference, tmp_path, ["block10"]).frechet == plain).all()
+    reference.read = lambda number: pytest.fail("read")
+    assert (cached_features(network, reference, tmp_path, ["block10"]).frechet == plain).all()
+
+
+# ---------------------------------------------------------------------------------------------- pictures on disk
+
+
+def grey(rows: slice) -> np.ndarray:
+    return np.stack([np.full((4, 6, 3), number, np.uint8) for number in range(rows.start, rows.stop)])
+
+
+def test_pictures_on_disk_are_those_that_were_made_and_are_read_in_batches(tmp_path):
+    pictures = kept_pictures(tmp_path, "key", 5, 2, grey)
+    assert (np.asarray(pictures) == grey(slice(0, 5))).all() and (pictures[-1] == 4).all() and len(pictures) == 5
+    assert [len(batch) for batch in batches(pictures, 2)] == [2, 2, 1]
+
+
+def test_a_cut_run_goes_on_at_the_first_missing_picture_and_another_key_makes_all_anew(tmp_path):
+    made = []
+
+    def make(rows):
+        made.append((rows.start, rows.stop))
+        return grey(rows)
+
+    kept_pictures(tmp_path, "key", 5, 2, make)
+    (tmp_path / "00003.png").unlink()
+    kept_pictures(tmp_path, "key", 5, 2, make)
+    assert made == [(0, 2), (2, 4), (4, 5), (2, 4)]
+    kept_pictures(tmp_path, "other", 5, 5, make)
+    assert made[-1] == (0, 5)
+
+
+def test_two_processes_make_one_half_each(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(processes, "share", lambda items: items[1::2])
+    with pytest.raises(FileNotFoundError, match=r"00000\.png: made by another process"):
+        kept_pictures(tmp_path, "key", 4, 1, lambda rows: made.append(rows.start) or grey(rows))
+    assert made == [1, 3]
+
+
+def test_a_spoilt_picture_is_named(tmp_path):
+    pictures = kept_pictures(tmp_path, "key", 2, 2, grey)
+    (tmp_path / "00001.png").write_bytes((tmp_path / "00001.png").read_bytes()[:40])
+    with pytest.raises(ValueError, match=r"00001\.png: no whole picture"):
+        pictures[:]
+
+
+def test_judged_pictures_lie_in_a_folder_a_method_and_seed_and_come_back_in_their_order(bundle, tmp_path):
+    judge = Judge(bundle, scene_prompts("noto", "val", 3, seed=0), drawn("noto", "val", 20, seed=1), batch_size=2)
+    methods = {"teacher, two passes": Method(Sampler(2, 3.0), bundle), "base": Method(Sampler(2), bundle)}
+    test = judge_methods(judge, methods, [0, 4], lambda pipe, adapter: pipe, tmp_path, "02_x")
+    loaded = load_images(tmp_path, "02_x")
+    assert list(loaded) == list(methods) and (tmp_path / "images/02_x/base/4/00002.png").exists()
+    for name in methods:
+        for pictures, quality in zip(loaded[name], test[name], strict=True):
+            assert isinstance(quality.images, Pictures) and (pictures[:] == quality.images[:]).all()
+    plain = judge.images(Sampler(2), 4)
+    assert (np.asarray(PIL.Image.open(tmp_path / "images/02_x/base/4/00002.png")) == plain[2]).all()
+
+
+def test_two_methods_never_share_a_folder():
+    names = ["base, DDIM, 4 passes", "base DDIM 4 passes", "base-ddim-4-passes", "LCM-LoRA 8k", "lcm-lora 8k"]
+    assert len({slug(name) for name in names}) == len(names)
+    assert all(Path(slug(name)).name == slug(name) for name in [*names, "../x", "a/b"])

@@ -10,16 +10,18 @@ import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
+from lora_distill import rehearsal
 from lora_distill.data import scenes
 from lora_distill.data.teacher import scene_prompts
+from lora_distill.judge import metrics
 from lora_distill.judge.distances import frechet_distance, kernel_distance
 from lora_distill.judge.features import EfficientNetLite0, Features, extract
-from lora_distill.judge.judge import Judge, drawn, further_distances, load_images, save_images
+from lora_distill.judge.judge import Judge, Method, drawn, further_distances, judge_methods, load_images
 from lora_distill.judge.metrics import (
+    ClipCosine,
     FrechetDistance,
     Proportion,
     Score,
-    clip_score,
     compare,
     fidelity,
     inception_score,
@@ -164,14 +166,15 @@ def plainly_read(image: np.ndarray) -> tuple:
 def test_the_numbers_of_a_run_follow_from_the_images_that_it_saved(bundle, tmp_path):
     """What the judge said of a sampler, counted and computed again by plain code from the file of its images."""
     prompts, real = scene_prompts("noto", "test", 10, seed=0), drawn("noto", "test", 150, seed=1)
-    said = Judge(bundle, prompts, real)(Sampler(4), seed=0)
-    save_images(tmp_path, "02_x", {"teacher": [said]})
-    (images,) = load_images(tmp_path, "02_x")["teacher"]
+    methods = {"teacher": Method(Sampler(4), bundle)}
+    test = judge_methods(Judge(bundle, prompts, real), methods, [0], lambda pipe, _: pipe, tmp_path, "02_x")
+    (said,), (images,) = test["teacher"], load_images(tmp_path, "02_x")["teacher"]
+    images = images[:]
 
     read = [plainly_read(image) for image in images]
     asked = [(scene.style, scene.first, scene.second, scene.axis, scene.background) for scene in prompts.scenes]
     count = sum(one == other for one, other in zip(read, asked, strict=True))
-    assert 0 < count < 10 and said.all_correct.value == count / 10
+    assert 0 < count < 10 and said.counted.value == count / 10
 
     network = EfficientNetLite0()
     with torch.no_grad():
@@ -271,7 +274,7 @@ def test_clip_score_is_the_mean_cosine_of_images_and_captions(tmp_path):
     }
     vision = size | {"image_size": 64, "patch_size": 16}
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).eval()
-    model.visual_projection.weight.data.neg_()  # with these weights the cosines are below 0, where torchmetrics cuts
+    model.visual_projection.weight.data.neg_()  # with these weights the cosines are below 0
     model.save_pretrained(tmp_path)
     square = {"height": 64, "width": 64}
     processor = CLIPProcessor(CLIPImageProcessor(size={"shortest_edge": 64}, crop_size=square), tokenizer)
@@ -281,14 +284,22 @@ def test_clip_score_is_the_mean_cosine_of_images_and_captions(tmp_path):
         ["a lion left of a bus", "a crown", "on pink, an owl over a car"],
     )
 
-    score = clip_score([images[:2], images[2:]], captions, tmp_path)
+    score = ClipCosine(captions, tmp_path, batch_size=2)(images)
     inputs = processor(text=captions, images=list(images), return_tensors="pt", padding=True)
     with torch.no_grad():
         output = model(**inputs)
     cosines = torch.nn.functional.cosine_similarity(output.image_embeds, output.text_embeds)
-    assert score.value == pytest.approx(100 * float(cosines.mean()), abs=1e-3) and score.count == 3
+    assert score.value == pytest.approx(float(cosines.mean()), abs=1e-5) and score.count == 3
+    assert (score.high - score.low) / 2 == pytest.approx(1.96 * float(cosines.std()) / 3**0.5, rel=1e-3)
     with pytest.raises(ValueError, match="3 images and 4 captions"):
-        clip_score([images], [*captions, "one more"], tmp_path)
+        ClipCosine([*captions, "one more"], tmp_path)(images)
+
+
+def test_clip_is_loaded_once_for_all_judges(tmp_path, monkeypatch):
+    rehearsal.write_clip(tmp_path)
+    first = ClipCosine(["a dog", "two children"], tmp_path)
+    monkeypatch.setattr(metrics, "pretrained_clip", lambda source: pytest.fail("loaded again"))
+    assert ClipCosine(["a bird"], tmp_path).model is first.model
 
 
 # ---------------------------------------------------------------------------------------------- fidelity

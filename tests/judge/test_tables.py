@@ -2,17 +2,30 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from lora_distill.data.teacher import Prompts, scene_prompts
 from lora_distill.judge import overview, tables
-from lora_distill.judge.judge import Judge, Method, distance_floor, drawn, judge_methods
-from lora_distill.judge.metrics import FrechetDistance, Proportion, compare, fidelity, inception_score, psnr
+from lora_distill.judge.judge import Judge, Method, Quality, distance_floor, drawn, judge_methods
+from lora_distill.judge.metrics import (
+    FrechetDistance,
+    Proportion,
+    Score,
+    aligner,
+    compare,
+    fidelity,
+    inception_score,
+    psnr,
+)
+from lora_distill.judge.pictures import Pictures
 from lora_distill.pipeline import load_pipeline
 from lora_distill.sampling import Sampler
 
+ROOT = Path(__file__).parents[2]
 PROMPTS, REAL = scene_prompts("noto", "test", 8, seed=0), drawn("noto", "test", 60, seed=1)
 GUIDED, SINGLE = Sampler(25, 3.0), Sampler(25)
 
@@ -41,15 +54,25 @@ def columns(rows, *names):
 # ---------------------------------------------------------------------------------------------- judging methods
 
 
-def test_each_seed_of_sampling_takes_the_next_training():
+def test_each_seed_of_sampling_takes_the_next_training(tmp_path):
     called = []
+
+    def judge(sampler, seed, pipe, folder):
+        called.append((sampler, seed, pipe))
+        return SimpleNamespace(seed=seed, images=Pictures(0, None))
+
     judged = judge_methods(
-        lambda sampler, seed, pipe: called.append((sampler, seed, pipe)) or seed,
+        judge,
         {"teacher": Method(GUIDED, "pipe"), "student": Method(SINGLE, "pipe", ["one", "two"])},
         [0, 1, 2],
         lambda pipe, adapter: (pipe, adapter),
+        tmp_path,
+        "02_x",
     )
-    assert judged == {"teacher": [0, 1, 2], "student": [0, 1, 2]}
+    assert {name: [one.seed for one in found] for name, found in judged.items()} == {
+        "teacher": [0, 1, 2],
+        "student": [0, 1, 2],
+    }
     assert [(seed, adapter) for sampler, seed, (_, adapter) in called if sampler == GUIDED] == [
         *((0, None), (1, None), (2, None))
     ]
@@ -102,8 +125,12 @@ def test_losses_are_the_other_lines_of_a_log():
     ]
 
 
+def share(value):
+    return Quality([None] * 8, {"content": Proportion(value, 8)}, None, "content")
+
+
 def test_a_point_of_content_knows_whether_training_made_it():
-    content = {"DDIM": {1: Proportion(0.25, 8)}, "LCM-LoRA": {1: Proportion(0.5, 8), 4: Proportion(1.0, 8)}}
+    content = {"DDIM": {1: share(0.25)}, "LCM-LoRA": {1: share(0.5), 4: share(1.0)}}
     rows = tables.passes_rows(content, ["LCM-LoRA"])
     assert columns(rows, "method", "unet_passes", "content", "trained") == [
         *(("DDIM", 1, 0.25, False), ("LCM-LoRA", 1, 0.5, True), ("LCM-LoRA", 4, 1.0, True))
@@ -120,7 +147,7 @@ def test_a_row_of_quality_is_the_mean_and_deviation_over_its_seeds(pipe, judge, 
     asked, *others = qualities
     methods = {"teacher, two passes": Method(GUIDED, pipe), "LoRA student": Method(SINGLE, pipe, ["a", "b"])}
     judged = {"teacher, two passes": [asked, asked], "LoRA student": others}
-    teacher, student = tables.quality_rows(judged, methods, judge, floor=43.6421, key="all")
+    teacher, student = tables.quality_rows(judged, methods, judge, 43.6421, baseline="teacher, two passes")
     distances = [quality.frechet_distance for quality in others]
     assert student["fd_efficientnet_lite0"] == round(np.mean(distances), 2)
     assert student["fd_efficientnet_lite0_sd"] == round(np.std(distances), 2)
@@ -129,19 +156,88 @@ def test_a_row_of_quality_is_the_mean_and_deviation_over_its_seeds(pipe, judge, 
     assert columns([teacher, student], "n", "seeds", "trainings", "reference_n", "unet_passes") == [
         *((8, 2, 1, 60, 50), (8, 2, 2, 60, 25))
     ]
-    assert tuple(student) == tables.QUALITY["all"] and student["fd_efficientnet_lite0_floor"] == 43.64
+    with (ROOT / "figures/full/02_quality.csv").open() as committed:
+        assert list(student) == next(committed).strip().split(",")
+    assert student["fd_efficientnet_lite0_floor"] == 43.64
 
 
-def test_a_row_of_few_steps_has_the_content_and_the_style_where_it_is_known(pipe, judge, qualities):
-    asked, other, _ = qualities
-    unread = [replace(quality, alignment={"content": quality.alignment["content"]}) for quality in (asked, other)]
-    methods = {"base": Method(GUIDED, pipe), "photographs": Method(SINGLE, pipe)}
-    base, photographs = tables.quality_rows(
-        {"base": [asked, other], "photographs": unread}, methods, judge, None, "content"
-    )
+def test_a_row_of_few_steps_has_the_content_and_the_style(pipe, judge, qualities, monkeypatch):
+    monkeypatch.setattr(judge, "key", "content")
+    (base,) = tables.quality_rows({"base": qualities[:2]}, {"base": Method(GUIDED, pipe)}, judge, None)
     assert (base["content_percent"], base["content_sd"], base["flickr_style_percent"]) == (50, 50, 50)
-    assert photographs["flickr_style_percent"] is None and photographs["fd_efficientnet_lite0_floor"] is None
-    assert tuple(base) == tuple(photographs) == tables.QUALITY["content"]
+    with (ROOT / "figures/full/03_quality.csv").open() as committed:
+        assert list(base) == next(committed).strip().split(",")
+
+
+# ---------------------------------------------------------------------------------------------- photographs
+
+
+def cosine(value):
+    return Score("CLIP cosine", value, 8, low=value - 0.02, high=value + 0.02)
+
+
+@pytest.fixture
+def photographs(judge, qualities, monkeypatch):
+    """The judge and two judgements as of photographs whose content CLIP scores."""
+    monkeypatch.setattr(judge, "key", "clip")
+    values = zip(qualities[:2], (0.3125, 0.2925), strict=True)
+    return [replace(quality, key="clip", alignment={"clip": cosine(value)}) for quality, value in values]
+
+
+def test_of_photographs_the_alignment_is_clips_cosine_and_there_is_no_style(pipe, judge, photographs):
+    methods = {"base, guided": Method(GUIDED, pipe)}
+    (row,) = tables.quality_rows({"base, guided": photographs}, methods, judge, None)
+    assert (row["clip_cosine"], row["clip_cosine_sd"]) == (0.3025, 0.01)
+    assert not {"content_percent", "all_correct_percent", "flickr_style_percent"} & row.keys()
+    assert "CLIP cosine" in overview.quality([row]).columns
+    assert overview.quality([row]).loc["base, guided", "CLIP cosine"] == "0.302 ± 0.010"
+
+
+def test_curves_of_photographs_are_of_the_cosine_with_its_interval(judge, photographs):
+    (curve,) = tables.guidance_rows({3.0: photographs[0]}, judge, 3.0)
+    (point,) = tables.passes_rows({"DDIM": {4: photographs[0]}}, [])
+    for row in (curve, point):
+        assert (row["clip_cosine"], row["low"], row["high"], row["n"]) == (0.3125, 0.2925, 0.3325, 8)
+    log = [{"step": 0, "clip_cosine": 0.25, "fd_efficientnet_lite0": 90.0}]
+    rows = tables.milestone_rows({"LoRA": log}, photographs[0], judge)
+    assert columns(rows, "clip_cosine", "low") == [(0.25, None), (0.3125, 0.2925)]
+    assert overview.passes({"DDIM": {4: photographs[0]}}).loc["DDIM", 4] == "0.312"
+
+
+def test_without_a_clip_the_distance_alone_is_judged(pipe, judge, qualities, monkeypatch):
+    monkeypatch.setattr(judge, "key", "")
+    bare = replace(qualities[1], key="", alignment={})
+    (row,) = tables.quality_rows({"base": [bare]}, {"base": Method(GUIDED, pipe)}, judge, None)
+    (curve,) = tables.guidance_rows({3.0: bare}, judge, 3.0)
+    (point,) = tables.passes_rows({"DDIM": {4: bare}}, [])
+    assert not [name for name in {**row, **curve, **point} if name.startswith(("all_", "content", "clip", "flickr"))]
+    assert curve["fd_efficientnet_lite0"] == point["fd_efficientnet_lite0"] == bare.frechet_distance
+    log = [{"step": 0, "fd_efficientnet_lite0": 90.0}]
+    assert [row["n"] for row in tables.milestone_rows({"LoRA": log}, bare, judge)] == [8, 8]
+    assert tables.mixture_rows({0.5: bare}) == [{"weight": 0.5, "fd_efficientnet_lite0": bare.frechet_distance}]
+
+
+def test_results_on_photographs_are_named_for_what_they_are():
+    rows = [
+        {"method": name, "clip_cosine": 0.3125, "fd_efficientnet_lite0": 50.0, "unet_passes": 25}
+        for name in ("base, guided", "fine-tuned, rank 16", "base, guided, 4 steps", "base, DDIM, 4 passes",
+                     "base, DPM++, 4 passes", "base, LCM scheduler", "LCM-LoRA cats")
+    ]  # fmt: skip
+    found = overview.few_step_results(rows, 16, "me/cats")
+    assert found["CLIP cosine, guided teacher"] == "0.312"
+    assert found["CLIP cosine, base with 4 passes: DDIM, DPM++, LCM scheduler"] == "0.312, 0.312, 0.312"
+    assert found["FD-EfficientNet-Lite0 to real images: base, fine-tune, LCM-LoRA cats"] == "50.0, 50.0, 50.0"
+    assert not [label for label in found if "content" in label or "Flickr" in label or "mimics" in label]
+    titles = [overview.few_step_title(source) for source in ("scenes/fluent/8k", "jxie/flickr8k", "me/cats")]
+    assert titles == [f"LCM-LoRA on {name} (test captions)" for name in ("the Flickr stand-in", "Flickr8k", "cats")]
+
+
+def test_results_without_full_copies_name_what_there_is():
+    rows = [
+        {"method": name, "all_correct_percent": 97.0, "unet_passes": 25}
+        for name in ("teacher, two passes", "LoRA student", "no guidance")
+    ]
+    assert not [label for label in overview.guided_results(rows, 8, 1000) if "full copy" in label]
 
 
 # ---------------------------------------------------------------------------------------------- more measures
@@ -152,7 +248,7 @@ def image_set(qualities):
     asked, *others = [quality.images for quality in qualities]
     rows = {"base, guided": {"trainings": 1, "unet_passes": 50}, "LCM": {"trainings": 2, "unet_passes": 4}}
     images = {"base, guided": [asked, asked], "LCM": others}
-    return tables.ImageSet(images, rows, PROMPTS, REAL, key="content", baseline="base, guided")
+    return tables.ImageSet(images, rows, PROMPTS, REAL, aligner(PROMPTS), key="content", baseline="base, guided")
 
 
 def test_every_measure_of_a_method_is_the_mean_over_its_seeds(image_set):
@@ -177,18 +273,24 @@ def test_every_measure_of_a_method_is_the_mean_over_its_seeds(image_set):
     assert base["fd_efficientnet_lite0_floor"] == round(judge(drawn("noto", "test", 8, seed=2)), 4)
 
 
-def test_photographs_have_no_alignment_no_floor_and_no_place_on_the_front(image_set):
-    photographs = image_set._replace(prompts=Prompts(None, PROMPTS.captions))
-    row = tables.measure_rows("few steps", photographs, seed=0)[0]
-    assert [row[name] for name in ("alignment_percent", "alignment_sd", "fd_efficientnet_lite0_floor")] == [None] * 3
-    sets = {"guided distillation": photographs, "few steps": photographs}
-    assert tables.front_rows([], sets) == []
+def test_photographs_have_clips_cosine_and_no_floor_and_without_clip_no_place_on_the_front(image_set):
+    prompts = Prompts(None, PROMPTS.captions)
+    scored = image_set._replace(prompts=prompts, key="clip", align=lambda images: {"clip": cosine(0.3)})
+    row = tables.measure_rows("few steps", scored, seed=0)[0]
+    assert (row["clip_cosine"], row["clip_cosine_sd"], row["fd_efficientnet_lite0_floor"]) == (0.3, 0, None)
+    curves = [{"method": "teacher", "unet_passes": 50, "clip_cosine": 0.3, "low": 0.2, "high": 0.4, "n": 8}]
+    sets = {"guided distillation": scored._replace(images={}), "few steps": scored}
+    assert [row["method"] for row in tables.front_rows(curves, sets, "PNDM")] == ["LCM, all weights", "PNDM, guided"]
+    bare = image_set._replace(prompts=prompts, key="", align=lambda images: {})
+    assert not [name for name in tables.measure_rows("few steps", bare, seed=0)[0] if name.startswith(("ali", "clip"))]
+    curves = [{"method": "DDIM", "unet_passes": 4, "fd_efficientnet_lite0": 50.0}]
+    assert tables.front_rows(curves, {"few steps": bare}, "DDIM") == curves
 
 
 def test_the_front_is_the_curves_and_the_points_that_they_lack_in_the_order_of_passes(image_set):
     sets = {"guided distillation": image_set._replace(images={}), "few steps": image_set}
-    curves = tables.passes_rows({"teacher": {50: Proportion(1.0, 8)}, "DDIM, one pass": {1: Proportion(0.5, 8)}}, [])
-    rows = tables.front_rows(curves, sets)
+    curves = tables.passes_rows({"teacher": {50: share(1.0)}, "DDIM, one pass": {1: share(0.5)}}, [])
+    rows = tables.front_rows(curves, sets, "DDIM")
     assert columns(rows, "method", "unet_passes", "content", "trained") == [
         *(("DDIM, one pass", 1, 0.5, False), ("LCM, all weights", 4, 0.0, True), ("DDIM, guided", 50, 1.0, False))
     ]

@@ -197,3 +197,7 @@ def test_savings_stand_beside_the_bound_of_the_measured_times():
     assert one_pass["unet_share"] == 0.8 and one_pass["rho"] == 0.6
     assert one_pass["bound_percent"] == pytest.approx(80 * 0.4)
     assert few["saving_percent"] == 75 and few["bound_percent"] is None
+
+
+def test_threads_do_not_count_on_a_gpu():
+    assert thread_counts("cuda:1") == [1]

@@ -8,6 +8,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from lora_distill.memory.account import account
 from lora_distill.memory.measure import Tracker, simulate, track
 from lora_distill.memory.schemes import INFERENCE, TRAINING, Setup, find_scheme
 from lora_distill.memory.steps import prepare
@@ -69,6 +70,16 @@ def test_simulation_is_what_real_tensors_take(name):
     assert fake.total == pytest.approx(real.total, rel=0.01)
     assert fake.terms == pytest.approx(real.terms, rel=0.02, abs=1e5)
     assert fake.flops == real.flops
+
+
+@pytest.mark.parametrize("name", ["full_finetune", "lora_distillation_shared"])
+def test_fused_adamw_takes_no_temporaries_on_paper_simulated_and_in_real_tensors(name):
+    """The foreach form holds square roots of all second moments while it updates."""
+    fused, foreach = (Setup(1, 64, precision="float32", optimizer=kind) for kind in ("adamw-fused", "adamw"))
+    [fake], [real] = (way(TRAINING[name], fused, BUNDLE) for way in (simulate, track))
+    assert fake.total == pytest.approx(real.total, rel=0.01)
+    assert sum(account(TRAINING[name], fused, BUNDLE).values()) == pytest.approx(fake.total, rel=0.05)
+    assert fake.total <= simulate(TRAINING[name], foreach, BUNDLE)[0].total
 
 
 def test_a_second_batch_is_simulated_as_if_it_were_the_first():

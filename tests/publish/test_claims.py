@@ -11,12 +11,15 @@ from lora_distill.publish import claims
 from lora_distill.publish.claims import ClaimsError
 from lora_distill.publish.plots import FIGURES
 from lora_distill.publish.rules import RULES
-from lora_distill.storage import save_table
+from lora_distill.storage import read_table, save_table
 
 LEDGER = {claim.id: claim for claim in claims.load()}
 
 # Numbers that make a claim reproduced, then what to change of them for the other verdicts.
-HALF = {"batch_1": 60, "batch_16": 50}, {"partly": {"batch_16": 49.9}, "not reproduced": {"batch_1": 49, "batch_16": 9}}
+HALF = (
+    {"before": 10, "after": 4, "paper_1": 60, "paper_16": 50},
+    {"partly": {"paper_16": 49.9}, "not reproduced": {"after": 5.1, "paper_16": 9}},
+)
 KEPT = (
     {"teacher": 80, "teacher_sd": 0.3, "student": 80.5, "student_sd": 0.4, "unguided": 100},
     {"too coarse": {"student": 82.5}, "not reproduced": {"student": 83.5}},
@@ -28,6 +31,10 @@ AGAINST_COPY = (
 ORDER_OF_LCM = {"lcm_8k": 93, "lcm_8k_sd": 0.8, "lcm_30k": 90, "lcm_30k_sd": 0.6}
 CASES = {
     "inference-time-40-percent": (
+        {"saving_25": 42, "saving_50": 44, "unet_saving": 45, "student_slowest": 93, "teacher_fastest": 150},
+        {"partly": {"saving_25": 39.9}, "not reproduced": {"saving_50": 19.9}},
+    ),
+    "inference-time-on-the-small-pipeline": (
         {
             "threads": [1, 2],
             "saving_percent": [43, 40],
@@ -83,6 +90,10 @@ CASES = {
         {"guided_1": 2, "guided_16": 4, "one_pass_1": 1, "one_pass_16": 2},
         {"partly": {"one_pass_1": 1.9}, "not reproduced": {"one_pass_1": 1.9, "one_pass_16": 2.8}},
     ),
+    "inference-time-on-gpu": (
+        {"saving_1": 41, "saving_16": 45},
+        {"partly": {"saving_1": 20}, "not reproduced": {"saving_1": 20, "saving_16": 39}},
+    ),
     "memory-account-is-true": (
         {"simulated_least": 0.99, "simulated_most": 1.01, "measured_least": 0.96, "measured_most": 1.04},
         {"partly": {"measured_most": 1.06}, "not reproduced": {"simulated_least": 0.9}},
@@ -117,6 +128,9 @@ CASES = {
         {"too coarse": {"lcm": 91.9}, "not reproduced": {"lcm": 88.5}},
     ),
 }
+for _name, (_base, _) in CASES.items():
+    if any(key.endswith("_sd") for key in _base):
+        _base["seeds"] = 3
 RULED = [(name, verdict, base | more) for name, (base, others) in CASES.items()
          for verdict, more in [("reproduced", {}), *others.items()]]  # fmt: skip
 
@@ -165,8 +179,41 @@ def test_every_rule_has_its_claim_and_its_cases():
         assert {"reproduced", *others} == {*map(str.lower, named), "not reproduced"}, name
 
 
+SPREAD = [name for name, (base, _) in CASES.items() if "seeds" in base]
+MARGIN = {  # what makes the margin zero, and what makes it negative
+    "quality-kept": ("unguided", 80, 70),
+    "alignment-kept": ("unguided", 98, 99),
+    "distance-against-standard-distillation": ("unguided", 80, 70),
+    "alignment-against-standard-distillation": ("unguided", 98, 99),
+    "lcm-lora-alignment": ("untrained", 98, 99),
+    "inception-score-kept": ("teacher", 0, -1),
+}
+
+
+@pytest.mark.parametrize("name", SPREAD)
+def test_one_seed_cannot_tell(name, tmp_path):
+    """Its deviation is 0 because there is nothing to deviate from."""
+    zero = {key: 0 for key in CASES[name][0] if key.endswith("_sd")}
+    write_tables(LEDGER[name], CASES[name][0] | zero | {"seeds": 1}, tmp_path / "cpu")
+    judged = claims.judge(LEDGER[name], tmp_path / "cpu")
+    assert judged.verdict == "not testable here" and judged.here.endswith(": one seed has no spread, cannot tell")
+
+
+@pytest.mark.parametrize("below", [0, 1], ids=["zero", "negative"])
+@pytest.mark.parametrize("name", MARGIN)
+def test_without_a_positive_margin_nothing_is_told(name, below, tmp_path):
+    key, *values = MARGIN[name]
+    write_tables(LEDGER[name], CASES[name][0] | {key: values[below]}, tmp_path / "cpu")
+    judged = claims.judge(LEDGER[name], tmp_path / "cpu")
+    assert judged.verdict == "not testable here" and judged.here.endswith(": no positive margin, cannot tell")
+
+
+def test_every_rule_with_a_margin_is_tried_without_one():
+    assert {name for name in RULES if "margin" in RULES[name].__doc__} == MARGIN.keys()
+
+
 def test_a_verdict_on_40_percent_goes_by_medians_and_shows_the_slowest_run_and_pytorch():
-    verdict, here = RULES["inference-time-40-percent"]([1, 2], [43, 41], [0.5, 0.4], [0.9, 0.5], [30, 20])
+    verdict, here = RULES["inference-time-on-the-small-pipeline"]([1, 2], [43, 41], [0.5, 0.4], [0.9, 0.5], [30, 20])
     assert verdict == "reproduced"
     assert here == (
         "43 and 41 % less on 1 and 2 threads (medians), 44.44 and 20 % for the slowest run against the teacher's "
@@ -194,7 +241,7 @@ def test_what_a_run_did_not_measure_is_not_testable(tmp_path):
 
 def test_a_table_of_one_profile_is_looked_for_in_its_run_and_then_in_its_committed_figures(checkout):
     claim, values = LEDGER["memory-inference-on-gpu"], CASES["memory-inference-on-gpu"][0]
-    assert claims.judge(claim, checkout).here == "no 01_memory_measured.csv of profile sd15-shape yet"
+    assert claims.judge(claim, checkout).here == "no 01_measured_memory.csv of profile sd15-shape yet"
     write_tables(claim, values | {"one_pass_1": 1.5}, checkout)
     (checkout / "runs").rename(checkout / "moved")
     (checkout / "figures").mkdir()
@@ -202,6 +249,15 @@ def test_a_table_of_one_profile_is_looked_for_in_its_run_and_then_in_its_committ
     assert claims.judge(claim, checkout).quantities["one_pass_1"] == 1.5
     write_tables(claim, values, checkout)
     assert claims.judge(claim, checkout).quantities == values
+
+
+def test_a_verdict_on_measured_memory_says_machine_precision_runtime_batch_and_size(checkout):
+    claim = LEDGER["memory-half-training"]
+    write_tables(claim, HALF[0], checkout)
+    path = checkout / "runs" / "sd15-shape" / "figures" / "01_measured_memory.csv"
+    save_table(path, [row | {"machine": "a CPU, 2 cores", "runtime": "PyTorch"} for row in read_table(path)])
+    here = claims.judge(claim, checkout).here
+    assert here.endswith(" on paper [a CPU, 2 cores; float32; PyTorch; batch 1; 512 px]")
 
 
 class TestTables:
@@ -228,14 +284,17 @@ class TestTables:
         self.change(folder, "80.5", "")
         assert claims.judge(self.claim, folder).verdict == "not testable here"
 
+    def test_a_column_that_is_not_there(self, folder):
+        """As on photographs, of which there is no reader's verdict."""
+        self.change(folder, "lite0_sd", "lite0_spread")
+        verdict = claims.judge(self.claim, folder)
+        assert verdict.verdict == "not testable here"
+        assert verdict.here == "no fd_efficientnet_lite0_sd in 02_quality.csv"
+
     @pytest.mark.parametrize(
         ("old", "new", "message"),
         [
-            (
-                "lite0_sd",
-                "lite0_spread",
-                "has no column 'fd_efficientnet_lite0_sd'; it has method, fd_efficientnet_lite0, fd_",
-            ),
+            ("method,", "methods,", "has no column 'method'; it has methods, fd_efficientnet_lite0, fd_"),
             ("80.5", "much", "02_quality.csv: fd_efficientnet_lite0, method LoRA student: expected numbers"),
             ("no guidance", "LoRA student", "02_quality.csv: 2 rows for method LoRA student; one was expected"),
             ("80.5", "80.5,1,2", "02_quality.csv is no table: "),
@@ -312,12 +371,16 @@ class TestLedgerAsText:
 
     def test_table(self, verdicts):
         table = claims.as_table(verdicts)
-        assert "| 50 % less | 60 % less at batch 1, 50 % at batch 16 | reproduced |" in table
+        here = "60 % less at batch 1, measured (10 → 4 GB; 60 % on paper), 50 % at 16 on paper"
+        assert f"| 50 % less | {here} | reproduced |" in table
         assert table.endswith("2 claims: 1 reproduced, 0 partly, 0 not reproduced, 1 not testable here.")
 
     def test_rows(self, verdicts, tmp_path):
         ruled, untested = claims.as_rows(verdicts)
-        assert ruled.keys() == untested.keys() and ruled["quantities"] == "batch_1 = 60; batch_16 = 50"
+        assert (
+            ruled.keys() == untested.keys()
+            and ruled["quantities"] == "before = 10; after = 4; paper_1 = 60; paper_16 = 50"
+        )
         assert untested["here"] == untested["why"] == LEDGER["slides-fid-values"].not_testable
 
     def test_lines(self, verdicts):

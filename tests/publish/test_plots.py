@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from lora_distill.memory import schemes
-from lora_distill.publish import plots_memory
+from lora_distill.publish import plots, plots_memory
 from lora_distill.publish.figures import STYLE, grid_rows
 from lora_distill.publish.plots import FIGURES
 from lora_distill.publish.style import image_grid
@@ -29,6 +29,17 @@ ROWS = {
     "01_three_ways": [
         {"unet": u, "simulation_gb": 1.0, "measured_gb": m, "account_to_simulation": 1.01, "account_to_measured": m}
         for u, m in (("SD 1.5", None), ("bundled", 1.2))
+    ],
+    "01_measured_memory": [
+        {"label": s, "resolution": 512, "batch": 1, "precision": "float32", "machine": "m", "device": "cpu",
+         "account_gb": 1.0, "simulation_gb": 1.0, "measured_gb": m, "process_gb": m and 1.4}
+        for s, m in (("a", 1.1), ("b", None))
+    ],
+    "01_measured_seconds": [
+        {"method": s, "resolution": 512, "batch": 1, "dtype": "float32", "machine": "m", "how": h,
+         "text_encoder_seconds": 0.5, "unet_seconds": 2.0, "vae_seconds": 0.5,
+         "seconds_an_image": 3.0, "saving_percent": 40.0}
+        for h in ("run whole", "computed from passes") for s in "ab"
     ],
     "02_guidance_curve": [{"guidance_scale": w, "teacher_guidance_scale": 3.0, **QUALITY} for w in (1.0, 3.0)],
     "02_difference": [{"timestep": t, "relative_difference": 0.1} for t in (1, 2)],
@@ -143,3 +154,41 @@ class TestImageGrid:
     def test_a_line_that_is_not_full(self):
         with pytest.raises(ValueError, match="3 images do not fill 2 lines"):
             image_grid(grid_rows(["a", "b"], ["x", "y"])[:3], np.zeros((3, 4, 4, 3), np.uint8))
+
+
+# ---------------------------------------------------------------------------------------------- photographs
+
+COSINE = {"low": 0.28, "high": 0.32, "n": 60}
+FD = {"fd_efficientnet_lite0": 50.0, "fd_efficientnet_lite0_low": 48.0, "fd_efficientnet_lite0_high": 52.0}
+
+
+def shown(figure) -> str:
+    """All that is written on the axes of a figure."""
+    return " ".join(text for ax in figure.axes for text in (ax.get_title(), ax.get_ylabel(), ax.get_xlabel()))
+
+
+@pytest.mark.parametrize("measure", [{"clip_cosine": 0.3, **COSINE}, {"n": 60}], ids=["CLIP", "no CLIP"])
+def test_curves_of_photographs_are_of_the_cosine_or_of_the_distance_alone(measure):
+    curve = [{"guidance_scale": w, **measure, **FD, "teacher_guidance_scale": 7.5} for w in (1.0, 7.5)]
+    steps = [{"method": "LoRA", "step": step, **measure, **FD} for step in (0, 10)]
+    steps = [row | dict.fromkeys(("low", "high") if "low" in row else ()) for row in steps]
+    teacher = {"method": "teacher, two passes", "step": None, **measure, **FD}
+    for figure in (plots.quality_against_guidance(curve), plots.quality_against_steps([*steps, teacher])):
+        assert len(figure.axes) == (2 if "clip_cosine" in measure else 1)
+        assert ("CLIP cosine" in shown(figure)) == ("clip_cosine" in measure) and "correct" not in shown(figure)
+        plt.close(figure)
+
+
+@pytest.mark.parametrize("measure", [{"clip_cosine": 0.3, **COSINE}, {"fd_efficientnet_lite0": 50.0, **COSINE}])
+def test_the_front_of_photographs_is_in_the_unit_of_what_was_measured(measure):
+    column = next(iter(measure))
+    rows = [
+        {"method": "DDIM, one pass", "unet_passes": n, **measure, column: measure[column] * factor, "trained": False}
+        for n, factor in ((2, 1.1), (4, 0.9))
+    ]
+    for figure in (plots.content_against_passes(rows), plots.pareto_front(rows)):
+        assert figure.axes[0].get_ylabel() == {"clip_cosine": "CLIP cosine"}.get(column, "FD-EfficientNet-Lite0")
+        plt.close(figure)
+    front = plots.pareto_front(rows).axes[0].lines[-1].get_ydata()
+    best = max if column == "clip_cosine" else min
+    assert list(front) == [measure[column] * 1.1, best(measure[column] * 1.1, measure[column] * 0.9)]

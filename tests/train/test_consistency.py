@@ -29,7 +29,6 @@ def batch(bundle):
         "timesteps": torch.tensor([19, 39, 499, 999]),
         "prompt_embeds": encode_prompts(bundle, PROMPTS * 2),
         "guidance_scale": torch.tensor([1.0, 2.0, 3.0, 5.0]),
-        "inside": torch.tensor([1, 2, 3]),
     }
 
 
@@ -95,7 +94,6 @@ def test_every_timestep_moves_up_to_the_grid_of_the_lcm_scheduler():
     batch = drawn(torch.arange(1000))
     assert batch["timesteps"].unique().tolist() == sorted(scheduler.timesteps.tolist())
     assert torch.equal(batch["timesteps"].bincount()[19::20], torch.full((50,), 20)), "each as often"
-    assert torch.equal(batch["inside"], torch.arange(20, 1000))
 
 
 def test_guidance_scales_fill_their_range():
@@ -157,7 +155,7 @@ def test_the_target_is_the_moving_average_where_there_is_one(bundle, batch):
     weights = dict(objective.named_parameters())
     objective.moving_average = {n: torch.randn(weights[n].shape, generator=generator) * 0.1 for n in names}
     inputs = (batch["eps"], batch["timesteps"], batch["prompt_embeds"], batch["guidance_scale"])
-    averaged = objective.target(*inputs, inside=torch.arange(4))
+    averaged = objective.target(*inputs)
     with torch.no_grad():
         own = objective.student(*inputs)
         for name in names:

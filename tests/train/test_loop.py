@@ -107,8 +107,8 @@ def test_a_checkpoint_has_a_moving_average_only_where_one_is_kept(tmp_path):
 
 def test_batches_depend_on_seed_and_step_alone():
     assert torch.equal(draw(0, 4, step_generator(1, 7))["x"], draw(0, 4, step_generator(1, 7))["x"])
-    first = [draw(0, 4, step_generator(*key))["x"][0].item() for key in ((1, 7), (1, 8), (2, 7), (1, 7, 1))]
-    assert len(set(first)) == 4
+    first = [draw(0, 4, step_generator(*key))["x"][0].item() for key in ((1, 7), (1, 8), (2, 7))]
+    assert len(set(first)) == 3
 
 
 def test_the_log_says_what_happened(tmp_path):

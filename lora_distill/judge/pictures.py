@@ -1,0 +1,98 @@
+"""Pictures that are read when they are needed: a set of any size takes the memory of the few that are looked at."""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+from tqdm import tqdm
+
+from lora_distill import processes
+from lora_distill.storage import atomic_write, whole_file
+
+KEY = "key.txt"  # beside pictures: what they depend on
+
+
+class Pictures(Sequence):
+    """n pictures of one size; an index reads one, as an array (h, w, 3) uint8, a slice those it names, (n, h, w, 3).
+
+    `key`, where it is given, is a digest of all that the pictures depend on: what is made of them can be kept under it
+    without reading them.
+    """
+
+    def __init__(self, count: int, read: Callable[[int], np.ndarray], key: str = ""):
+        self.count, self.read, self.key = count, read, key
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int | slice) -> np.ndarray:
+        if isinstance(index, slice):
+            return np.stack([self.read(i) for i in range(self.count)[index]])
+        return self.read(range(self.count)[index])
+
+    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self[:], dtype)
+
+
+def batches(images: np.ndarray | Pictures | Iterable[np.ndarray], size: int = 50) -> Iterator[np.ndarray]:
+    """Images (n, h, w, 3) uint8, one set or any number of arrays one after another, at most `size` at a time.
+
+    Raises ValueError for other arrays.
+    """
+    for part in [images] if isinstance(images, np.ndarray | Pictures) else images:
+        for start in range(0, max(len(part), 1), size):
+            array = part[start : start + size]
+            if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3:
+                raise ValueError(f"expected images (n, h, w, 3) uint8, got {array.shape} {array.dtype}")
+            yield array
+
+
+def kept_pictures(
+    folder: Path, key: str, count: int, size: int, make: Callable[[slice], np.ndarray], title: str = "sampling"
+) -> Pictures:
+    """`make(slice)` of `count` pictures, `size` at a time, kept in a folder as PNG, one a picture.
+
+    A run that was cut goes on with the first missing ones, and several processes each make some. Pictures of another
+    `key` are made again. Raises FileNotFoundError where the processes do not see each other's files.
+    """
+    paths = [folder / f"{number:05}.png" for number in range(count)]
+    if processes.agree(not (folder / KEY).exists() or (folder / KEY).read_text() != key):
+        if processes.is_main():
+            for path in folder.glob("*.png"):
+                path.unlink()
+            atomic_write(folder / KEY, key)
+        processes.wait()
+    starts = [start for start in range(0, count, size) if not all(path.exists() for path in paths[start:][:size])]
+    bar = {"desc": title, "mininterval": 2, "leave": False, "disable": not processes.is_main()}
+    for start in tqdm(processes.share(processes.agree(starts)), **bar):
+        rows = slice(start, min(start + size, count))
+        for path, image in zip(paths[rows], make(rows), strict=True):
+            with whole_file(path, by_any=True) as temporary:
+                PIL.Image.fromarray(image).save(temporary, "png", compress_level=1)
+    processes.wait()
+    if lost := [path for path in paths if not path.exists()]:
+        raise FileNotFoundError(f"{lost[0]}: made by another process, not seen by this one; they must share runs/")
+    return stored_pictures(folder, count, key)
+
+
+def stored_pictures(folder: Path, count: int, key: str = "") -> Pictures:
+    """The pictures that lie in a folder. One that cannot be read is named when it is read, by ValueError."""
+
+    def read(number: int) -> np.ndarray:
+        path = folder / f"{number:05}.png"
+        try:
+            with PIL.Image.open(path) as picture:
+                return np.asarray(picture.convert("RGB"))
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f"{path}: no whole picture ({error}); delete it and run its notebook again") from None
+
+    return Pictures(count, read, key)
+
+
+def slug(name: str) -> str:
+    """A method's name as the name of a folder; two names never give one."""
+    plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:4]}"
