@@ -37,7 +37,7 @@ PROMPTS = ["Two children runs on the grass .", "A white bird sits in snow ."]
 W = 7.5
 # Learning rates are high, so that few updates move something.
 SETTINGS = Settings(
-    resolution=SIDE, guidance_scale=W, train_steps=6, lcm_steps=3, finetune_steps=6, batch_size=4, lcm_batch_size=4,
+    resolution=SIDE, guidance_scale=W, train_steps=6, lcm_steps=3, finetune_steps=6, batch_size=2, lcm_batch_size=2,
     warmup_steps=0, log_every=1, checkpoint_every=100, lcm_rank=4, learning_rate=1.0e-2, full_learning_rate=1.0e-3,
     lcm_lora_learning_rate=1.0e-3, lcm_learning_rate=1.0e-4, finetune_learning_rate=1.0e-2, mirror=True,
     eval_prompts=4, skip_unusable=True,
