@@ -85,7 +85,7 @@ def test_the_layout_for_a_gpu_changes_no_result(bundle):
     finally:
         torch.set_float32_matmul_precision(precision)
     assert bundle.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
-    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(results(bundle), expected, strict=True))
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in zip(results(bundle), expected, strict=True))
     assert fingerprint(bundle) == before
 
 
