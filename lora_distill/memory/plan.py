@@ -39,6 +39,7 @@ SD15 = ("stable-diffusion-v1-5/stable-diffusion-v1-5", "runwayml/stable-diffusio
 # Bytes that the hub sends, about: the archives of both sets of photographs, and 151 million float32 parameters.
 DOWNLOADS = {"jxie/flickr8k": 1.1e9, "nlphuji/flickr30k": 4.4e9, "openai/clip-vit-base-patch32": 0.6e9}
 SIZES = {"8k": (6000, 1000), "30k": (29000, 1000)}  # images to train on and to test on
+GRID = (1, 4, 8, 16)  # batches of notebook 04's seconds over batches and resolutions
 CAPTIONS = 5  # of a photograph
 FIXED = {"01": 75.0, "02": 25.0, "03": 25.0, "04": 25.0}  # seconds without a network of the profile, on two cores
 FEATURES = 0.8e9  # operations of the features of an image, EfficientNet-Lite0 at 224 px
@@ -132,9 +133,9 @@ def _operations(unet: nn.Module, vae: AutoencoderKL, side: int) -> tuple[float, 
 # ---------------------------------------------------------------------------------------------- operations by notebook
 
 
-def work(settings: Settings) -> dict[str, Work]:
+def work(settings: Settings, on_gpu: bool = False) -> dict[str, Work]:
     """What notebooks 02 to 04 compute with the profile's pipeline; 01 runs no step of it worth counting."""
-    return {"01": Work(), "02": _guided(settings), "03": _few_steps(settings), "04": _timed(settings)}
+    return {"01": Work(), "02": _guided(settings), "03": _few_steps(settings), "04": _timed(settings, on_gpu)}
 
 
 def _guided(s: Settings) -> Work:
@@ -180,15 +181,20 @@ def _few_steps(s: Settings) -> Work:
     return total + images((1 + s.full_copies) * 4 * curve, 15 / 4) + images(5 * curve, 4)
 
 
-def _timed(s: Settings) -> Work:
-    """Seconds of forwards by batch, of every method, and over batches and resolutions; trainings are read."""
+def _timed(s: Settings, on_gpu: bool) -> Work:
+    """Seconds of forwards by batch, of every method, and over batches and resolutions; trainings are read.
+
+    On a CPU each is timed on two runtimes and two numbers of threads.
+    """
     repeats, grid_repeats, steps = s.timing_repeats, max(3, s.timing_repeats // 2), s.sampling_steps
-    ladder, larger = 63, 2.25  # images of batches 1 to 32; work of a side half as large again
-    total = Work(4 * ladder * (4 * repeats + 2) + larger * ladder * (4 * grid_repeats + 2))
+    runtimes, threads, larger = (1, 1, 2.25) if on_gpu else (2, 2, 2.25)  # work of a side half as large again
+    ladder = sum(size for size in (1, 2, 4, 8, 16, 32) if size <= 2 * s.eval_batch)
+    total = Work(runtimes * threads * ladder * (4 * repeats + 2) + larger * ladder * (4 * grid_repeats + 2))
     methods = [2 * steps, 1.5 * steps, steps, *[steps] * s.full_copies]
-    passes = [*methods * 2, steps, 8, *[4] * len(_sets(s))]
-    total += images(2 * s.timing_batch * (repeats + 1) * len(passes), sum(passes) / len(passes))
-    return total + images((1 + larger) * 29 * (grid_repeats + 1) * 3, (3 * steps + 4) / 3)
+    passes = [*methods * runtimes, steps, 8, *[4] * len(_sets(s))]
+    total += images(threads * s.timing_batch * (repeats + 1) * len(passes), sum(passes) / len(passes))
+    grid = sum(batch for batch in GRID if batch <= s.eval_batch)
+    return total + images((1 + larger) * grid * (grid_repeats + 1) * 3, (3 * steps + 4) / 3)
 
 
 def _sets(s: Settings) -> dict[str, float]:
@@ -228,7 +234,8 @@ def peaks(settings: Settings, model: Model) -> dict[str, float]:
     # Beside W0: the trained copy, and merged students, which share with W0 what their adapter leaves alone.
     judging = max(_sampling(s, model, s.eval_batch, s.resolution), w0 + _decoding(s, model)) + w0 * (s.full_copies + 2)
     students = w0 * (s.full_copies + 1 + len(_sets(s)))
-    timing = max(_sampling(s, model, 16, s.resolution * 3 // 2), w0 + 2.25 * _decoding(s, model)) + students
+    largest = max(batch for batch in GRID if batch == 1 or batch <= s.eval_batch)
+    timing = max(_sampling(s, model, largest, s.resolution * 3 // 2), w0 + 2.25 * _decoding(s, model)) + students
     return {"01": 0.0, "02": beside + max(*guided, judging), "03": beside + max(*few, judging), "04": beside + timing}
 
 
@@ -264,15 +271,14 @@ def _trained(
 
 
 def host(settings: Settings, model: Model, notebook: str) -> float:
-    """Bytes in the machine's own memory beside a GPU: the largest checkpoint, and the images that are judged."""
+    """Bytes in the machine's own memory beside a GPU: the largest checkpoint, or the pipeline as it is loaded."""
     s, unet = settings, model.parameters[0]
     if notebook == "01":
         return PROCESS
     ema = {"02": s.ema_decay, "03": s.lcm_ema_decay, "04": 0}[notebook] > 0
     moments = 2 if s.optimizer == "adamw-8bit" else 8
     checkpoint = unet * (4 + moments + 4 * ema) if s.full_copies and notebook != "04" else 0
-    pictures = 12 * s.eval_prompts * len(s.eval_seeds) * 3 * s.resolution**2
-    return PROCESS + max(checkpoint, 4 * sum(model.parameters)) + pictures
+    return PROCESS + max(checkpoint, 4 * sum(model.parameters))
 
 
 # ---------------------------------------------------------------------------------------------- downloads, disk, time
@@ -373,7 +379,7 @@ def plan(settings: Settings, device: str, *, card: float | None = None, tflops: 
     on_gpu = card is not None or device != "cpu"
     speed = tflops * TERA if tflops else rate(device, getattr(torch, settings.dtype))
     share, needs, rows = SHARES["cuda" if on_gpu else "cpu"], peaks(settings, model), []
-    for notebook, done in work(settings).items():
+    for notebook, done in work(settings, on_gpu).items():
         beside, flops = host(settings, model, notebook), done.flops(model)
         minutes = (FIXED[notebook] + flops / (share * speed)) / 60
         memory = needs[notebook] + (0 if on_gpu else beside)
