@@ -43,10 +43,12 @@ def reproduce(
 
     All goes to runs/<profile>/. A finished notebook is reused until its code, the settings or what it reads changes.
     """
+    from lora_distill import processes
     from lora_distill.publish import series
-    from lora_distill.settings import load_settings
+    from lora_distill.settings import check_paths, load_settings
 
-    if (checked := load_settings(profile)).pipeline != "bundled":  # the bundled pipeline fits everywhere
+    check_paths(checked := load_settings(profile))
+    if checked.pipeline != "bundled" and processes.is_main():  # the bundled pipeline fits everywhere
         _check_room(checked)
     series.reproduce(profile, force=force, names=notebook or ())
 
@@ -57,12 +59,12 @@ def _check_room(checked: "Settings") -> None:
     from lora_distill.memory import plan as plans
     from lora_distill.pipeline import choose_device
 
-    found = plans.plan(checked, choose_device(checked.device))
+    # the process groups of several processes are the notebooks': none is made here
+    found = plans.plan(checked, choose_device(checked.device) if processes.count() == 1 else plans.any_device(checked))
     if found.refusal:
         command = f"python -m lora_distill plan --profile {checked.profile}"
         raise RuntimeError(f"profile {checked.profile} does not fit: {found.refusal}; {command} says more")
-    if processes.is_main():
-        print("\n".join(found.last_lines), flush=True)
+    print("\n".join(found.last_lines), flush=True)
 
 
 @app.command(rich_help_panel=SERIES)
@@ -166,10 +168,10 @@ def distill(profile: Profile = "cpu") -> None:
     from lora_distill import processes
     from lora_distill.data.teacher import teacher_for
     from lora_distill.pipeline import pipeline_for
-    from lora_distill.settings import load_settings, run_dir
+    from lora_distill.settings import check_paths, load_settings, run_dir
     from lora_distill.train.recipes import distil_lora, lora_file
 
-    checked = load_settings(profile)
+    check_paths(checked := load_settings(profile))
     folder = run_dir(checked)
     pipe = pipeline_for(checked)
     teacher = teacher_for(pipe, checked, folder / "cache")
@@ -263,9 +265,9 @@ def plan(
     """Print what a profile takes: downloads, disk, memory and operations by notebook, and time on this device."""
     from lora_distill.memory import plan as plans
     from lora_distill.pipeline import choose_device
-    from lora_distill.settings import load_settings
+    from lora_distill.settings import check_paths, load_settings
 
-    checked = load_settings(profile)
+    check_paths(checked := load_settings(profile))
     print(plans.plan(checked, choose_device(checked.device), card=card, tflops=tflops))
 
 

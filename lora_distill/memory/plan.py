@@ -8,6 +8,7 @@ SHARE, and what no network does: a few seconds a notebook, and notebook 01.
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -235,7 +236,9 @@ def peaks(settings: Settings, model: Model) -> dict[str, float]:
     judging = max(_sampling(s, model, s.eval_batch, s.resolution), w0 + _decoding(s, model)) + w0 * (s.full_copies + 2)
     students = w0 * (s.full_copies + 1 + len(_sets(s)))
     largest = max(batch for batch in GRID if batch == 1 or batch <= s.eval_batch)
-    timing = max(_sampling(s, model, largest, s.resolution * 3 // 2), w0 + 2.25 * _decoding(s, model)) + students
+    multiple = 8 * 2 ** (len(model.unet["down_block_types"]) - 1)  # the account's; the UNet itself takes any side
+    larger = multiple * ceil(s.resolution * 1.5 / multiple)
+    timing = max(_sampling(s, model, largest, larger), w0 + 2.25 * _decoding(s, model)) + students
     return {"01": 0.0, "02": beside + max(*guided, judging), "03": beside + max(*few, judging), "04": beside + timing}
 
 
@@ -320,8 +323,15 @@ def rate(device: str, dtype: torch.dtype, seconds: float = 0.3) -> float:
         if device != "cpu":
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - clock)
-    del product
+    del a, b, product
+    if device != "cpu":
+        torch.cuda.empty_cache()  # a notebook's kernel is another process, and needs the memory
     return 2 * side**3 / best
+
+
+def any_device(settings: Settings) -> str:
+    """A device of the kind that the settings ask for; several processes have one each."""
+    return "cpu" if settings.device == "cpu" or not torch.cuda.is_available() else "cuda"
 
 
 # ---------------------------------------------------------------------------------------------- the plan
