@@ -129,9 +129,9 @@ def _result(part: Part, pipeline: str, device: str, folder: Path, *, late: bool 
         return {"note": "not measured: no time was left"}, "left out, no time is left"
     if reason := _refusal(part, config, device):
         return {"note": reason}, reason
-    found = alone(part, pipeline, device)
+    found = alone(part, pipeline, device) | {"written": storage.now(), "commit": storage.git_commit()}
     if "killed" not in found.get("note", ""):
-        storage.atomic_write(path, json.dumps(found | {"written": storage.now(), "commit": storage.git_commit()}))
+        storage.atomic_write(path, json.dumps(found))
     return found, ""
 
 
@@ -227,6 +227,8 @@ def write(
     for path, rows in tables.items():
         storage.save_table(path, rows + of_other_devices(settings, path.stem, rows, device))
     made_by = storage.manifest(settings, unit="GB = 1e9 bytes; seconds", machine=storage.device_name(device))
+    # a command that was cut goes on later, perhaps with other code
+    made_by["commits"] = sorted({found["commit"] for found in results.values() if found.get("commit")})
     storage.atomic_write(folder / f"01_measured_{_kind(device)}.json", json.dumps(made_by, indent=2) + "\n")
     return list(tables)
 

@@ -1,5 +1,6 @@
 """What the repository keeps of a finished run: outputs in the notebooks, a folder of figures, blocks of the README."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -22,11 +23,15 @@ OF_MEMORY = ("01_memory_*", "01_flops.csv", "01_measured_*")
 def publish(profile: str | Path) -> list[Path]:
     """Take the results of a finished run into the repository; return what was written.
 
-    Those of `cpu` go into the notebooks, those of another profile to figures/<profile>/; the README states the results
-    of figures/full/. Notebook 00 is taken when the run has it. Raises `SeriesError`, in one line and before anything is
-    written, for a run that is not finished, is stale, or was not made by one clean commit.
+    Those of `cpu` go into the notebooks, those of another profile to figures/<profile>/, also of a run that holds what
+    `measure` wrote and no notebook; the README states the results of figures/full/. Notebook 00 is taken when the run
+    has it. Raises `SeriesError`, in one line and before anything is written, for a run that is not finished, is stale,
+    or was not made by one clean commit.
     """
     settings = load_settings(profile)
+    if tables := only_measured(run_dir(settings)):
+        check_measured(tables)
+        return [copy_figures(run_dir(settings) / "figures", set()), write_readme()]
     if not settings.is_result:
         raise ValueError(
             f"profile {settings.profile} shows that the code runs; its numbers, of {settings.eval_prompts} prompts, "
@@ -62,6 +67,20 @@ def check_finished(paths: list[Path], settings: Settings, folder: Path) -> None:
         raise SeriesError(f"not made by committed code: {made}; commit, then {again} --force")
     if len(set(commits.values())) > 1:
         raise SeriesError(f"made by different commits: {made}; {again} --force")
+
+
+def only_measured(folder: Path) -> list[Path]:
+    """What `measure` left in a run's folder in which no notebook has run; a profile of an architecture has no more."""
+    stamped = any(series.read_stamp(folder, path.stem) for path in series.all_notebooks())
+    return [] if stamped else sorted((folder / "figures").glob("01_measured_*.json"))
+
+
+def check_measured(manifests: list[Path]) -> None:
+    """Raise `SeriesError` unless all that `measure` wrote was measured by committed code."""
+    for path in manifests:
+        commits = json.loads(path.read_text(encoding="utf-8"))["commits"]
+        if not commits or any(commit.endswith("-dirty") for commit in commits):
+            raise SeriesError(f"{series.shown(path)}: not measured by committed code; delete the run's cache, commit")
 
 
 def write_outputs(path: Path, executed: Path) -> None:

@@ -195,3 +195,27 @@ def test_a_block_that_is_not_there():
 def test_widgets_are_left_out():
     widget = new_output("display_data", {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "0%"})
     assert report.clean_outputs([widget], 1) == []
+
+
+class TestMeasured:
+    """What the command `measure` wrote, in a run without notebooks."""
+
+    @pytest.fixture
+    def measured(self, checkout) -> Path:
+        folder = checkout / "runs" / "other" / "figures"
+        storage.save_table(folder / "01_measured_memory.csv", [{"scheme": "a", "measured_gb": 1.5}])
+        (folder / "01_measured_cpu.json").write_text(json.dumps({"commits": ["1a2b3c4d5e"]}))
+        return folder
+
+    def test_its_tables_are_taken_and_nothing_there_is_lost(self, checkout, measured):
+        (checkout / "figures" / "other").mkdir()
+        (checkout / "figures" / "other" / "01_flops.csv").write_text("scheme\n")
+        committed.publish("other")
+        there = {path.name for path in (checkout / "figures" / "other").iterdir()}
+        assert there == {"01_flops.csv", "01_measured_memory.csv", "01_measured_cpu.json"}
+
+    def test_what_uncommitted_code_measured_is_refused(self, checkout, measured):
+        (measured / "01_measured_cpu.json").write_text(json.dumps({"commits": ["1a2b3c4d5e-dirty"]}))
+        with pytest.raises(SeriesError, match="not measured by committed code"):
+            committed.publish("other")
+        assert not (checkout / "figures" / "other").exists()
