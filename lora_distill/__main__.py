@@ -223,9 +223,9 @@ def measure(
     profile: Profile = "sd15-shape",
     minutes: Annotated[float | None, typer.Option(min=0, help="start no further part after so many")] = None,
 ) -> None:
-    """Measure memory and seconds of a profile's architecture on this machine, the most wanted first.
+    """Measure memory and seconds of a profile's architecture on this machine, the most important parts first.
 
-    Cut short, it goes on where it stopped. With sd15-shape about half an hour on two cores with 24 GB.
+    Cut short, it goes on where it stopped. With sd15-shape it takes three quarters of an hour on two cores with 24 GB.
     """
     from lora_distill.memory import benchmark
     from lora_distill.pipeline import choose_device
@@ -259,8 +259,10 @@ def _draw_measured(checked: "Settings", tables: list[Path]) -> None:
 @app.command(rich_help_panel=SERIES)
 def plan(
     profile: Profile = "cpu",
-    card: Annotated[float | None, typer.Option(min=1, help="of a GPU that is not here: its memory in GiB")] = None,
-    tflops: Annotated[float | None, typer.Option(min=0.01, help="and its rate in the profile's dtype")] = None,
+    card: Annotated[float | None, typer.Option(min=1, help="memory in GiB of a GPU that is not here")] = None,
+    tflops: Annotated[
+        float | None, typer.Option(min=0.01, help="and its rate in the profile's dtype, 38 for a T4")
+    ] = None,
 ) -> None:
     """Print what a profile takes: downloads, disk, memory and operations by notebook, and time on this device."""
     from lora_distill.memory import plan as plans

@@ -44,7 +44,7 @@ def share(items: Sequence[T]) -> Sequence[T]:
 
 
 def agree(value: T) -> T:
-    """The main process's value, on every process: whoever decides by a file asks here, for files appear meanwhile."""
+    """The main process's value, on every process. For decisions by a file: another process may write it in between."""
     if count() == 1:
         return value
     from accelerate.utils import broadcast_object_list

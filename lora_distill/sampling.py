@@ -89,13 +89,6 @@ def sampler_name(pipe: StableDiffusionPipeline, sampler: Sampler) -> str:
     return _scheduler_name(build_scheduler(pipe, sampler.scheduler))
 
 
-def sampler_label(pipe: StableDiffusionPipeline, sampler: Sampler) -> str:
-    """Name, steps and UNet passes of a sampler, for tables: "DDIM, 25 steps, 50 passes"."""
-    passes = unet_passes(pipe, sampler)
-    steps = f"{sampler.steps} step{'s' * (sampler.steps != 1)}"
-    return f"{sampler_name(pipe, sampler)}, {steps}, {passes} pass{'es' * (passes != 1)}"
-
-
 def _scheduler_name(scheduler: SchedulerMixin) -> str:
     if isinstance(scheduler, DDIMScheduler) and (spacing := scheduler.config.timestep_spacing) != "trailing":
         return f"DDIM ({spacing})"  # beside the named one, whose timesteps are trailing

@@ -57,7 +57,7 @@ class Settings(BaseModel):
     )
 
     train_steps: int = Field(150, ge=1, description="optimiser updates")
-    batch_size: int = Field(32, ge=1, description="images a forward pass")
+    batch_size: int = Field(32, ge=1, description="images a forward pass, over all processes together")
     gradient_accumulation: int = Field(1, ge=1, description="forward passes an update")
     learning_rate: float = Field(2.0e-3, gt=0, description="learning rate of LoRA training")
     full_learning_rate: float = Field(2.0e-4, gt=0, description="learning rate of the conventional full copy")

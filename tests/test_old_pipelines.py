@@ -100,14 +100,11 @@ def test_ddim_is_ddim_whatever_the_pipelines_own_scheduler_is(old):
 
 
 def test_a_sampler_is_named_after_the_scheduler_that_it_builds(old):
-    from lora_distill.sampling import sampler_label, sampler_name
+    from lora_distill.sampling import sampler_name
 
     pipe = load_pipeline(str(old))
     names = {name: sampler_name(pipe, Sampler(scheduler=name)) for name in ("own", "ddim", "dpm++", "lcm")}
     assert names == {"own": "PNDM", "ddim": "DDIM", "dpm++": "DPM-Solver++ 2M", "lcm": "LCM"}
-    assert sampler_label(pipe, Sampler(4)) == "PNDM, 4 steps, 5 passes"
-    assert sampler_label(pipe, Sampler(1, scheduler="lcm")) == "LCM, 1 step, 1 pass"
-    assert sampler_label(load_pipeline("bundled"), Sampler(25, 3.0)) == "DDIM, 25 steps, 50 passes"
 
 
 def test_two_kinds_of_ddim_have_two_names(bundle):

@@ -1,4 +1,4 @@
-"""The command `measure`: the parts of a device, most wanted first, each resumed from its file, and their tables.
+"""The command `measure`: what to measure on a device, the most important first, each in its own process; two tables.
 
 A part that was measured before, with the same key, is read from the run's cache. One that the machine cannot hold,
 by the account of its memory, is refused in its row; so is one that fails for want of memory.

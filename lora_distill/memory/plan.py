@@ -135,7 +135,7 @@ def _operations(unet: nn.Module, vae: AutoencoderKL, side: int) -> tuple[float, 
 
 
 def work(settings: Settings, on_gpu: bool = False) -> dict[str, Work]:
-    """What notebooks 02 to 04 compute with the profile's pipeline; 01 runs no step of it worth counting."""
+    """What notebooks 02 to 04 compute. Notebook 01 is left out: its steps take what memory is free, or are left out."""
     return {"01": Work(), "02": _guided(settings), "03": _few_steps(settings), "04": _timed(settings, on_gpu)}
 
 

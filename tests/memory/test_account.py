@@ -137,7 +137,7 @@ def test_a_scheme_that_no_run_can_use_is_refused(way, change, message):
         (Setup(resolution=500), "resolution: must be a multiple of 64 for this UNet, got 500"),
         (Setup(resolution=0), "resolution: must be a multiple of 64 for this UNet, got 0"),
         (Setup(batch=0), "batch: must be at least 1, got 0"),
-        (Setup(optimizer="sgd"), "optimizer: must be one of adamw, adamw-8bit, got 'sgd'"),
+        (Setup(optimizer="sgd"), "optimizer: must be one of adamw, adamw-fused, adamw-8bit, got 'sgd'"),
         (Setup(quantised_base="int4"), "quantised_base: must be one of none, int8, nf4, got 'int4'"),
     ],
 )
