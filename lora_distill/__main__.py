@@ -209,13 +209,11 @@ def sample(
 
 @app.command(rich_help_panel=MODELS)
 def memory(profile: Profile = "sd15-shape") -> None:
-    """Write the peak memory of every scheme: on paper, simulated, and measured when there is a GPU."""
+    """Write the peak memory of every scheme, on paper and simulated; `measure` measures it."""
     from lora_distill.memory import report
-    from lora_distill.pipeline import choose_device
     from lora_distill.settings import load_settings
 
-    checked = load_settings(profile)
-    print("\n".join(report.write(checked, choose_device(checked.device))))
+    print("\n".join(report.write(load_settings(profile))))
 
 
 @app.command(rich_help_panel=MODELS)
@@ -260,9 +258,7 @@ def _draw_measured(checked: "Settings", tables: list[Path]) -> None:
 def plan(
     profile: Profile = "cpu",
     card: Annotated[float | None, typer.Option(min=1, help="memory in GiB of a GPU that is not here")] = None,
-    tflops: Annotated[
-        float | None, typer.Option(min=0.01, help="and its rate in the profile's dtype, 38 for a T4")
-    ] = None,
+    tflops: Annotated[float | None, typer.Option(min=0.01, help="and its rate in that dtype, 38 for a T4")] = None,
 ) -> None:
     """Print what a profile takes: downloads, disk, memory and operations by notebook, and time on this device."""
     from lora_distill.memory import plan as plans

@@ -114,7 +114,7 @@ def run(settings: Settings, device: str, minutes: float | None = None, parts: li
     at_once = len(cases) if minutes is None else 8
     for start in range(0, len(cases), at_once or 1):
         if minutes is None or time.monotonic() - clock < 60 * minutes:
-            report.fill_cache(cases[start : start + at_once], "meta", folder)
+            report.fill_cache(cases[start : start + at_once], None, folder)
     return write(settings, device, config, results, folder)
 
 

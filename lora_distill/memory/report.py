@@ -144,7 +144,7 @@ def is_cached(way: Way, name: str, setup: Setup, batches: Sequence[int], config:
     return all(path.exists() for path in _paths(way, name, setup, batches, config, cache_dir).values())
 
 
-def fill_cache(cases: Iterable[Case], device: str, cache_dir: Path) -> None:
+def fill_cache(cases: Iterable[Case], device: str | None, cache_dir: Path) -> None:
     """Run what `compare` will read, in two processes: a simulation is plain Python and takes one core."""
     jobs = [(way, *case) for case in cases for way in ((simulate, track) if _tracks(device, case[-1]) else (simulate,))]
     jobs = [job for job in jobs if not is_cached(*job, cache_dir)]
@@ -160,16 +160,19 @@ def _start() -> None:
     gc.freeze()
 
 
-def _tracks(device: str, config: Config) -> bool:
+def _tracks(device: str | None, config: Config) -> bool:
     """Whether steps are measured on the CPU: where the UNet is small, below 50 million parameters."""
     return device == "cpu" and account(INFERENCE["one_pass_merged"], Setup(), config)["weights"] < 2 * 50e6
 
 
-def compare(name: str, setup: Setup, batches: Sequence[int], config: Config, device: str, cache_dir: Path) -> Rows:
+def compare(
+    name: str, setup: Setup, batches: Sequence[int], config: Config, device: str | None, cache_dir: Path
+) -> Rows:
     """A row a batch: a scheme's peak in GB on paper, simulated and measured, their ratios, the simulation's terms.
 
     Measured is torch.cuda.max_memory_allocated on a GPU; on a CPU the live tensors of a real step of a small UNet,
-    and of a large one nothing. A step that does not fit the GPU has no measurement either.
+    and of a large one nothing. A step that does not fit the GPU has no measurement either, nor has one without a
+    `device`.
     """
     scheme, rows = find_scheme(name), []
     for batch, simulation in zip(batches, peaks(simulate, name, setup, batches, config, cache_dir), strict=True):
@@ -186,10 +189,12 @@ def compare(name: str, setup: Setup, batches: Sequence[int], config: Config, dev
     return rows
 
 
-def _measured(name: str, setup: Setup, config: Config, device: str, cache_dir: Path) -> tuple[int | None, int | None]:
+def _measured(
+    name: str, setup: Setup, config: Config, device: str | None, cache_dir: Path
+) -> tuple[int | None, int | None]:
     if _tracks(device, config):
         return peaks(track, name, setup, [setup.batch], config, cache_dir)[0].total, None
-    if device == "cpu":
+    if device in (None, "cpu"):
         return None, None
     try:
         return measure_cuda(find_scheme(name), setup, config, device)
@@ -268,15 +273,11 @@ def results(config: Config, saved: Rows, compared: Rows) -> dict[str, dict[str, 
 
 
 def write(
-    settings: Settings,
-    device: str,
-    names: Sequence[str] = tuple(TRAINING | INFERENCE),
-    batches: Sequence[int] = BATCHES,
+    settings: Settings, names: Sequence[str] = tuple(TRAINING | INFERENCE), batches: Sequence[int] = BATCHES
 ) -> list[str]:
-    """Write runs/<profile>/figures/01_memory_*.csv, 01_flops.csv and a manifest; return the paths.
+    """Write runs/<profile>/figures/01_memory_simulated.csv, 01_flops.csv and a manifest; return the paths.
 
-    The first is named for what it holds: `measured` with a GPU or on a small UNet, `simulated` otherwise. Training is
-    reported with and without gradient checkpointing.
+    Peaks are on paper and simulated, of training with and without gradient checkpointing.
     """
     config, folder, cache_dir = unet_config(settings.pipeline), figures_dir(settings), run_dir(settings) / "cache"
     resolution = 8 * config["sample_size"]
@@ -286,14 +287,14 @@ def write(
         for checkpointing in ((False, True) if name in TRAINING else (False,))
     ]
     cases = [(*mode, batches, config) for mode in modes]
-    fill_cache(cases, device, cache_dir)
-    rows = [row for case in cases for row in compare(*case, device, cache_dir)]
+    fill_cache(cases, None, cache_dir)
+    rows = [row for case in cases for row in compare(*case, None, cache_dir)]
     tflop = step_tflop(names, config, resolution, cache_dir)
     flops = [{"scheme": name, "tflop_an_image_and_step": float(f"{size:.5g}")} for name, size in tflop.items()]
-    kind = "measured" if any(row["measured_gb"] is not None for row in rows) else "simulated"
-    paths = [folder / f"01_memory_{kind}.csv", folder / "01_flops.csv", folder / "01_memory.json"]
-    storage.save_table(paths[0], [{**row, "device": storage.device_name(device)} for row in rows])
+    paths = [folder / "01_memory_simulated.csv", folder / "01_flops.csv", folder / "01_memory.json"]
+    without = ("measured_gb", "reserved_gb", "account_to_measured")
+    storage.save_table(paths[0], [{name: value for name, value in row.items() if name not in without} for row in rows])
     storage.save_table(paths[1], flops)
-    made_by = storage.manifest(settings, kind=kind, unit="GB = 1e9 bytes, the UNet's part of one step")
-    storage.atomic_write(paths[2], json.dumps(made_by | {"device": storage.device_name(device)}, indent=2) + "\n")
+    made_by = storage.manifest(settings, kind="simulated", unit="GB = 1e9 bytes, the UNet's part of one step")
+    storage.atomic_write(paths[2], json.dumps(made_by, indent=2) + "\n")
     return [str(path) for path in paths]

@@ -21,16 +21,16 @@ def written(tmp_path, monkeypatch):
     """The folder that the command fills for two schemes at one batch."""
     monkeypatch.setattr(settings_module, "repository_root", lambda: tmp_path)
     chosen = Settings(pipeline="bundled")
-    paths = report.write(chosen, "cpu", names=("lora_finetune", "guided_batched"), batches=(1,))
+    paths = report.write(chosen, names=("lora_finetune", "guided_batched"), batches=(1,))
     assert {str(path) for path in figures_dir(chosen).iterdir()} == set(paths)
     return figures_dir(chosen)
 
 
-def test_a_small_unet_is_measured_on_the_cpu_and_all_is_written(written):
-    assert {path.name for path in written.iterdir()} == {"01_memory_measured.csv", "01_flops.csv", "01_memory.json"}
-    rows = read_table(written / "01_memory_measured.csv")
+def test_the_command_writes_what_is_on_paper_and_simulated(written):
+    assert {path.name for path in written.iterdir()} == {"01_memory_simulated.csv", "01_flops.csv", "01_memory.json"}
+    rows = read_table(written / "01_memory_simulated.csv")
     assert [row["scheme"] for row in rows] == ["lora_finetune", "lora_finetune", "guided_batched"]
-    assert all(row["account_to_measured"] == pytest.approx(1, abs=0.05) and row["device"] for row in rows)
+    assert all(row["account_to_simulation"] == pytest.approx(1, abs=0.05) for row in rows)
     assert {"commit", "versions", "device", "kind"} <= json.loads((written / "01_memory.json").read_text()).keys()
     flops = {row["scheme"]: row["tflop_an_image_and_step"] for row in read_table(written / "01_flops.csv")}
     assert flops.keys() == {"lora_finetune", "guided_batched"}

@@ -112,13 +112,13 @@ def test_notebook_00_is_taken_when_the_run_has_it(checkout, run):
 
 def test_figures_of_another_profile_take_the_place_of_the_committed_ones(checkout, run):
     target = checkout / "figures" / "other"
-    for old in ("02_old.svg", "03_old.csv", "01_memory_measured.csv"):
+    for old in ("02_old.svg", "03_old.csv", "01_memory_simulated.csv"):
         storage.atomic_write(target / old, "old")
     run("other")
     storage.atomic_write(checkout / "runs" / "other" / "figures" / "02_left_behind.csv", "by older code")
     assert committed.publish("other") == [target, checkout / "README.md"]
     kept = {f"{number}_x.{kind}" for number in ("01", "02") for kind in ("svg", "png", "csv")}
-    kept |= {"01_results.json", "02_results.json", "provenance.json", "01_memory_measured.csv"}
+    kept |= {"01_results.json", "02_results.json", "provenance.json", "01_memory_simulated.csv"}
     assert {path.name for path in target.iterdir()} == kept
     assert (target / "01_x.svg").read_text() == "01 other"
     assert json.loads((target / "provenance.json").read_text()).keys() == {"01_x", "02_x"}
