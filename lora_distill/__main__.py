@@ -56,8 +56,8 @@ def reproduce(
 def _check_room(checked: "Settings") -> None:
     """Say what a profile takes, in two lines. Raises RuntimeError for one that this device cannot hold."""
     from lora_distill import processes
+    from lora_distill.devices import choose_device
     from lora_distill.memory import plan as plans
-    from lora_distill.pipeline import choose_device
 
     # the process groups of several processes are the notebooks': none is made here
     found = plans.plan(checked, choose_device(checked.device) if processes.count() == 1 else plans.any_device(checked))
@@ -225,8 +225,8 @@ def measure(
 
     Cut short, it goes on where it stopped. With sd15-shape it takes three quarters of an hour on two cores with 24 GB.
     """
+    from lora_distill.devices import choose_device
     from lora_distill.memory import benchmark
-    from lora_distill.pipeline import choose_device
     from lora_distill.settings import load_settings
 
     checked = load_settings(profile)
@@ -261,8 +261,8 @@ def plan(
     tflops: Annotated[float | None, typer.Option(min=0.01, help="and its rate in that dtype, 38 for a T4")] = None,
 ) -> None:
     """Print what a profile takes: downloads, disk, memory and operations by notebook, and time on this device."""
+    from lora_distill.devices import choose_device
     from lora_distill.memory import plan as plans
-    from lora_distill.pipeline import choose_device
     from lora_distill.settings import check_paths, load_settings
 
     check_paths(checked := load_settings(profile))
@@ -277,7 +277,7 @@ def pretrain(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:
     """Train the bundled pipeline from nothing; interrupted, it goes on where it stopped."""
-    from lora_distill.pipeline import choose_device
+    from lora_distill.devices import choose_device
     from lora_distill.pretrain import text_to_image
 
     if preset not in text_to_image.PRESETS:

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lora_distill.adapters import UNetInRole, merged_copy, rounding_error
-from lora_distill.pipeline import compiled, is_compiled, with_unet
+from lora_distill.devices import compiled, is_compiled
+from lora_distill.pipeline import with_unet
 from lora_distill.storage import cache_key, cached
 
 if TYPE_CHECKING:  # the packages of the extra [cpu], imported where they are needed

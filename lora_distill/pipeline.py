@@ -3,30 +3,25 @@
 import io
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from copy import copy
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
-from weakref import WeakKeyDictionary
 
 import diffusers.utils.logging
 import numpy as np
 import torch
 import transformers.utils.logging
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from transformers import CLIPTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import CLIPTokenizer
 
-from lora_distill import processes
+from lora_distill.devices import choose_device, compiled, warn_of_emulation
 from lora_distill.diffusion import PREDICTION_TYPES
 from lora_distill.settings import Settings
 from lora_distill.shapes import BUNDLED, SD15_SHAPE, part_config, pipeline_source, stable_diffusion_15
-from lora_distill.storage import DamagedFileError, atomic_write, cache_key, digest
+from lora_distill.storage import DamagedFileError, atomic_write
 
 for library in (diffusers, transformers):
     library.utils.logging.disable_progress_bar()  # loading is short, and the bars would stay in notebooks
@@ -40,7 +35,7 @@ def pipeline_for(settings: Settings) -> StableDiffusionPipeline:
     """The pipeline of a run: on its device, in its dtype, at its resolution and compiled where the settings say so."""
     device, dtype = choose_device(settings.device), getattr(torch, settings.dtype)
     if settings.mixed_precision == "bf16":
-        _warn_of_emulation(device)
+        warn_of_emulation(device)
     pipe = load_pipeline(settings.pipeline, device, dtype, settings.resolution)
     if settings.compile:
         compiled(pipe.unet)
@@ -186,7 +181,7 @@ def _prepared(pipe: StableDiffusionPipeline, device: str) -> StableDiffusionPipe
     if pipe.vae.dtype == torch.float16 and said and pipe.vae.config.force_upcast:
         pipe.vae.float()
     if pipe.unet.dtype == torch.bfloat16:
-        _warn_of_emulation(device)
+        warn_of_emulation(device)
     if torch.device(device).type == "cuda":
         _tune_for_gpu(pipe)
     return pipe.to(device)
@@ -199,128 +194,9 @@ def _tune_for_gpu(pipe: StableDiffusionPipeline) -> None:
         part.to(memory_format=torch.channels_last)
 
 
-def _warn_of_emulation(device: str) -> None:
-    if torch.device(device).type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        warnings.warn("this GPU emulates bfloat16, which is slow: use float16 (mixed_precision: fp16)", stacklevel=3)
-
-
 def adapter_dtype(pipe: StableDiffusionPipeline, mixed_precision: str) -> torch.dtype:
     """The dtype of A and B: that of W0, or float32 under autocast, which casts them."""
     return pipe.unet.dtype if mixed_precision == "no" else torch.float32
-
-
-def choose_device(device: str) -> str:
-    """The device of this process: of "auto" the GPU if there is one, else the CPU; each of several takes its own.
-
-    A GPU that is chosen is also PyTorch's current one, so that libraries that ask for "cuda" get it. Raises ValueError
-    for a GPU that is not there, and for one by number when there are several processes.
-    """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, number = device.partition(":")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: {device}, but PyTorch finds no GPU here; auto or cpu would do")
-    if kind == "cuda" and number and int(number) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise ValueError(f"device: {device}, but this machine has {count} GPU{'s' * (count != 1)}, numbered from 0")
-    if processes.count() > 1:
-        if number:
-            raise ValueError(f"device: {device} is one GPU for {processes.count()} processes; auto or {kind} would do")
-        own = processes.connect(cpu=kind == "cpu").device
-        return str(own) if kind == "cuda" else kind
-    if number:
-        torch.cuda.set_device(int(number))
-    return device
-
-
-# ---------------------------------------------------------------------------------------------- torch.compile
-
-
-def compiled(module: nn.Module) -> None:
-    """Let torch.compile run a module's forward passes from now on; with one warning, not where it cannot work."""
-    device = next(module.parameters()).device
-    if (reason := _cannot_compile(device.type)) is not None:
-        warnings.warn(f"compile: torch.compile does not work here, running without it ({reason})", stacklevel=2)
-        return
-    # one graph for each role and batch size: with fewer, PyTorch would go back to eager mode without a word
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    module.compile()
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """Whether torch.compile runs a module's forward passes."""
-    return module._compiled_call_impl is not None
-
-
-@lru_cache
-def _cannot_compile(device: str) -> str | None:
-    """Why a function of one line cannot be compiled for a device, for instance without a C compiler; None if it can."""
-    try:
-        torch.compile(lambda x: 2 * x + 1)(torch.ones(4, device=device))
-    except Exception as error:  # each backend has its own kinds
-        return str(error).strip().partition("\n")[0] or type(error).__name__
-    return None
-
-
-# ---------------------------------------------------------------------------------------------- what decides a result
-
-
-def fingerprint(pipe: StableDiffusionPipeline) -> str:
-    """A digest of everything that decides what a pipeline makes: weights of W0, configurations and tokenizer.
-
-    Of a UNet that always runs with one adapter (`adapters.UNetInRole`), that adapter too.
-    """
-    modules = {"unet": pipe.unet, "vae": pipe.vae, "text_encoder": pipe.text_encoder}
-    configs = [pipe.scheduler.config, *(module.config for module in modules.values())]
-    adapter = getattr(pipe.unet, "adapter", None)
-    return cache_key(
-        weights={name: weights_digest(module) for name, module in modules.items()},
-        adapter=adapter and digest({k: v for k, v in pipe.unet.state_dict().items() if f".{adapter}." in k}),
-        configs=[_plain(config) for config in configs],
-        tokenizer=tokenizer_digest(pipe.tokenizer),
-    )
-
-
-def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A digest of all that turns text into tokens: vocabulary, merges, added tokens, normalisation, length."""
-    rules = tokenizer.backend_tokenizer.to_str()
-    rules = rules[rules.index('"added_tokens"') :]  # before them stand truncation and padding of the last call
-    return cache_key(rules=rules, length=tokenizer.model_max_length, pad=tokenizer.pad_token_id)
-
-
-_digests: WeakKeyDictionary = WeakKeyDictionary()  # module: what its weights were, their digest
-
-
-def weights_digest(module: nn.Module) -> str:
-    """A digest of a module's weights without adapters, by the names that they have without.
-
-    Frozen weights are read once, and again when they were changed: PyTorch counts changes in place, except those
-    through `.data`. Weights in training are read each time.
-    """
-    weights = {
-        name.replace(".base_layer", ""): tensor
-        for name, tensor in module.state_dict(keep_vars=True).items()
-        if "lora_" not in name
-    }
-    if any(tensor.requires_grad or tensor.is_inference() for tensor in weights.values()):
-        return digest(weights)  # a moving average is put in place through .data
-    merged = [
-        (name, *layer.merged_adapters)  # PEFT adds them through .data
-        for name, layer in module.named_modules()
-        if isinstance(layer, BaseTunerLayer) and layer.merged_adapters
-    ]
-    tensors = [(StorageWeakRef(t.untyped_storage()), t.storage_offset(), t._version) for t in weights.values()]
-    state = tensors, merged, list(weights)
-    if _digests.get(module, (None, None))[0] != state:
-        _digests[module] = state, digest(weights)
-    return _digests[module][1]
-
-
-def _plain(config: Mapping[str, Any] | PretrainedConfig) -> list[tuple[str, str]]:
-    """The entries of a configuration that describe the model, not its origin or the version that loaded it."""
-    values = config.to_dict() if isinstance(config, PretrainedConfig) else config
-    passing = {"transformers_version", "dtype"}  # the dtype is in the digest of the weights
-    return sorted((name, str(value)) for name, value in values.items() if name[0] != "_" and name not in passing)
 
 
 # ---------------------------------------------------------------------------------------------- prompts and images

@@ -6,8 +6,9 @@ from conftest import moved
 
 from lora_distill.adapters import UNetInRole, adapter_parameters, base_weights, plain_copy
 from lora_distill.deployment import OnnxUNet, deployed, deployments
+from lora_distill.fingerprint import fingerprint
 from lora_distill.judge.timing import runtime, threads
-from lora_distill.pipeline import decode_latents, encode_prompts, fingerprint, load_pipeline, with_unet
+from lora_distill.pipeline import decode_latents, encode_prompts, load_pipeline, with_unet
 from lora_distill.sampling import Sampler, initial_noise, sample
 
 GUIDED, SINGLE = Sampler(3, 3.0), Sampler(3)

@@ -4,19 +4,13 @@ import pytest
 import torch
 from conftest import moved
 
-from lora_distill import pipeline
+from lora_distill import devices, pipeline
 from lora_distill.adapters import merged_copy, plain_copy, role
 from lora_distill.deployment import deployed
+from lora_distill.devices import choose_device, compiled, is_compiled
+from lora_distill.fingerprint import fingerprint
 from lora_distill.judge.timing import runtime
-from lora_distill.pipeline import (
-    choose_device,
-    compiled,
-    encode_prompts,
-    fingerprint,
-    is_compiled,
-    load_pipeline,
-    pipeline_for,
-)
+from lora_distill.pipeline import encode_prompts, load_pipeline, pipeline_for
 from lora_distill.settings import Settings
 
 
@@ -65,8 +59,8 @@ def test_one_gpu_by_number_is_refused_for_several_processes(monkeypatch):
 def test_a_gpu_that_emulates_bfloat16_is_named_with_what_would_do(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
     with pytest.warns(UserWarning, match="this GPU emulates bfloat16, which is slow: use float16"):
-        pipeline._warn_of_emulation("cuda")
-    pipeline._warn_of_emulation("cpu")
+        devices.warn_of_emulation("cuda")
+    devices.warn_of_emulation("cpu")
 
 
 def test_the_layout_for_a_gpu_changes_no_result(bundle):
@@ -108,9 +102,9 @@ def eager(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="eager"))
-    pipeline._cannot_compile.cache_clear()
+    devices._cannot_compile.cache_clear()
     yield
-    pipeline._cannot_compile.cache_clear()
+    devices._cannot_compile.cache_clear()
     torch._dynamo.reset()
 
 
@@ -151,11 +145,11 @@ def test_where_torch_compile_cannot_work_one_warning_says_so(unet, inputs, monke
         raise RuntimeError("no C compiler was found\nand a long trace")
 
     monkeypatch.setattr(torch, "compile", broken)
-    pipeline._cannot_compile.cache_clear()
+    devices._cannot_compile.cache_clear()
     said = r"^compile: torch.compile does not work here, running without it \(no C compiler was found\)$"
     with pytest.warns(UserWarning, match=said) as caught:
         compiled(unet)
-    pipeline._cannot_compile.cache_clear()
+    devices._cannot_compile.cache_clear()
     assert len(caught) == 1 and not is_compiled(unet) and unet(*inputs).sample.isfinite().all()
 
 

@@ -9,8 +9,8 @@ from lora_distill.settings import PACKAGE
 
 FLOORS = [  # from the ground up
     {"diffusion", "shapes", "settings", "processes"},
-    {"storage"},
-    {"pipeline", "adapters"},
+    {"storage", "devices"},
+    {"pipeline", "adapters", "fingerprint"},
     {"sampling"},
     {"data"},
     {"judge", "train"},

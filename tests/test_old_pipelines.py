@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from lora_distill import pipeline
 from lora_distill.adapters import plain_copy
-from lora_distill.pipeline import BUNDLED, decode_latents, encode_prompts, fingerprint, load_pipeline
+from lora_distill.fingerprint import fingerprint
+from lora_distill.pipeline import BUNDLED, decode_latents, encode_prompts, load_pipeline
 from lora_distill.sampling import Sampler, initial_noise, sample, unet_passes
 from lora_distill.shapes import unet_config
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from conftest import moved
 
-from lora_distill import pipeline
 from lora_distill.adapters import add_adapter
-from lora_distill.pipeline import BUNDLED, decode_latents, fingerprint, load_pipeline, to_uint8, with_unet
+from lora_distill.fingerprint import fingerprint
+from lora_distill.pipeline import BUNDLED, decode_latents, load_pipeline, to_uint8, with_unet
+from lora_distill.storage import digest
 
 
 def test_pixels_are_those_of_the_stock_image_processor(bundle):
@@ -80,8 +81,9 @@ def test_using_the_tokenizer_leaves_the_fingerprint(bundle):
 def hashed(monkeypatch):
     """The number of tensors that were hashed, one entry a call."""
     counts = []
-    digest = pipeline.digest
-    monkeypatch.setattr(pipeline, "digest", lambda tensors: counts.append(len(tensors)) or digest(tensors))
+    monkeypatch.setattr(
+        "lora_distill.fingerprint.digest", lambda tensors: counts.append(len(tensors)) or digest(tensors)
+    )
     return counts
 
 

@@ -199,7 +199,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from lora_distill import processes, storage
-from lora_distill.pipeline import choose_device
+from lora_distill.devices import choose_device
 folder = Path(sys.argv[1])
 rank = processes.index()
 assert processes.agree(rank) == 0, "before anyone chose a device"

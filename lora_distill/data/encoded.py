@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from lora_distill import processes
 from lora_distill.data.captioned import image_digests
-from lora_distill.pipeline import encoded_prompts, tokenizer_digest
+from lora_distill.fingerprint import tokenizer_digest
+from lora_distill.pipeline import encoded_prompts
 from lora_distill.storage import cache_key, digest, mapped_rows
 
 ENCODED = 2  # version of the encoded files, part of the keys of their caches: raise it when they change

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lora_distill.data import scenes
 from lora_distill.data.captioned import captioned_images
-from lora_distill.pipeline import encode_prompts, fingerprint
+from lora_distill.fingerprint import fingerprint
+from lora_distill.pipeline import encode_prompts
 from lora_distill.sampling import Sampler, initial_noise, multi_step, sample, step_generators
 from lora_distill.settings import Settings
 from lora_distill.storage import cache_key, cached_parts

@@ -18,11 +18,12 @@ from lora_distill.data import scenes
 from lora_distill.data.captioned import bundled_scenes, captioned_images, image_digests
 from lora_distill.data.encoded import Framing, views
 from lora_distill.data.teacher import Prompts, captioned_prompts, scene_prompts
+from lora_distill.fingerprint import fingerprint
 from lora_distill.judge import distances
 from lora_distill.judge.features import LAYERS, Features
 from lora_distill.judge.metrics import FrechetDistance, Proportion, Score, aligner, compare
 from lora_distill.judge.pictures import Pictures, kept_pictures, slug, stored_pictures
-from lora_distill.pipeline import decode_latents, encode_prompts, fingerprint, to_uint8
+from lora_distill.pipeline import decode_latents, encode_prompts, to_uint8
 from lora_distill.sampling import Sampler, initial_noise, sample, step_generators
 from lora_distill.settings import Settings
 from lora_distill.storage import atomic_write, cache_key, digest

@@ -17,7 +17,9 @@ from lora_distill import processes
 from lora_distill.adapters import adapter_names, add_adapter, plain_copy, save_adapter
 from lora_distill.data.encoded import EncodedImages, consistency_batches, image_batches
 from lora_distill.data.teacher import noised_batches
-from lora_distill.pipeline import adapter_dtype, compiled, encode_prompts, fingerprint, is_compiled, with_unet
+from lora_distill.devices import compiled, is_compiled
+from lora_distill.fingerprint import fingerprint
+from lora_distill.pipeline import adapter_dtype, encode_prompts, with_unet
 from lora_distill.settings import Settings
 from lora_distill.storage import cache_key, digest
 from lora_distill.train.loop import Milestones, Schedule, train

@@ -14,7 +14,8 @@ from lora_distill import processes
 from lora_distill.adapters import adapter_parameters, add_adapter
 from lora_distill.data.encoded import consistency_batches
 from lora_distill.data.teacher import teacher_set
-from lora_distill.pipeline import is_compiled, load_pipeline
+from lora_distill.devices import is_compiled
+from lora_distill.pipeline import load_pipeline
 from lora_distill.sampling import Sampler
 from lora_distill.settings import Settings
 from lora_distill.train import optimizer
@@ -106,7 +107,7 @@ def test_a_full_copy_is_compiled_if_w0_is(teacher, tmp_path, monkeypatch):
     monkeypatch.setattr("lora_distill.train.recipes.train", lambda *_, **__: [])
     assert not is_compiled(distil_full_copy(pipe, teacher, SETTINGS, tmp_path)[0].unet)
     pipe.unet.compile(backend="eager")
-    monkeypatch.setattr("lora_distill.pipeline._cannot_compile", lambda device: None)
+    monkeypatch.setattr("lora_distill.devices._cannot_compile", lambda device: None)
     assert is_compiled(distil_full_copy(pipe, teacher, SETTINGS, tmp_path)[0].unet)
 
 
