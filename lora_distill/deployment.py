@@ -39,20 +39,27 @@ PROMPTS = {0: IMAGES[0], 1: torch.export.Dim("tokens")}
 
 
 def deployed(
-    pipe: StableDiffusionPipeline, adapter: str | None = None, graphs: Path | None = None
+    pipe: StableDiffusionPipeline,
+    adapter: str | None = None,
+    graphs: Path | None = None,
+    *,
+    for_timing: bool = False,
+    compile: bool = True,
 ) -> StableDiffusionPipeline:
     """The pipeline with an adapter folded into W0, and q, k, v of attention in one product (k, v in cross-).
 
     With a folder for its `graphs`, UNet and VAE decoder run on ONNX Runtime on a CPU in float32; elsewhere they stay
     in PyTorch. The images are the same up to rounding. Weights that neither the adapter nor the product changes are
-    shared with W0. An adapter whose update 16 bits cannot hold is not folded: it runs beside W0, with a warning.
+    shared with W0. An adapter whose update 16 bits cannot hold is not folded: it runs beside W0, with a warning; it is
+    folded all the same `for_timing`, for seconds do not depend on values. Compiled if the pipeline's UNet is, unless
+    `compile` is False.
 
     Raises ValueError for a UNet that takes w as an input: a full LCM is its own deployed form; ModuleNotFoundError, in
     one line, where ONNX Runtime is to be used and not installed.
     """
     if pipe.unet.config.time_cond_proj_dim is not None:
         raise ValueError("a UNet that takes the guidance scale as an input is not deployed: it runs as it is")
-    if adapter and (error := rounding_error(pipe.unet, adapter)) > ROUNDING:
+    if adapter and not for_timing and (error := rounding_error(pipe.unet, adapter)) > ROUNDING:
         dtype = str(pipe.unet.dtype).removeprefix("torch.")
         lost = f"weights in {dtype} would change its update by {100 * error:.0f} %"
         warnings.warn(f"adapter {adapter!r} is not folded into W0 but runs beside it: {lost}", stacklevel=2)
@@ -64,19 +71,19 @@ def deployed(
         _check_runtime()
         ready.unet = OnnxUNet(unet, graphs)
         ready.vae = OnnxDecoder(pipe.vae, graphs)
-    elif is_compiled(pipe.unet):
+    elif compile and is_compiled(pipe.unet):
         compiled(unet)
     return ready
 
 
-def deployments(graphs: Path | None, kept: int = 2) -> Callable[..., StableDiffusionPipeline]:
-    """A function of (pipe, adapter) that gives them `deployed` and remembers the last `kept`.
+def deployments(graphs: Path | None, kept: int = 2, **options: bool) -> Callable[..., StableDiffusionPipeline]:
+    """A function of (pipe, adapter) that gives them `deployed`, with its `options`, and remembers the last `kept`.
 
     A full LCM is its own deployed form and comes back as it is. An adapter that is trained on afterwards must have
     another name.
     """
 
-    remembered = lru_cache(maxsize=kept)(partial(deployed, graphs=graphs))
+    remembered = lru_cache(maxsize=kept)(partial(deployed, graphs=graphs, **options))
 
     def deploy(pipe: StableDiffusionPipeline, adapter: str | None = None) -> StableDiffusionPipeline:
         return pipe if pipe.unet.config.time_cond_proj_dim is not None else remembered(pipe, adapter)

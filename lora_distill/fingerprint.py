@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -13,20 +13,27 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from lora_distill.storage import cache_key, digest
 
 
-def fingerprint(pipe: StableDiffusionPipeline) -> str:
+def fingerprint(pipe: StableDiffusionPipeline, adapter: str | None = None) -> str:
     """A digest of everything that decides what a pipeline makes: weights of W0, configurations and tokenizer.
 
-    Of a UNet that always runs with one adapter (`adapters.UNetInRole`), that adapter too.
+    With an `adapter` that is on, or of a UNet that always runs with one (`adapters.UNetInRole`), that one too.
     """
     modules = {"unet": pipe.unet, "vae": pipe.vae, "text_encoder": pipe.text_encoder}
     configs = [pipe.scheduler.config, *(module.config for module in modules.values())]
-    adapter = getattr(pipe.unet, "adapter", None)
+    adapter = adapter or getattr(pipe.unet, "adapter", None)
     return cache_key(
         weights={name: weights_digest(module) for name, module in modules.items()},
-        adapter=adapter and digest({k: v for k, v in pipe.unet.state_dict().items() if f".{adapter}." in k}),
+        adapter=adapter and _adapter(getattr(pipe.unet, "unet", pipe.unet), adapter),
         configs=[_plain(config) for config in configs],
         tokenizer=tokenizer_digest(pipe.tokenizer),
     )
+
+
+def _adapter(unet: UNet2DConditionModel, name: str) -> list[Any]:
+    """What an adapter does to W0: its matrices and their scale."""
+    config = unet.peft_config[name]
+    matrices = {key: value for key, value in unet.state_dict().items() if "lora_" in key and f".{name}." in key}
+    return [digest(matrices), config.r, config.lora_alpha, sorted(config.alpha_pattern.items())]
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

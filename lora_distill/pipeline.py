@@ -156,8 +156,11 @@ def _check_whole(pipe: StableDiffusionPipeline, folder: Path, variant: str | Non
     Counted and not compared by name, for old files have other names.
     """
     for part in WEIGHTS:
-        files = [file for file in _weights(folder / part) if (".fp16" in file.name) == bool(variant)]
-        there = sum(len([key for key in safe_open(file, "pt").keys() if "position_ids" not in key]) for file in files)  # noqa: SIM118
+        every = _weights(folder / part)
+        of_variant = {file for file in every if f".{variant}." in file.name or f".{variant}-" in file.name}
+        files = of_variant or {file for file in every if ".fp16" not in file.name}  # a part may lack the variant
+        names = {name for file in files for name in safe_open(file, "pt").keys()}  # noqa: SIM118
+        there = len([name for name in names if "position_ids" not in name])
         needed = len([key for key in getattr(pipe, part).state_dict() if "position_ids" not in key])
         if there < needed:
             raise ValueError(f"{folder / part}: {needed - there} of {needed} tensors are missing from the weights")

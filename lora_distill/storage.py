@@ -10,6 +10,7 @@ import secrets
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -156,13 +157,14 @@ def _make_rows(path: Path, shape: tuple[int, ...], size: int, make: Callable) ->
     try:
         if processes.is_main():
             _preallocate(folder / "rows.npy", shape)
-        missing = processes.share(processes.agree([mark for mark in parts if not mark.exists()]))
+        unmade = [mark for mark in parts if processes.is_main() and not mark.exists()]
+        missing = processes.share(processes.agree(unmade))
         with (folder / "rows.npy").open("r+b") as file:
             for mark, values in zip(missing, make([parts[mark] for mark in missing]), strict=True):
                 _write_rows(file, parts[mark], shape, values, path.name)
                 mark.touch()
         processes.wait()
-        if lost := [mark for mark in parts if not mark.exists()]:
+        if lost := unseen(parts):
             raise FileNotFoundError(f"{lost[0]}: made by another process, not seen by this one; they must share runs/")
         processes.wait()
         if processes.is_main():
@@ -264,17 +266,30 @@ def cached_parts(
     slices = [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
     # named with both ends: parts of another size are not taken for these
     parts = {folder / f"{kind}-{key}" / f"{part.start:06}-{part.stop:06}.safetensors": part for part in slices}
-    missing = processes.agree([path.name for path in parts if _kept(path) is None])
+    missing = processes.agree([path.name for path in parts if processes.is_main() and _kept(path) is None])
     for name in tqdm(processes.share(missing), desc=kind, mininterval=2, leave=False, disable=not processes.is_main()):
         path = folder / f"{kind}-{key}" / name
         save_tensors(path, make(parts[path]), by_any=True)
     processes.wait()
-    if lost := [path for path in parts if not path.exists()]:
+    if lost := unseen(parts):
         raise FileNotFoundError(
             f"{lost[0]}: written by another process and not seen by this one; they must share runs/"
         )
     joined = [load_tensors(path)[0] for path in parts]
     return {name: torch.cat([part[name] for part in joined]) for name in joined[0]}
+
+
+def unseen(paths: Iterable[Path], patience: float = 90.0) -> list[Path]:
+    """Those of the files that this process does not see; a shared disk may show another machine's files late."""
+    paths, deadline = list(paths), time.monotonic() + patience * (processes.count() > 1)
+
+    def absent() -> list[Path]:
+        names = {folder: set(os.listdir(folder)) for folder in {path.parent for path in paths} if folder.is_dir()}
+        return [path for path in paths if path.name not in names.get(path.parent, ())]
+
+    while (lost := absent()) and time.monotonic() < deadline:
+        time.sleep(1)
+    return lost
 
 
 def _kept(path: Path) -> dict[str, torch.Tensor] | None:

@@ -133,6 +133,11 @@ def test_an_update_that_bfloat16_cannot_hold_is_not_lost_when_deployed():
     assert fingerprint(ready) != fingerprint(pipe)
 
 
+def test_what_is_timed_is_folded_whatever_its_values():
+    pipe = small_update(torch.bfloat16)
+    assert not isinstance(deployed(pipe, "student", for_timing=True).unet, UNetInRole)
+
+
 def test_students_that_run_beside_w0_have_fingerprints_of_their_own():
     pipe = small_update(torch.bfloat16)
     moved(pipe.unet, "other", rank=2, alpha=4, seed=9)

@@ -80,7 +80,7 @@ def _set_name(source: str) -> str:
     if bundled := bundled_scenes(source):
         return bundled[1]
     folder = Path(source).expanduser()
-    parts = [source.partition("@")[0], *(path.name for path in folder.iterdir())] if folder.is_dir() else [source]
+    parts = [folder.name, *(path.name for path in folder.iterdir())] if folder.is_dir() else [source]
     plain = [re.sub(r"[^a-z0-9]", "", part.lower()) for part in parts]
     for name, known in (("30k", r"flickr30k|results20130124"), ("8k", r"flicke?r8k")):
         if any(re.search(known, part) for part in plain):

@@ -22,7 +22,7 @@ from lora_distill.fingerprint import fingerprint
 from lora_distill.judge import distances
 from lora_distill.judge.features import LAYERS, Features
 from lora_distill.judge.metrics import FrechetDistance, Proportion, Score, aligner, compare
-from lora_distill.judge.pictures import Pictures, kept_pictures, slug, stored_pictures
+from lora_distill.judge.pictures import Pictures, kept_pictures, pictures_key, slug, stored_pictures
 from lora_distill.pipeline import decode_latents, encode_prompts, to_uint8
 from lora_distill.sampling import Sampler, initial_noise, sample, step_generators
 from lora_distill.settings import Settings
@@ -129,7 +129,7 @@ class Judge:
             return np.concatenate([make(rows) for rows in tqdm(parts, **bar)])
         key = cache_key(
             version=JUDGED,
-            pipeline=[fingerprint(pipe), type(pipe.unet).__name__, pipe.unet.device.type],
+            pipeline=[fingerprint(pipe, sampler.adapter), type(pipe.unet).__name__, pipe.unet.device.type],
             captions=captions,
             sampler=repr(sampler),
             seed=seed,
@@ -287,10 +287,13 @@ def load_images(folder: Path, notebook: str) -> dict[str, list[Pictures]]:
     Raises FileNotFoundError where the notebook was not run.
     """
     path = folder / f"{notebook}_images.json"
+    command = f"python -m lora_distill reproduce --profile {folder.name} --notebook {notebook}"
     if not path.exists():
-        command = f"python -m lora_distill reproduce --profile {folder.name} --notebook {notebook}"
         raise FileNotFoundError(f"no {path.name} in {folder}; {command} makes it")
     index = json.loads(path.read_text())
+    for one in (one for seeds in index.values() for one in seeds):
+        if pictures_key(folder / one["folder"]) != one["key"]:
+            raise FileNotFoundError(f"{folder / one['folder']}: not the pictures of {path.name}; {command} makes both")
     return {
         name: [stored_pictures(folder / one["folder"], one["count"], one["key"]) for one in seeds]
         for name, seeds in index.items()

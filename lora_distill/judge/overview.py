@@ -30,13 +30,13 @@ def guided_results(rows: list[dict], trained: int, frozen: int) -> dict[str, str
     }
 
 
-def few_step_results(rows: list[dict], rank: int, source: str) -> dict[str, str]:
-    """What notebook 03 found, in words: of its `quality_rows`, LCM-LoRA's rank and the source that is judged."""
+def few_step_results(rows: list[dict], finetune: str, source: str) -> dict[str, str]:
+    """What notebook 03 found, in words: of its `quality_rows`, the name of a fine-tune, the source that is judged."""
     by_name = {row["method"]: row for row in rows}
     loras = [name for name in by_name if name.startswith("LCM-LoRA ")]
     sizes = [name.removeprefix("LCM-LoRA ") for name in loras]
     untrained = ("DDIM, 4 passes", "DPM++, 4 passes", "LCM scheduler")
-    distance = ", ".join(f"{by_name[name][FD]:.1f}" for name in (BASE, f"fine-tuned, rank {rank}", *loras))
+    distance = ", ".join(f"{by_name[name][FD]:.1f}" for name in (BASE, finetune, *loras))
     measure, values = _aligned(rows)
     words = {"guided teacher": [BASE], f"LCM-LoRA {' and '.join(sizes)}, 4 passes": loras,
              "LoRA that mimics the LCM, 4 passes": ["LoRA mimics LCM"],

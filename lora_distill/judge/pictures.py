@@ -10,7 +10,7 @@ import PIL.Image
 from tqdm import tqdm
 
 from lora_distill import processes
-from lora_distill.storage import atomic_write, whole_file
+from lora_distill.storage import atomic_write, unseen, whole_file
 
 KEY = "key.txt"  # beside pictures: what they depend on
 
@@ -59,13 +59,13 @@ def kept_pictures(
     `key` are made again. Raises FileNotFoundError where the processes do not see each other's files.
     """
     paths = [folder / f"{number:05}.png" for number in range(count)]
-    if processes.agree(not (folder / KEY).exists() or (folder / KEY).read_text() != key):
+    if processes.agree(pictures_key(folder) != key):
         if processes.is_main():
             for path in folder.glob("*.png"):
                 path.unlink()
             atomic_write(folder / KEY, key)
         processes.wait()
-    starts = [start for start in range(0, count, size) if not all(path.exists() for path in paths[start:][:size])]
+    starts = [start for start in range(0, count, size) if processes.is_main() and unseen(paths[start:][:size], 0)]
     bar = {"desc": title, "mininterval": 2, "leave": False, "disable": not (starts and processes.is_main())}
     for start in tqdm(processes.share(processes.agree(starts)), **bar):
         rows = slice(start, min(start + size, count))
@@ -73,9 +73,14 @@ def kept_pictures(
             with whole_file(path, by_any=True) as temporary:
                 PIL.Image.fromarray(image).save(temporary, "png", compress_level=1)
     processes.wait()
-    if lost := [path for path in paths if not path.exists()]:
+    if lost := unseen(paths):
         raise FileNotFoundError(f"{lost[0]}: made by another process, not seen by this one; they must share runs/")
     return stored_pictures(folder, count, key)
+
+
+def pictures_key(folder: Path) -> str:
+    """The key of the pictures in a folder; empty where there are none."""
+    return (folder / KEY).read_text() if (folder / KEY).exists() else ""
 
 
 def stored_pictures(folder: Path, count: int, key: str = "") -> Pictures:

@@ -37,7 +37,7 @@ MARGIN = 0.06  # of the account: what allocators keep and kernels take
 DECODING = 2.5e9  # bytes of activations at 512 px in float32, an image
 OTHERS = 0.9e9  # bytes of VAE and text encoder in float32, as SD 1.5 has them
 WANTED = ("conventional_distillation", "lora_distillation_shared")
-LORA = [name for name, scheme in TRAINING.items() if scheme.trains == "lora"]
+LORA_ON_ONE_W0 = [name for name, scheme in TRAINING.items() if scheme.trains == "lora" and scheme.teacher != "separate"]
 Result = dict[str, Any]
 Rows = list[dict[str, Any]]
 
@@ -64,8 +64,7 @@ def _on_a_cpu(sides: list[int]) -> list[Part]:
     chosen += [Part("step", name, resolution=full) for name in rest]
     chosen += [Part("images", "LCM-LoRA, 4 steps", resolution=full)]
     chosen += [Part("step", name, resolution=side) for side in smaller for name in (*first, *rest)]
-    chosen += [Part("step", name, batch, full) for batch in (2, 4) for name in sorted(LORA, key=_shared_first)]
-    return [*chosen, Part("images", "guided teacher, 25 steps", resolution=full)]
+    return chosen + [Part("step", name, batch, full) for batch in (2, 4) for name in LORA_ON_ONE_W0]
 
 
 def _on_a_gpu(side: int) -> list[Part]:
@@ -83,10 +82,6 @@ def _on_a_gpu(side: int) -> list[Part]:
     chosen = [*wanted, images[0], training[0], images[1], larger[0], *steps, *sampling]
     chosen += [images[2], training[1], larger[1], larger[2]]
     return list(dict.fromkeys(chosen))
-
-
-def _shared_first(name: str) -> bool:
-    return TRAINING[name].teacher != "shared"
 
 
 # ---------------------------------------------------------------------------------------------- running them

@@ -385,6 +385,8 @@ def _listed(title: str, sizes: dict[str, float]) -> str:
 
 def plan(settings: Settings, device: str, *, card: float | None = None, tflops: float | None = None) -> Plan:
     """The plan of a profile; with `card`, in GiB, and `tflops` for a GPU that is not here."""
+    if card is not None and tflops is None:
+        raise ValueError("tflops: needed with card, for the rate of a GPU that is not here cannot be measured")
     model = on_paper(settings.pipeline, settings.resolution)
     on_gpu = card is not None or device != "cpu"
     speed = tflops * TERA if tflops else rate(device, getattr(torch, settings.dtype))

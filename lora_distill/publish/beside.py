@@ -34,27 +34,27 @@ def is_alone(path: Path) -> bool:
     return path.name.startswith(ALONE)
 
 
-def environment(path: Path) -> dict[str, str]:
+def environment(path: Path, made_by: int) -> dict[str, str]:
     """The environment of a notebook's processes: of a group of their own, or of none where it runs alone.
 
-    A group needs a port that no earlier notebook's group has, and a store that is not the launcher's.
+    `made_by` so many processes are the trainings that it reads. A group needs a port that no earlier notebook's group
+    has, and a store that is not the launcher's.
     """
-    known = dict(os.environ)
+    known = dict(os.environ) | {processes.IN_SERIES: str(made_by)}
     if processes.count() == 1:
         return known
-    known[processes.IN_SERIES] = str(processes.count())
     if is_alone(path):
         return {name: value for name, value in known.items() if name not in MEMBERSHIP and "TORCHELASTIC" not in name}
-    port = int(known.get("MASTER_PORT", "29500")) + 1 + int(path.name[:2])
+    port = 1024 + (int(known.get("MASTER_PORT", "29500")) + 1 + int(path.name[:2]) - 1024) % (2**16 - 1024)
     return known | {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}
 
 
 @contextmanager
-def in_environment(path: Path) -> Iterator[None]:
+def in_environment(path: Path, made_by: int) -> Iterator[None]:
     """`environment` as this process's own for the time of a block: a kernel inherits it."""
     before = dict(os.environ)
     try:
-        _replace_environment(environment(path))
+        _replace_environment(environment(path, made_by))
         yield
     finally:
         _replace_environment(before)
@@ -76,7 +76,7 @@ def let_others_speak(reason: str) -> None:
 def run(path: Path, settings: Settings) -> str:
     """Run a notebook's code in a fresh process, in the notebook's folder; return why it failed, empty if it did not."""
     command = [sys.executable, "-m", "lora_distill.publish.beside", str(path)]
-    surroundings = environment(path) | {"MPLBACKEND": "Agg"}
+    surroundings = environment(path, processes.count()) | {"MPLBACKEND": "Agg"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, cwd=path.parent, env=surroundings, text=True, **pipes) as child:
         try:

@@ -328,7 +328,7 @@ class Plot(NamedTuple):
 KEPT = ("quality-kept", "alignment-kept", "distance-against-standard-distillation")
 MEMORY = ("memory-half-training", "memory-half-before-distillation", "conventional-raises-memory")
 INFERENCE = ("memory-half-inference",)
-SPEED = ("inference-time-40-percent", "inference-time-on-the-small-pipeline")
+SPEED = ("inference-time-40-percent", "inference-time-as-deployed")
 FLICKR = ("finetune-fid-below-base", "lcm-lora-fid-above-base", "larger-data-better")
 FEW_STEPS = ("lcm-lora-alignment", "lcm-lora-against-untrained")
 OVER_BATCHES = ("time-over-batch-and-resolution", "lcm-lora-time-over-batch-and-resolution")

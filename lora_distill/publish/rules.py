@@ -155,7 +155,7 @@ def inference_time_on_gpu(saving_1: float, saving_16: float) -> Ruling:
     return _verdict(min(saving_1, saving_16) >= 40, partly=max(saving_1, saving_16) >= 40), here
 
 
-def inference_time_on_the_small_pipeline(
+def inference_time_as_deployed(
     threads: list[float],
     saving_percent: list[float],
     student_slowest: list[float],
@@ -269,7 +269,7 @@ RULES: dict[str, Callable[..., Ruling]] = {
         memory_training_on_gpu,
         memory_inference_on_gpu,
         inference_time_on_gpu,
-        inference_time_on_the_small_pipeline,
+        inference_time_as_deployed,
         memory_account_is_true,
         distance_against_standard_distillation,
         inception_score_kept,

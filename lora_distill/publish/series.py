@@ -127,21 +127,32 @@ def run(path: Path, settings: Settings, folder: Path, *, force: bool = False) ->
     print(f"{path.stem}: running", flush=True)
     stamp = {"key": run_key(path, settings, folder), "commit": git_commit()}
     clock, before = time.perf_counter(), _files(folder)
-    execute(path, folder / path.name, settings)
+    execute(path, folder / path.name, settings, made_by(path, folder))
     written = [name for name, state in _files(folder).items() if before.get(name) != state]
     seconds = round(time.perf_counter() - clock, 1)
     print(f"{path.stem}: done in {seconds:.0f} s")
+    stamp |= {"processes": processes.count()}
     stamp |= {"outputs": {name: _sha256(folder / name) for name in sorted(written)}, "finished": now()}
     stamp |= {"seconds": seconds, "peak_memory_mb_of_any_kernel_so_far": resident_peak_mb(of_children=True)}
     atomic_write(stamp_path, json.dumps(stamp, indent=2) + "\n")
     return stamp
 
 
-def execute(path: Path, output: Path, settings: Settings) -> None:
+def made_by(path: Path, folder: Path) -> int:
+    """How many processes made the trainings that a notebook reads: those of the notebooks before it, or as many as now.
+
+    Trainings of several processes have keys of their own, and a notebook that reads them may be run by one.
+    """
+    before = [found for number in READS.get(path.name[:2], ()) for found in folder.glob(f"{number}_*.ipynb")]
+    read = [read_stamp(folder, found.stem) for found in before]
+    return max((stamp.get("processes", 1) for stamp in read), default=processes.count())
+
+
+def execute(path: Path, output: Path, settings: Settings, made_by: int = 1) -> None:
     """Run a notebook in a fresh kernel, in its own folder. Raises `SeriesError` as `run` does."""
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with beside.in_environment(path):
+        with beside.in_environment(path, made_by):
             notebook = _papermill(path, output, settings)
     except PapermillExecutionError as error:
         reason = f"failed in cell {error.exec_count}: {error.ename}: {' '.join(error.evalue.split())}"

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from lora_distill import processes
 from lora_distill.storage import DamagedFileError, atomic_write, load_tensors, resident_peak_mb, save_tensors
-from lora_distill.train.optimizer import build_optimizer
+from lora_distill.train.optimizer import build_optimizer, like
 
 CHECKPOINT = "checkpoint.safetensors"  # of an unfinished training
 RESULT = "result.safetensors"  # of a finished one
@@ -206,7 +206,8 @@ def _accelerator(schedule: Schedule, device: str | torch.device) -> Accelerator:
 
     Precision is ours: accelerate scales no loss of 16-bit weights, and none on a CPU.
     """
-    AcceleratorState._reset_state()  # a variable of the shell may have given it a precision
+    # a variable of the shell may have given it a precision, and an earlier step of this process another device
+    AcceleratorState._reset_state(reset_partial_state=processes.count() == 1)
     on_cpu = torch.device(device).type == "cpu"
     if processes.count() > 1:
         processes.connect(on_cpu)
@@ -403,7 +404,7 @@ class _State:
             adamw.take_up(p, state)
         if self.average:
             ema = self.average.ema
-            ema.shadow_params = [tensors[f"ema.{name}"].to(p.device) for name, p in masters.items()]
+            ema.shadow_params = [like(p, tensors[f"ema.{name}"]) for name, p in masters.items()]
             ema.optimization_step = metadata["step"]
         self.training.scaler.load_state_dict(metadata["scaler"])
 

@@ -13,6 +13,13 @@ from torch import Tensor, nn
 EIGHT_BITS_ON = "cuda"  # the kind of device that bitsandbytes' kernels are for
 
 
+def like(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    """A tensor that was read from a file, on a parameter's device and in its memory layout, which files do not keep."""
+    if value.shape != parameter.shape:
+        return value.to(parameter.device)
+    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+
+
 class Masters:
     """The part of an optimizer on `masters` that takes gradients from `parameters` and writes new weights back."""
 
@@ -61,7 +68,7 @@ class Masters:
 
     def _state(self, name: str, value: Tensor, parameter: nn.Parameter) -> Any:
         fused = self.param_groups[0].get("fused")  # else AdamW reads its step counts on the CPU: no waiting for a GPU
-        return value.to(parameter.device) if fused or name != "step" else value
+        return like(parameter, value) if fused or name != "step" else value
 
     def _copied(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         return [pair for pair in zip(self.parameters, self.masters, strict=True) if pair[0] is not pair[1]]
@@ -86,7 +93,7 @@ def adamw_8bit(parameters: Iterable[nn.Parameter], **options) -> Masters:
 
     class MasterAdamW8bit(Masters, AdamW8bit):
         def _state(self, name: str, value: Tensor, parameter: nn.Parameter) -> Any:
-            return int(value) if name == "step" else value.to(parameter.device)  # it counts steps in Python
+            return int(value) if name == "step" else like(parameter, value)  # it counts steps in Python
 
     return MasterAdamW8bit(parameters, **options)
 

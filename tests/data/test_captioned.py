@@ -571,3 +571,10 @@ def test_a_folder_in_flickrs_layout_is_flickr_whatever_its_name(tokens, tmp_path
     assert captioned.set_names(str(tokens)) == ["8k"]
     rehearsal.write_photographs(tmp_path / "x", "flickr30k", train=1, val=1, test=1)
     assert captioned.set_names(str(tmp_path / "x")) == ["30k"]
+
+
+def test_a_folder_is_not_named_after_the_folders_around_it(tmp_path):
+    for name in ("coco", "mine"):
+        (tmp_path / "flickr30k-lora" / name).mkdir(parents=True)
+    sources = [str(tmp_path / "flickr30k-lora" / name) for name in ("coco", "mine")]
+    assert captioned.set_names(*sources) == ["coco", "mine"]

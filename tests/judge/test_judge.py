@@ -5,8 +5,11 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
+import torch
+from conftest import moved
 
 from lora_distill import processes, rehearsal
+from lora_distill.adapters import adapter_parameters
 from lora_distill.data.captioned import captioned_images
 from lora_distill.data.teacher import scene_prompts
 from lora_distill.judge.features import cached_features, extract, load_extractor
@@ -144,3 +147,22 @@ def test_two_methods_never_share_a_folder():
     names = ["base, DDIM, 4 passes", "base DDIM 4 passes", "base-ddim-4-passes", "LCM-LoRA 8k", "lcm-lora 8k"]
     assert len({slug(name) for name in names}) == len(names)
     assert all(Path(slug(name)).name == slug(name) for name in [*names, "../x", "a/b"])
+
+
+def test_pictures_that_were_made_anew_since_their_index_are_not_taken_for_those_of_the_index(bundle, tmp_path):
+    judge = Judge(bundle, scene_prompts("noto", "val", 2, seed=0), drawn("noto", "val", 20, seed=1))
+    methods = {"base": Method(Sampler(2), bundle)}
+    judge_methods(judge, methods, [0], lambda pipe, adapter: pipe, tmp_path, "02_x")
+    kept_pictures(tmp_path / "images/02_x/base/0", "of another training", 2, 2, grey)
+    with pytest.raises(FileNotFoundError, match=r"base/0: not the pictures of 02_x_images\.json; .* makes both"):
+        load_images(tmp_path, "02_x")
+
+
+def test_an_adapter_that_is_on_is_in_the_key_of_what_it_drew(bundle, tmp_path):
+    judge = Judge(bundle, scene_prompts("noto", "val", 2, seed=0), drawn("noto", "val", 20, seed=1))
+    moved(bundle.unet, "student")
+    first = judge.images(Sampler(2, adapter="student"), 0, folder=tmp_path)[:]
+    with torch.no_grad():
+        for p in adapter_parameters(bundle.unet, "student"):
+            p.mul_(2)
+    assert (judge.images(Sampler(2, adapter="student"), 0, folder=tmp_path)[:] != first).any()

@@ -223,7 +223,7 @@ def test_results_on_photographs_are_named_for_what_they_are():
         for name in ("base, guided", "fine-tuned, rank 16", "base, guided, 4 steps", "base, DDIM, 4 passes",
                      "base, DPM++, 4 passes", "base, LCM scheduler", "LCM-LoRA cats")
     ]  # fmt: skip
-    found = overview.few_step_results(rows, 16, "me/cats")
+    found = overview.few_step_results(rows, "fine-tuned, rank 16", "me/cats")
     assert found["CLIP cosine, guided teacher"] == "0.312"
     assert found["CLIP cosine, base with 4 passes: DDIM, DPM++, LCM scheduler"] == "0.312, 0.312, 0.312"
     assert found["FD-EfficientNet-Lite0 to real images: base, fine-tune, LCM-LoRA cats"] == "50.0, 50.0, 50.0"

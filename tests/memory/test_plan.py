@@ -143,3 +143,8 @@ def test_reproduce_of_the_bundled_pipeline_needs_no_plan(command, monkeypatch):
     monkeypatch.setattr(series, "reproduce", lambda *_, **__: None)
     monkeypatch.setattr(plans, "plan", lambda *_, **__: pytest.fail("not needed"))
     assert command("reproduce", "--profile", "cpu")[0] == 0
+
+
+def test_a_card_that_is_not_here_needs_its_rate_too():
+    with pytest.raises(ValueError, match="tflops: needed with card"):
+        of("sd15-t4", card=15)

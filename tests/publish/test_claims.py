@@ -34,7 +34,7 @@ CASES = {
         {"saving_25": 42, "saving_50": 44, "unet_saving": 45, "student_slowest": 93, "teacher_fastest": 150},
         {"partly": {"saving_25": 39.9}, "not reproduced": {"saving_50": 19.9}},
     ),
-    "inference-time-on-the-small-pipeline": (
+    "inference-time-as-deployed": (
         {
             "threads": [1, 2],
             "saving_percent": [43, 40],
@@ -213,7 +213,7 @@ def test_every_rule_with_a_margin_is_tried_without_one():
 
 
 def test_a_verdict_on_40_percent_goes_by_medians_and_shows_the_slowest_run_and_pytorch():
-    verdict, here = RULES["inference-time-on-the-small-pipeline"]([1, 2], [43, 41], [0.5, 0.4], [0.9, 0.5], [30, 20])
+    verdict, here = RULES["inference-time-as-deployed"]([1, 2], [43, 41], [0.5, 0.4], [0.9, 0.5], [30, 20])
     assert verdict == "reproduced"
     assert here == (
         "43 and 41 % less on 1 and 2 threads (medians), 44.44 and 20 % for the slowest run against the teacher's "

@@ -358,3 +358,12 @@ class TestSeveralProcesses:
         assert "Traceback" not in done.stderr.split("02_x: ")[0]
         members = [int((pids / f"pid-{rank}").read_text()) for rank in (0, 1)]
         assert not any(ended_late(pid) for pid in members), "the other one too"
+
+
+def test_what_reads_trainings_of_several_processes_looks_for_theirs(tmp_path):
+    for name, count in (("01_a", 1), ("02_b", 4), ("03_c", 4)):
+        (tmp_path / f"{name}.ipynb").touch()
+        stamp = {"key": "", "commit": None, "outputs": {}, "processes": count}
+        (tmp_path / f"{name}{series.STAMP}").write_text(json.dumps(stamp))
+    assert series.made_by(Path("04_evaluation.ipynb"), tmp_path) == 4
+    assert series.made_by(Path("02_b.ipynb"), tmp_path) == 1
