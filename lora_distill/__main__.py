@@ -187,10 +187,10 @@ def sample(
     pipeline: Annotated[str, typer.Option(help="bundled, a folder or a hub id")] = "bundled",
     lora: Annotated[Path | None, typer.Option(help="a LoRA file; the student then samples")] = None,
     guidance_scale: Annotated[float, typer.Option(min=1, help="1 is one pass a step")] = 1.0,
-    steps: Annotated[int, typer.Option(min=1)] = 25,
+    steps: Annotated[int, typer.Option(min=1, help="steps of the sampler")] = 25,
     scheduler: Annotated[str, typer.Option(help="own, ddim, dpm++ or lcm: the last for an LCM-LoRA")] = "own",
     resolution: Annotated[int | None, typer.Option(help="side in pixels; by default the UNet's own")] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="seed of the starting noise")] = 0,
 ) -> None:
     """Draw prompts with a pipeline, with or without a LoRA."""
     from lora_distill import adapters, sampling
@@ -273,7 +273,7 @@ def plan(
 def pretrain(
     preset: Annotated[str, typer.Option(help="short or full")] = "full",
     out: Annotated[Path, typer.Option(help="folder of the pipeline")] = Path("runs/pretraining/pipeline"),
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="seed of weights and data")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:
     """Train the bundled pipeline from nothing; interrupted, it goes on where it stopped."""

@@ -34,7 +34,7 @@ MEASURED = 1  # version of what the parts measure, in the keys of their files: r
 MEMORY, SECONDS = "01_measured_memory", "01_measured_seconds"
 PROCESS = 0.9e9  # bytes of a process that has imported torch and diffusers
 MARGIN = 0.06  # of the account: what allocators keep and kernels take
-DECODING = 2.5e9  # bytes of activations at 512 px in float32, an image
+DECODER = 2.5e9  # bytes at 512 px in float32, an image: tensors and the workspaces of kernels
 OTHERS = 0.9e9  # bytes of VAE and text encoder in float32, as SD 1.5 has them
 WANTED = ("conventional_distillation", "lora_distillation_shared")
 LORA_ON_ONE_W0 = [name for name, scheme in TRAINING.items() if scheme.trains == "lora" and scheme.teacher != "separate"]
@@ -184,7 +184,7 @@ def need(part: Part, config: report.Config, device: str) -> float:
     width = 4 if part.precision == "float32" or device == "cpu" else 2
     precision = "float32" if width == 4 else "16-bit"
     unet = report.on_paper(INFERENCE["guided_batched"], config, precision=precision, **shape)
-    return process + (1 + MARGIN) * unet + width / 4 * (OTHERS + DECODING * part.batch * (part.resolution / 512) ** 2)
+    return process + (1 + MARGIN) * unet + width / 4 * (OTHERS + DECODER * part.batch * (part.resolution / 512) ** 2)
 
 
 def available(device: str) -> int:

@@ -1,8 +1,8 @@
 """What a profile takes before anything starts: downloads, disk, memory and operations by notebook, and hours here.
 
 Memory is the account's. Operations are counted from the settings: UNet passes of samplers and trainings, images
-encoded and decoded. Time is operations over the rate of a matrix product on this device, of which networks reach a
-SHARE, and what no network does: a few seconds a notebook, and notebook 01.
+encoded and decoded. Time is the number of operations divided by what networks reach, a SHARE of the rate of a matrix
+product on this device, plus FIXED seconds a notebook.
 """
 
 import time
@@ -44,7 +44,7 @@ GRID = (1, 4, 8, 16)  # batches of notebook 04's seconds over batches and resolu
 CAPTIONS = 5  # of a photograph
 FIXED = {"01": 75.0, "02": 25.0, "03": 25.0, "04": 25.0}  # seconds without a network of the profile, on two cores
 FEATURES = 0.8e9  # operations of the features of an image, EfficientNet-Lite0 at 224 px
-DECODING = 0.8e9  # bytes of activations of SD 1.5's decoder on an image of 512 px in float32, as simulated
+DECODER_TENSORS = 0.8e9  # bytes of activations of SD 1.5's decoder on an image of 512 px in float32, as simulated
 DECODED_AT_ONCE = 2**20  # pixels
 LORA_BACKWARD, FULL_BACKWARD = 1.1, 2.0  # forwards that a backward pass costs
 FULL_LCM = Training("full LCM", "unet", "separate", "consistency")  # of notebook 03: both UNets, all weights trained
@@ -75,6 +75,7 @@ class Work:
         return Work(self.passes + other.passes, self.decoded + other.decoded, self.encoded + other.encoded)
 
     def flops(self, model: Model) -> float:
+        """Operations of this work with a model."""
         images = self.decoded * (model.decode + FEATURES) + self.encoded * model.encode
         return self.passes * model.forward + images
 
@@ -87,7 +88,7 @@ def images(count: float, passes: float) -> Work:
 # ---------------------------------------------------------------------------------------------- the pipeline on paper
 
 
-def on_paper(pipeline: str, resolution: int) -> Model:
+def model_of(pipeline: str, resolution: int) -> Model:
     """A pipeline's sizes and operations, from its configs; SD 1.5's are known, so that nothing is downloaded."""
     if pipeline in (*SD15, SD15_SHAPE):
         unet, vae, text = unet_config(SD15_SHAPE), SD15_VAE, CLIPTextConfig(**SD15_TEXT_ENCODER)
@@ -251,7 +252,7 @@ def _sampling(s: Settings, model: Model, batch: int, resolution: int) -> float:
 def _decoding(s: Settings, model: Model) -> float:
     """Bytes of activations of the decoder, which takes so many pixels at a time, or one image."""
     pixels = max(s.resolution**2, min(DECODED_AT_ONCE, s.eval_batch * s.resolution**2))
-    return DECODING * model.channels / 128 * (1 if s.dtype == "float32" else 0.5) * pixels / 512**2
+    return DECODER_TENSORS * model.channels / 128 * (1 if s.dtype == "float32" else 0.5) * pixels / 512**2
 
 
 def _trained(
@@ -360,6 +361,7 @@ class Plan:
 
     @property
     def last_lines(self) -> list[str]:
+        """Time, and whether it fits, in two lines."""
         hours = sum(row["minutes"] for row in self.rows) / 60
         took = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes"
         parts = f"{100 * self.share:.0f} % of {self.rate / TERA:.3g} TFLOP/s"
@@ -387,7 +389,7 @@ def plan(settings: Settings, device: str, *, card: float | None = None, tflops: 
     """The plan of a profile; with `card`, in GiB, and `tflops` for a GPU that is not here."""
     if card is not None and tflops is None:
         raise ValueError("tflops: needed with card, for the rate of a GPU that is not here cannot be measured")
-    model = on_paper(settings.pipeline, settings.resolution)
+    model = model_of(settings.pipeline, settings.resolution)
     on_gpu = card is not None or device != "cpu"
     speed = tflops * TERA if tflops else rate(device, getattr(torch, settings.dtype))
     share, needs, rows = SHARES["cuda" if on_gpu else "cpu"], peaks(settings, model), []

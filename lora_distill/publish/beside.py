@@ -24,7 +24,7 @@ from lora_distill.settings import Settings
 # What makes a process a member of a group.
 MEMBERSHIP = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK",
               "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"}  # fmt: skip
-# What a process says or dies of when another one is gone, and how many seconds that one has to say why.
+# Errors of a process whose partner has ended, and the seconds to wait so that the partner's own error comes first.
 GONE = {"gloo|nccl|connection (closed|reset)|broken pipe|remote (worker|process)|SIGABRT": 15, "kernel died": 5}
 ALONE = ("01", "04")  # notebooks that measure memory and seconds, and train nothing: the main process runs them alone
 
@@ -65,8 +65,8 @@ def _replace_environment(variables: dict[str, str]) -> None:
     os.environ.update(variables)
 
 
-def let_others_speak(reason: str) -> None:
-    """Wait before a failure is told that may only say that another process is gone: that one knows why, and ends us."""
+def wait_for_the_cause(reason: str) -> None:
+    """Wait before an error that may only mean that another process ended: that one reports why, and ends this one."""
     if processes.count() > 1:
         time.sleep(
             max((seconds for words, seconds in GONE.items() if re.search(words, reason, re.IGNORECASE)), default=0)

@@ -75,7 +75,7 @@ def follow(paths: Iterable[Path], settings: Settings, folder: Path, *, force: bo
         if beside.is_alone(path) or not (force or why_stale(path, settings, folder)):
             continue
         if reason := beside.run(path, settings):
-            beside.let_others_speak(reason)
+            beside.wait_for_the_cause(reason)
             raise SeriesError(f"{path.stem}: process {processes.index()} {reason}")
 
 
@@ -163,7 +163,7 @@ def execute(path: Path, output: Path, settings: Settings, made_by: int = 1) -> N
         if all(cell.execution_count for cell in code_cells(notebook) if cell.source.strip()):
             return
         reason = "failed: it stopped before its last cell"
-    beside.let_others_speak(reason)
+    beside.wait_for_the_cause(reason)
     raise SeriesError(f"{path.stem}: {reason}; see {shown(output)}")
 
 

@@ -247,6 +247,7 @@ class _Average:
         self.parameters, self.objective = step.parameters, objective
 
     def step(self) -> None:
+        """Update the average and hand it to the objective."""
         self.ema.step(self.masters)
         self.hand_over()
 

@@ -8,7 +8,7 @@ import torch
 
 from lora_distill import __main__ as cli
 from lora_distill.memory import plan as plans
-from lora_distill.memory.plan import Plan, Work, on_paper, plan, work
+from lora_distill.memory.plan import Plan, Work, model_of, plan, work
 from lora_distill.pipeline import load_pipeline
 from lora_distill.publish import series
 from lora_distill.settings import Settings, load_settings
@@ -23,7 +23,7 @@ def of(profile: str, **options) -> Plan:
 
 
 def test_sizes_of_sd15_are_those_published():
-    model = on_paper(SD15_SHAPE, 512)
+    model = model_of(SD15_SHAPE, 512)
     assert [round(count / 1e6, 1) for count in model.parameters] == [859.5, 83.7, 123.1]
     assert model.forward == pytest.approx(0.803e12, rel=0.01) and model.decode == pytest.approx(2.515e12, rel=0.01)
     assert model.encode == pytest.approx(1.117e12, rel=0.01)
@@ -32,7 +32,7 @@ def test_sizes_of_sd15_are_those_published():
 def test_a_pipeline_on_paper_has_the_parameters_of_the_loaded_one():
     pipe = load_pipeline("bundled")
     counts = tuple(sum(p.numel() for p in part.parameters()) for part in (pipe.unet, pipe.vae, pipe.text_encoder))
-    assert on_paper("bundled", 64).parameters == counts
+    assert model_of("bundled", 64).parameters == counts
 
 
 @pytest.mark.parametrize("profile", CARDS)
@@ -60,7 +60,7 @@ def test_full_copies_do_not_fit_16_gb():
 
 def test_an_8_bit_optimizer_lowers_the_peak_of_the_full_copies_alone():
     settings = load_settings("sd15-flickr8k")
-    adam, eight = (plans.peaks(settings.model_copy(update={"optimizer": name}), on_paper(settings.pipeline, 512))
+    adam, eight = (plans.peaks(settings.model_copy(update={"optimizer": name}), model_of(settings.pipeline, 512))
                    for name in ("adamw", "adamw-8bit"))  # fmt: skip
     assert eight["03"] < adam["03"] - 2e9 and eight["04"] == adam["04"]
 
