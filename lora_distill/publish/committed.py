@@ -17,7 +17,7 @@ IN_NOTEBOOKS = "cpu"  # the profile whose outputs the committed notebooks hold
 IN_README = "full"  # the profile whose results the README states
 KINDS = {".svg", ".png", ".csv", ".json"}
 # What the commands `memory` and `measure` write, and no notebook.
-OF_MEMORY = ("01_memory_*", "01_flops.csv", "01_measured_*")
+OF_MEMORY = ("01_memory*", "01_flops.csv", "01_measured_*")
 
 
 def publish(profile: str | Path) -> list[Path]:

@@ -209,10 +209,11 @@ class TestMeasured:
 
     def test_its_tables_are_taken_and_nothing_there_is_lost(self, checkout, measured):
         (checkout / "figures" / "other").mkdir()
-        (checkout / "figures" / "other" / "01_flops.csv").write_text("scheme\n")
+        for name in ("01_flops.csv", "01_memory.json"):
+            (checkout / "figures" / "other" / name).write_text("{}")
         committed.publish("other")
         there = {path.name for path in (checkout / "figures" / "other").iterdir()}
-        assert there == {"01_flops.csv", "01_measured_memory.csv", "01_measured_cpu.json"}
+        assert there == {"01_flops.csv", "01_memory.json", "01_measured_memory.csv", "01_measured_cpu.json"}
 
     def test_what_uncommitted_code_measured_is_refused(self, checkout, measured):
         (measured / "01_measured_cpu.json").write_text(json.dumps({"commits": ["1a2b3c4d5e-dirty"]}))
