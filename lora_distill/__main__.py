@@ -223,7 +223,7 @@ def measure(
 ) -> None:
     """Measure memory and seconds of a profile's architecture on this machine, the most important parts first.
 
-    Cut short, it goes on where it stopped. With sd15-shape it takes three quarters of an hour on two cores with 24 GB.
+    Cut short, it goes on where it stopped. With sd15-shape it takes about forty minutes on two cores with 24 GB.
     """
     from lora_distill.devices import choose_device
     from lora_distill.memory import benchmark
