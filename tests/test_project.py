@@ -13,6 +13,7 @@ import nbformat
 import pytest
 import yaml
 
+from lora_distill.memory import benchmark
 from lora_distill.publish.committed import with_results
 from lora_distill.publish.series import READS, code_cells
 
@@ -138,6 +139,9 @@ def sections(path: Path) -> dict[str, str]:
                 number = heading
         else:
             found[number] = found.get(number, "") + cell.source
+    tables = {f"benchmark.{name}": getattr(benchmark, name) for name in ("MEMORY", "SECONDS")}
+    for name, table in tables.items():  # tables that have a name in the code
+        found = {number: source.replace(name, table) for number, source in found.items()}
     return found
 
 
