@@ -56,7 +56,7 @@ def commit(monkeypatch) -> list[str]:
 def run(checkout, commit, monkeypatch):
     """Run notebooks of a profile; nothing really runs, but each leaves a figure and a table."""
 
-    def execute(path, output, settings):
+    def execute(path, output, settings, made_by=1):
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_bytes(path.read_bytes())
         figures, number = output.parent / "figures", path.stem[:2]
