@@ -116,3 +116,5 @@ def _end_with(parent: int) -> None:
 if __name__ == "__main__":
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     run_code(Path(sys.argv[1]), json.load(sys.stdin))
+    # the main process's kernel may be gone by now: closing the connection to it, as at a usual end, could abort
+    os._exit(0)
