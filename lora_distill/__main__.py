@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lora_distill.errors import InputError, RunError, one_line
+
 if TYPE_CHECKING:
     from lora_distill.settings import Settings
 
 # Modules are imported by the command that needs them, so that --help does not wait for torch.
 app = typer.Typer(
-    help="LoRA distillation of guided diffusion models, and LCM-LoRA: run the notebooks, read their results, or train "
-    "and draw without them. A first look: reproduce --profile smoke, which takes minutes and is no result.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -31,6 +31,15 @@ SERIES, RESULTS, MODELS = "The series of notebooks", "Results of a run", "Withou
 Profile = Annotated[str, typer.Option(help="a name in params/, or the path of a YAML file")]
 # What the extra [series] installs, as far as a command imports it.
 NOTEBOOK_PACKAGES = {"bs4", "jinja2", "latex2mathml", "matplotlib", "nbclient", "nbconvert", "nbformat", "papermill"}
+
+
+@app.callback()
+def _of_all_commands(
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error, not one line")] = False,
+) -> None:
+    """LoRA distillation of guided diffusion models, and LCM-LoRA: run the notebooks, read their results, or train and
+    draw without them. A first look: reproduce --profile smoke, which takes minutes and is no result.
+    """  # --debug is read in `main`, so that it may also stand after the command
 
 
 @app.command(rich_help_panel=SERIES)
@@ -63,7 +72,7 @@ def _check_room(checked: "Settings") -> None:
     found = plans.plan(checked, choose_device(checked.device) if processes.count() == 1 else plans.any_device(checked))
     if found.refusal:
         command = f"python -m lora_distill plan --profile {checked.profile}"
-        raise RuntimeError(f"profile {checked.profile} does not fit: {found.refusal}; {command} says more")
+        raise RunError(f"profile {checked.profile} does not fit: {found.refusal}; {command} says more")
     print("\n".join(found.last_lines), flush=True)
 
 
@@ -281,7 +290,7 @@ def pretrain(
     from lora_distill.pretrain import text_to_image
 
     if preset not in text_to_image.PRESETS:
-        raise ValueError(f"no preset {preset!r}; there are {', '.join(text_to_image.PRESETS)}")
+        raise InputError(f"no preset {preset!r}; there are {', '.join(text_to_image.PRESETS)}")
     text_to_image.pretrain(
         text_to_image.PRESETS[preset], out, out.with_name(f"{out.name}-work"), seed, choose_device(device)
     )
@@ -301,29 +310,34 @@ def model_card(
     print((folder or BUNDLED) / "README.md")
 
 
-def raised_here(error: Exception) -> bool:
-    """Whether an error was raised by this package, as a message to its user, and not somewhere below it."""
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return frame.f_globals.get("__package__", "").split(".")[0] == "lora_distill"
-
-
 def main() -> None:
     """Run a command; exit with 2 for input that cannot be used, with 1 for a run that failed."""
+    debug = "--debug" in sys.argv  # before or after the command
+    sys.argv[1:] = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    for stream in (sys.stdout, sys.stderr):  # a pipe may have an encoding without some letters, an ASCII one for one
+        stream.reconfigure(errors="replace")
     try:
         app()
-    except ModuleNotFoundError as error:
-        if error.name in NOTEBOOK_PACKAGES:
-            print(f"{error.name} is not installed: pip install 'lora_distill[series]'", file=sys.stderr)
-        elif not error.name:  # ours, as raised where an extra is missing
-            print(error, file=sys.stderr)
-        else:
+    except Exception as error:
+        if debug:
             raise
-        sys.exit(1)
-    except (ValueError, OSError, RuntimeError) as error:
-        if not raised_here(error):
-            raise
-        print(getattr(error, "strerror", None) or error, file=sys.stderr)
-        sys.exit(2 if isinstance(error, ValueError | FileNotFoundError) else 1)
+        print(_said(error), file=sys.stderr)
+        sys.exit(2 if isinstance(error, InputError) else 1)
+
+
+def _said(error: Exception) -> str:
+    """An error in one line: our own message, or where and how something else failed."""
+    if isinstance(error, InputError | RunError):
+        return getattr(error, "strerror", None) or str(error)
+    if isinstance(error, ModuleNotFoundError) and error.name in NOTEBOOK_PACKAGES:
+        return f"{error.name} is not installed: pip install 'lora_distill[series]'"
+    if isinstance(error, ModuleNotFoundError) and not error.name:  # ours, as raised where an extra is missing
+        return str(error)
+    place = [frame for frame in traceback.extract_tb(error.__traceback__) if "lora_distill" in frame.filename][-1]
+    return (
+        f"{type(error).__name__}: {one_line(error)} (in {Path(place.filename).name}, line {place.lineno}; "
+        "not foreseen: --debug shows the whole traceback)"
+    )
 
 
 if __name__ == "__main__":

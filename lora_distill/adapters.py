@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from lora_distill.errors import InputError
 from lora_distill.storage import DamagedFileError, digest, whole_file
 
 TARGETS = {
@@ -116,7 +117,7 @@ def lora_layers(unet: UNet2DConditionModel) -> list[BaseTunerLayer]:
 
 def _check_carried(unet: UNet2DConditionModel, adapter: str) -> None:
     if adapter not in adapter_names(unet):
-        raise ValueError(f"no adapter {adapter!r} on this UNet; it carries {adapter_names(unet) or 'none'}")
+        raise InputError(f"no adapter {adapter!r} on this UNet; it carries {adapter_names(unet) or 'none'}")
 
 
 class UNetInRole(nn.Module):
@@ -284,6 +285,6 @@ def _check_architecture(unet: UNet2DConditionModel, state: dict[str, torch.Tenso
         weight = getattr(getattr(module, "base_layer", module), "weight", None)
         axis = {"A.weight": 1, "B.weight": 0}.get(part)
         if axis is None or weight is None or value.shape[axis] != weight.shape[axis]:
-            raise ValueError(
+            raise InputError(
                 f"{path}: made for another architecture: {key} {tuple(value.shape)} does not fit this UNet"
             )

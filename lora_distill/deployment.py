@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from lora_distill.adapters import UNetInRole, merged_copy, rounding_error
 from lora_distill.devices import compiled, is_compiled
+from lora_distill.errors import InputError
 from lora_distill.pipeline import with_unet
 from lora_distill.storage import cache_key, cached
 
@@ -58,7 +59,7 @@ def deployed(
     one line, where ONNX Runtime is to be used and not installed.
     """
     if pipe.unet.config.time_cond_proj_dim is not None:
-        raise ValueError("a UNet that takes the guidance scale as an input is not deployed: it runs as it is")
+        raise InputError("a UNet that takes the guidance scale as an input is not deployed: it runs as it is")
     if adapter and not for_timing and (error := rounding_error(pipe.unet, adapter)) > ROUNDING:
         dtype = str(pipe.unet.dtype).removeprefix("torch.")
         lost = f"weights in {dtype} would change its update by {100 * error:.0f} %"
@@ -135,7 +136,7 @@ class OnnxUNet(OnnxModule):
 
     def forward(self, sample, timestep, encoder_hidden_states, timestep_cond=None) -> UNet2DConditionOutput:
         if timestep_cond is not None:
-            raise ValueError("timestep_cond: this UNet takes no embedded guidance scale")
+            raise InputError("timestep_cond: this UNet takes no embedded guidance scale")
         output = self.run(sample=sample, timestep=timestep, encoder_hidden_states=encoder_hidden_states)
         return UNet2DConditionOutput(sample=output)
 

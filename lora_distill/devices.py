@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lora_distill import processes
+from lora_distill.errors import InputError
 
 
 def choose_device(device: str) -> str:
@@ -19,13 +20,13 @@ def choose_device(device: str) -> str:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, number = device.partition(":")
     if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: {device}, but PyTorch finds no GPU here; auto or cpu would do")
+        raise InputError(f"device: {device}, but PyTorch finds no GPU here; auto or cpu would do")
     if kind == "cuda" and number and int(number) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
-        raise ValueError(f"device: {device}, but this machine has {count} GPU{'s' * (count != 1)}, numbered from 0")
+        raise InputError(f"device: {device}, but this machine has {count} GPU{'s' * (count != 1)}, numbered from 0")
     if processes.count() > 1:
         if number:
-            raise ValueError(f"device: {device} is one GPU for {processes.count()} processes; auto or {kind} would do")
+            raise InputError(f"device: {device} is one GPU for {processes.count()} processes; auto or {kind} would do")
         own = processes.connect(cpu=kind == "cpu").device
         return str(own) if kind == "cuda" else kind
     if number:

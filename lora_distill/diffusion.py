@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from lora_distill.errors import InputError
+
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
@@ -50,7 +52,7 @@ def target_output(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor, predict
 
 def _check_v(prediction_type: str) -> None:
     if prediction_type != "v_prediction":
-        raise ValueError(f"prediction_type: expected {' or '.join(PREDICTION_TYPES)}, got {prediction_type!r}")
+        raise InputError(f"prediction_type: expected {' or '.join(PREDICTION_TYPES)}, got {prediction_type!r}")
 
 
 def guide(uncond: Tensor, cond: Tensor, guidance_scale: float) -> Tensor:

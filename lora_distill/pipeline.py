@@ -19,6 +19,7 @@ from transformers import CLIPTokenizer
 
 from lora_distill.devices import choose_device, compiled, warn_of_emulation
 from lora_distill.diffusion import PREDICTION_TYPES
+from lora_distill.errors import InputError, MissingError, RunError
 from lora_distill.settings import Settings
 from lora_distill.shapes import BUNDLED, SD15_SHAPE, part_config, pipeline_source, stable_diffusion_15
 from lora_distill.storage import DamagedFileError, atomic_write
@@ -71,24 +72,24 @@ def latent_side(pipe: StableDiffusionPipeline, resolution: int) -> int:
     """The side of the latents for images of `resolution` pixels. Raises ValueError when that is no whole number."""
     side, rest = divmod(resolution, pipe.vae_scale_factor)
     if rest or side < 1:
-        raise ValueError(f"resolution: expected a multiple of {pipe.vae_scale_factor} for this VAE, got {resolution}")
+        raise InputError(f"resolution: expected a multiple of {pipe.vae_scale_factor} for this VAE, got {resolution}")
     return side
 
 
 def _check_parts(folder: Path) -> None:
     """Raise FileNotFoundError or ValueError for a folder with a part missing, without weights or with cut ones."""
     if missing := [part for part in ("model_index.json", *PARTS) if not (folder / part).exists()]:
-        raise FileNotFoundError(f"{folder}: not a whole Stable Diffusion pipeline, {', '.join(missing)} missing")
+        raise MissingError(f"{folder}: not a whole Stable Diffusion pipeline, {', '.join(missing)} missing")
     for part in WEIGHTS:
         files = _weights(folder / part)
         for index in (folder / part).glob("*.safetensors.index.json"):
             files |= {folder / part / name for name in json.loads(index.read_text())["weight_map"].values()}
         if not files and any((folder / part).glob("*.bin")):
-            raise FileNotFoundError(
+            raise MissingError(
                 f"{folder / part}: pickled weights (.bin) alone, which are not loaded; a .safetensors file is needed"
             )
         if not files:
-            raise FileNotFoundError(f"{folder / part}: no weights, a .safetensors file is missing")
+            raise MissingError(f"{folder / part}: no weights, a .safetensors file is missing")
         for file in sorted(files):
             _check_weights(file)
 
@@ -102,7 +103,7 @@ def _check_weights(file: Path) -> None:
         with safe_open(file, framework="pt"):
             pass
     except FileNotFoundError:
-        raise FileNotFoundError(f"{file}: missing, though the index beside it names it") from None
+        raise MissingError(f"{file}: missing, though the index beside it names it") from None
     except SafetensorError as error:
         raise DamagedFileError(f"{file}: not a whole safetensors file ({error})") from None
 
@@ -114,18 +115,18 @@ def _check_kind(source: Path | str) -> None:
     scheduler = part_config(DDIMScheduler, source, "scheduler")
     channels, latent = unet.get("in_channels", 4), vae.get("latent_channels", 4)
     if channels != latent:
-        raise ValueError(
+        raise InputError(
             f"{source}: its UNet takes {channels} channels and latents have {latent}: a pipeline for inpainting or "
             "another edit; a text-to-image pipeline is needed"
         )
     if unet.get("addition_embed_type"):
-        raise ValueError(
+        raise InputError(
             f"{source}: its UNet takes more than a prompt, as Stable Diffusion XL's does; 1 and 2 are read"
         )
     kind = scheduler.get("prediction_type", "epsilon")
     if kind not in PREDICTION_TYPES:
         known = " or ".join(PREDICTION_TYPES)
-        raise ValueError(f"{source}: prediction_type: expected {known} in the scheduler's config, got {kind!r}")
+        raise InputError(f"{source}: prediction_type: expected {known} in the scheduler's config, got {kind!r}")
 
 
 def _from_pretrained(source: Path | str, dtype: torch.dtype) -> StableDiffusionPipeline:
@@ -142,7 +143,7 @@ def _from_pretrained(source: Path | str, dtype: torch.dtype) -> StableDiffusionP
         if isinstance(source, Path):
             _check_whole(pipe, source, variant)
         return pipe
-    raise (ValueError if isinstance(source, Path) else OSError)(f"{source}: cannot be loaded: {reasons[0]}")
+    raise (InputError if isinstance(source, Path) else MissingError)(f"{source}: cannot be loaded: {reasons[0]}")
 
 
 def _one_line(error: Exception) -> str:
@@ -163,7 +164,7 @@ def _check_whole(pipe: StableDiffusionPipeline, folder: Path, variant: str | Non
         there = len([name for name in names if "position_ids" not in name])
         needed = len([key for key in getattr(pipe, part).state_dict() if "position_ids" not in key])
         if there < needed:
-            raise ValueError(f"{folder / part}: {needed - there} of {needed} tensors are missing from the weights")
+            raise InputError(f"{folder / part}: {needed - there} of {needed} tensors are missing from the weights")
 
 
 def _variants(source: Path | str) -> tuple[str | None, ...]:
@@ -224,7 +225,7 @@ def encode_prompts(pipe: StableDiffusionPipeline, prompts: list[str], batch_size
 def encoded_prompts(pipe: StableDiffusionPipeline, prompts: list[str], batch_size: int = 128) -> Iterator[Tensor]:
     """`encode_prompts` batch by batch, (b, tokens, dim) each, for more prompts than memory holds."""
     if not prompts:
-        raise ValueError("no prompts to encode")
+        raise InputError("no prompts to encode")
     length = pipe.tokenizer.model_max_length
     cut = sum(len(ids) > length for ids in pipe.tokenizer(prompts).input_ids)
     if cut:
@@ -261,7 +262,7 @@ def decode_latents(pipe: StableDiffusionPipeline, latents: Tensor, batch_size: i
 def _check_finite(values: Tensor, name: str, dtype: torch.dtype) -> None:
     if bad := int((~values.flatten(1).isfinite().all(1)).sum()):
         hint = "; float16 overflowed, try bfloat16 or float32" if dtype == torch.float16 else ""
-        raise RuntimeError(f"the {name} of {bad} of {len(values)} prompts are not finite{hint}")
+        raise RunError(f"the {name} of {bad} of {len(values)} prompts are not finite{hint}")
 
 
 def to_uint8(images: Tensor) -> np.ndarray:

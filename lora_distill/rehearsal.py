@@ -23,6 +23,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
 
 from lora_distill import processes
 from lora_distill.data.captioned import split_by_id
+from lora_distill.errors import InputError
 from lora_distill.settings import Settings, load_settings
 
 SEED = 0
@@ -38,7 +39,7 @@ def settings(dtype: str = "bfloat16") -> Settings:
     try:
         return Settings(**(own.model_dump() | {"profile": f"rehearsal-{dtype}", "dtype": dtype}))
     except ValidationError:
-        raise ValueError(f"--dtype: expected bfloat16, float16 or float32, got {dtype!r}") from None
+        raise InputError(f"--dtype: expected bfloat16, float16 or float32, got {dtype!r}") from None
 
 
 def write_inputs(folder: Path) -> Path:

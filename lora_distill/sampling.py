@@ -20,6 +20,7 @@ from tqdm import trange
 
 from lora_distill import diffusion
 from lora_distill.adapters import role
+from lora_distill.errors import InputError
 from lora_distill.pipeline import latent_side
 from lora_distill.settings import Settings
 
@@ -67,7 +68,7 @@ def build_scheduler(pipe: StableDiffusionPipeline, name: str) -> SchedulerMixin:
     """A new scheduler, "own", "ddim", "dpm++" or "lcm", with the noise schedule of the pipeline's own."""
     kind, options = NAMED.get(name, (type(pipe.scheduler), {}))
     if name not in ("own", *NAMED):
-        raise ValueError(f"scheduler: expected own, {', '.join(NAMED)}, got {name!r}")
+        raise InputError(f"scheduler: expected own, {', '.join(NAMED)}, got {name!r}")
     return kind.from_config(pipe.scheduler.config, **options)
 
 
@@ -76,11 +77,11 @@ def _with_timesteps(pipe: StableDiffusionPipeline, sampler: Sampler, device: tor
     scheduler = build_scheduler(pipe, sampler.scheduler)
     try:
         if sampler.steps > scheduler.config.num_train_timesteps:
-            raise ValueError(f"the schedule has {scheduler.config.num_train_timesteps}")
+            raise InputError(f"the schedule has {scheduler.config.num_train_timesteps}")
         scheduler.set_timesteps(sampler.steps, device=device)
     except ValueError as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"steps: {sampler.steps} is too many for {_scheduler_name(scheduler)}: {reason}") from None
+        raise InputError(f"steps: {sampler.steps} is too many for {_scheduler_name(scheduler)}: {reason}") from None
     return scheduler
 
 
@@ -140,7 +141,7 @@ def sample(
     scheduler = _with_timesteps(pipe, sampler, noise.device)
     if generators is None and _draws_noise(scheduler):
         name = _scheduler_name(scheduler)
-        raise ValueError(f"the {name} scheduler draws noise at its steps: give one generator an image")
+        raise InputError(f"the {name} scheduler draws noise at its steps: give one generator an image")
     takes_generator = "generator" in signature(scheduler.step).parameters
     noisy_step = {"generator": generators} if takes_generator and generators else {}
     guided_steps = sampler.guided_steps(len(scheduler.timesteps))
@@ -169,7 +170,7 @@ def _draws_noise(scheduler: SchedulerMixin) -> bool:
 def _embedded_guidance(pipe: StableDiffusionPipeline, sampler: Sampler, count: int) -> Tensor | None:
     dim = pipe.unet.config.time_cond_proj_dim
     if (dim is None) != (sampler.embedded_guidance is None):
-        raise ValueError("embedded_guidance is for a UNet with time_cond_proj_dim, and such a UNet needs it")
+        raise InputError("embedded_guidance is for a UNet with time_cond_proj_dim, and such a UNet needs it")
     if dim is None:
         return None
     scales = torch.full((count,), sampler.embedded_guidance, device=pipe.unet.device)

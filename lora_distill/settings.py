@@ -14,12 +14,14 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from lora_distill.errors import InputError, MissingError
+
 PACKAGE = Path(__file__).resolve().parent
 NOT_PATHS = re.compile(r"bundled|sd15-shape|scenes(/\w+/\w+)?|")  # sources that are not on a disk
 ENOUGH_PROMPTS = 20  # with fewer, what a run says about quality is no result
 
 
-class SettingsError(ValueError):
+class SettingsError(InputError):
     """Invalid settings; the message is one line with the key, its place and what is expected."""
 
 
@@ -140,7 +142,7 @@ class Settings(BaseModel):
     @classmethod
     def _distinct(cls, seeds: list[int], info: ValidationInfo) -> list[int]:
         if len(set(seeds)) < len(seeds):
-            raise ValueError(f"{info.field_name}: must differ from each other, got {seeds}")
+            raise InputError(f"{info.field_name}: must differ from each other, got {seeds}")
         return seeds
 
     @property
@@ -151,23 +153,23 @@ class Settings(BaseModel):
     @model_validator(mode="after")
     def _other_trainings(self) -> "Settings":
         if self.seed in self.more_train_seeds:
-            raise ValueError(f"more_train_seeds: must not hold seed = {self.seed}, of the first training")
+            raise InputError(f"more_train_seeds: must not hold seed = {self.seed}, of the first training")
         if len(self.more_train_seeds) >= len(self.eval_seeds):
             trainings, seeds = 1 + len(self.more_train_seeds), len(self.eval_seeds)
-            raise ValueError(f"more_train_seeds: {trainings} trainings need as many eval_seeds, got {seeds}")
+            raise InputError(f"more_train_seeds: {trainings} trainings need as many eval_seeds, got {seeds}")
         return self
 
     @model_validator(mode="after")
     def _guidance_range(self) -> "Settings":
         if self.w_min > self.w_max:
-            raise ValueError(f"w_min: must be at most w_max = {self.w_max:g}, got {self.w_min:g}")
+            raise InputError(f"w_min: must be at most w_max = {self.w_max:g}, got {self.w_min:g}")
         return self
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> "Settings":
         for key in ("train_steps", "lcm_steps", "finetune_steps"):
             if self.warmup_steps > (steps := getattr(self, key)):
-                raise ValueError(f"warmup_steps: must be at most {key} = {steps}, got {self.warmup_steps}")
+                raise InputError(f"warmup_steps: must be at most {key} = {steps}, got {self.warmup_steps}")
         return self
 
 
@@ -281,7 +283,7 @@ def results_dir(settings: Settings) -> Path:
     if not (there := [folder for folder in folders if folder.is_dir()]):
         names = " nor in ".join(str(folder.relative_to(repository_root())) for folder in folders)
         command = f"python -m lora_distill reproduce --profile {settings.profile}"
-        raise FileNotFoundError(f"no results in {names}; {command} makes them")
+        raise MissingError(f"no results in {names}; {command} makes them")
     return there[0]
 
 

@@ -13,6 +13,8 @@ from diffusers import AutoencoderKL, ConfigMixin, DDIMScheduler, StableDiffusion
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from lora_distill.errors import InputError, MissingError
+
 BUNDLED = Path(__file__).parent / "assets" / "pipeline"
 SD15_SHAPE = "sd15-shape"  # name of the pipeline built here
 # The configs of stable-diffusion-v1-5/stable-diffusion-v1-5, as far as they differ from the defaults of diffusers and
@@ -73,11 +75,11 @@ def pipeline_source(name: str) -> Path | str:
     folder = BUNDLED if name == "bundled" else Path(name).expanduser()
     if folder.is_file():
         made = f"StableDiffusionPipeline.from_single_file({str(folder)!r}).save_pretrained(FOLDER)"
-        raise ValueError(f"{folder}: a checkpoint in one file; diffusers makes a folder of it, once: {made}")
+        raise InputError(f"{folder}: a checkpoint in one file; diffusers makes a folder of it, once: {made}")
     if folder.is_dir():
         return folder
     if name == "bundled" or name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1:
-        raise FileNotFoundError(f"no pipeline folder {folder}")
+        raise MissingError(f"no pipeline folder {folder}")
     return name
 
 
@@ -97,9 +99,9 @@ def part_config(kind: type[ConfigMixin], source: Path | str, part: str) -> dict[
         return kind.load_config(source, subfolder=part)
     except (OSError, ValueError) as error:
         if isinstance(source, Path):
-            raise FileNotFoundError(f"{source / part}: no readable {kind.config_name}") from None
+            raise MissingError(f"{source / part}: no readable {kind.config_name}") from None
         reason = str(error).strip().partition("\n")[0]
-        raise OSError(f"{source}: neither a folder here nor a pipeline that the hub gives us ({reason})") from None
+        raise MissingError(f"{source}: neither a folder here nor a pipeline that the hub gives us ({reason})") from None
 
 
 def meta_unet(config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:

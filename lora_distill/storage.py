@@ -22,19 +22,23 @@ from typing import Any, BinaryIO
 import numpy as np
 import pandas
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 from lora_distill import processes
+from lora_distill.errors import InputError, MissingError, RunError, WriteError
 from lora_distill.settings import Settings, repository_root
 
 PACKAGES = (
     "lora_distill", "torch", "diffusers", "transformers", "peft", "accelerate", "onnxruntime", "numpy", "papermill"
 )  # fmt: skip
+TEMPORARY = ".tmp"  # the end of the names of files that are being written
+LOCK = ".lock"  # held by the run that writes in a folder
 
 
-class DamagedFileError(ValueError):
+class DamagedFileError(InputError):
     """A file of tensors that is cut short, altered or not in the expected format."""
 
 
@@ -48,19 +52,57 @@ def whole_file(path: Path, *, by_any: bool = False) -> Iterator[Path]:
     Of several processes the main one alone leaves a file, unless it is written `by_any`. Raises OSError that names the
     file, for instance when the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")  # process numbers repeat in containers
+    temporary = path.with_name(
+        f".{path.name}.{secrets.token_hex(8)}{TEMPORARY}"
+    )  # process numbers repeat in containers
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        if by_any or processes.is_main():
-            os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(error.errno, f"{path} could not be written: {error.strerror or error}") from None
-    except SafetensorError as error:  # safetensors raises this when the disk is full
-        raise OSError(f"{path} could not be written: {error}") from None
+        with _writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            if by_any or processes.is_main():
+                os.replace(temporary, path)
     finally:
         with suppress(OSError):  # there is none, or its folder cannot be written to
             temporary.unlink()
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """What goes wrong while `path` is written, as one line that names it."""
+    try:
+        yield
+    except (InputError, RunError):
+        raise
+    except OSError as error:
+        raise WriteError(error.errno, f"{path} could not be written: {error.strerror or error}") from None
+    except SafetensorError as error:  # safetensors raises this when the disk is full
+        raise WriteError(f"{path} could not be written: {error}") from None
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a run's folder: of several processes that write there, one works and the others are refused in one line.
+
+    Temporary files that killed runs left in it are swept. Of the processes of one launch the main one holds it for all.
+    """
+    if not processes.is_main():
+        yield
+        return
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / LOCK, timeout=0):
+            sweep(folder)
+            yield
+    except Timeout:
+        raise RunError(f"{folder}: another run writes there; wait for its end or take another profile") from None
+
+
+def sweep(folder: Path) -> None:
+    """Delete the temporary files that killed runs left in a folder and below."""
+    for left in folder.rglob(f".*{TEMPORARY}"):
+        with suppress(OSError):
+            left.unlink()
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:
@@ -128,7 +170,7 @@ def mapped_rows(
     elif array is not None:
         return array
     if (array := _mapped(path, shape)) is None:
-        raise FileNotFoundError(f"{path}: the main process reads it and this one does not; they must share runs/")
+        raise MissingError(f"{path}: the main process reads it and this one does not; they must share runs/")
     return array
 
 
@@ -165,7 +207,7 @@ def _make_rows(path: Path, shape: tuple[int, ...], size: int, make: Callable) ->
                 mark.touch()
         processes.wait()
         if lost := unseen(parts):
-            raise FileNotFoundError(f"{lost[0]}: made by another process, not seen by this one; they must share runs/")
+            raise MissingError(f"{lost[0]}: made by another process, not seen by this one; they must share runs/")
         processes.wait()
         if processes.is_main():
             os.replace(folder / "rows.npy", path)
@@ -177,7 +219,7 @@ def _make_rows(path: Path, shape: tuple[int, ...], size: int, make: Callable) ->
     except OSError as error:
         if not error.errno:  # a message of its own
             raise
-        raise OSError(error.errno, f"{path} could not be written: {error.strerror}") from None
+        raise WriteError(error.errno, f"{path} could not be written: {error.strerror}") from None
 
 
 def _preallocate(path: Path, shape: tuple[int, ...]) -> None:
@@ -206,7 +248,7 @@ def _row_place(shape: tuple[int, ...], row: int) -> int:
 def _write_rows(file: BinaryIO, rows: slice, shape: tuple[int, ...], values: torch.Tensor, name: str) -> None:
     values = values.half()
     if not values.isfinite().all():
-        raise ValueError(f"{name}: values that float16 cannot hold")
+        raise InputError(f"{name}: values that float16 cannot hold")
     file.seek(_row_place(shape, rows.start))
     file.write(values.cpu().contiguous().numpy())
     file.flush()
@@ -272,9 +314,7 @@ def cached_parts(
         save_tensors(path, make(parts[path]), by_any=True)
     processes.wait()
     if lost := unseen(parts):
-        raise FileNotFoundError(
-            f"{lost[0]}: written by another process and not seen by this one; they must share runs/"
-        )
+        raise MissingError(f"{lost[0]}: written by another process and not seen by this one; they must share runs/")
     joined = [load_tensors(path)[0] for path in parts]
     return {name: torch.cat([part[name] for part in joined]) for name in joined[0]}
 

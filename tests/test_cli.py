@@ -108,11 +108,12 @@ def test_a_lora_is_distilled_with_the_scheduler_of_the_settings(capsys, tmp_path
     assert [type(scheduler).__name__ for scheduler in built] == [kind]
 
 
-def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["lora_distill", "prepare"])
+def test_a_fault_of_the_program_is_one_line_with_its_place_and_debug_keeps_the_traceback(command, monkeypatch):
     monkeypatch.setattr(series, "prepare", lambda profile: json.loads("x"))
-    with pytest.raises(ValueError, match="Expecting value"):
-        cli.main()
+    code, _, err = command("prepare")
+    assert code == 1 and err.startswith("JSONDecodeError: Expecting value") and "__main__.py, line" in err
+    with pytest.raises(json.JSONDecodeError):
+        command("prepare", "--debug")
 
 
 def test_a_full_disk_is_one_line(command, monkeypatch, tmp_path):

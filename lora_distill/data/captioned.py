@@ -21,6 +21,7 @@ from datasets import Dataset, Features, Image, List, Value, concatenate_datasets
 from lora_distill import processes
 from lora_distill.data import scenes
 from lora_distill.data.layouts import Row, checked_captions, checked_split, read_caption_file
+from lora_distill.errors import InputError, MissingError
 from lora_distill.storage import cache_key
 
 SPLITS = ("train", "val", "test")
@@ -51,7 +52,7 @@ def captioned_images(
     source, FileNotFoundError when there is no such source.
     """
     if split not in SPLITS:
-        raise ValueError(f"no split {split!r}; there are {', '.join(SPLITS)}")
+        raise InputError(f"no split {split!r}; there are {', '.join(SPLITS)}")
     if bundled := bundled_scenes(source):
         return scene_dataset(*bundled, split, seed=0, share=share, cache_dir=cache_dir)
     dataset = _split_of(source, split, skip_unusable, cache_dir)
@@ -120,7 +121,7 @@ def scene_dataset(
     """
     if style not in scenes.STYLES or split not in scenes.SPLIT_SIZES.get(size, {}):
         there = f"styles {', '.join(scenes.STYLES)}; sizes {', '.join(scenes.SPLIT_SIZES)}; splits {', '.join(SPLITS)}"
-        raise ValueError(f"no split {split!r} of scenes/{style}/{size}; there are {there}")
+        raise InputError(f"no split {split!r} of scenes/{style}/{size}; there are {there}")
 
     def rows() -> Iterator[dict]:
         rng = np.random.default_rng([seed, 2])
@@ -170,9 +171,9 @@ def _read_hub_set(source: str, cache_dir: Path | None) -> tuple[list[Row], Datas
     except RuntimeError as error:
         if "scripts are no longer supported" not in str(error):
             raise
-        raise ValueError(f"{name} is a loading script; its parquet copy is {name}@refs/convert/parquet") from None
+        raise InputError(f"{name} is a loading script; its parquet copy is {name}@refs/convert/parquet") from None
     except (FileNotFoundError, ConnectionError) as error:
-        raise FileNotFoundError(f"{source}: no such folder, nor a set on the hub that can be reached") from error
+        raise MissingError(f"{source}: no such folder, nor a set on the hub that can be reached") from error
     rows: list[Row] = []
     for part, table in parts.items():
         split = checked_split(part, source) if len(parts) > 1 else None
@@ -188,7 +189,7 @@ def _table_rows(table: Dataset, place: str, split: str | None) -> Iterator[Row]:
     caption_columns = caption_columns or [name for name in CAPTION_COLUMNS if name in columns][:1]
     if "image" not in columns or not caption_columns:
         expected = f"image, and caption_0, caption_1, ... or one of {', '.join(CAPTION_COLUMNS)}"
-        raise ValueError(f"{place}: expected the columns {expected}; it has {', '.join(columns)}")
+        raise InputError(f"{place}: expected the columns {expected}; it has {', '.join(columns)}")
     id_column = next((name for name in ID_COLUMNS if name in columns), None)
     texts = table.select_columns([name for name in columns if name in (*caption_columns, id_column, "split")])
     ids = (str(text[id_column]) for text in texts) if id_column else image_digests(table)
@@ -222,11 +223,11 @@ def _one_split(rows: list[Row], images: Dataset, split: str, source: str | Path,
     unsplit = all(row.split is None for row in rows)
     for number, row in enumerate(rows):
         if row.split is None and not unsplit:
-            raise ValueError(f"{row.place}: image {row.image} has no split, but other images have one")
+            raise InputError(f"{row.place}: image {row.image} has no split, but other images have one")
         if (other := splits.setdefault(row.image, row.split)) != row.split:
             if not skip_unusable:
                 elsewhere = rows[first[row.image]].place
-                raise ValueError(f"{row.place}: image {row.image} is in {row.split} and in {other} ({elsewhere})")
+                raise InputError(f"{row.place}: image {row.image} is in {row.split} and in {other} ({elsewhere})")
             twice[row.image] = None
             splits[row.image] = max(row.split, other, key=SPLITS.index)  # what is judged is not trained on
         captions.setdefault(row.image, []).extend(row.captions)
@@ -241,7 +242,7 @@ def _one_split(rows: list[Row], images: Dataset, split: str, source: str | Path,
     chosen = [number for image, number in first.items() if splits[image] == split]
     if not chosen:
         counts = {name: list(splits.values()).count(name) for name in SPLITS}
-        raise ValueError(f"{source}: no images in split {split!r}; there are {counts}")
+        raise InputError(f"{source}: no images in split {split!r}; there are {counts}")
     described = Dataset.from_list(
         [{"id": row.image, "captions": captions[row.image], "split": splits[row.image]} for row in rows],
         features=Features(DESCRIPTION),
@@ -262,7 +263,7 @@ def _usable(dataset: Dataset, source: str | Path, skip_unusable: bool) -> Datase
     named = ", ".join(bad[:5]) + (", ..." if len(bad) > 5 else "")
     count = f"{source}: {len(bad)} of {len(dataset)} images are missing or unreadable: {named}"
     if not skip_unusable or len(bad) == len(dataset):
-        raise ValueError(count)
+        raise InputError(count)
     warnings.warn(f"{count}; left out", stacklevel=3)
     return dataset.select([i for i, problem in enumerate(problems) if not problem])
 

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from lora_distill import processes
 from lora_distill.data.captioned import image_digests
+from lora_distill.errors import InputError
 from lora_distill.fingerprint import tokenizer_digest
 from lora_distill.pipeline import encoded_prompts
 from lora_distill.storage import cache_key, digest, mapped_rows
@@ -79,7 +80,7 @@ def encode_images(
     """
     shrink = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
     if framing.resolution % shrink:
-        raise ValueError(f"resolution: expected a multiple of {shrink} for this VAE, got {framing.resolution}")
+        raise InputError(f"resolution: expected a multiple of {shrink} for this VAE, got {framing.resolution}")
     captions = list(chain.from_iterable(dataset["captions"]))
     first_caption = torch.tensor([0, *accumulate(map(len, dataset["captions"]))])
     may_mirror = [framing.mirror and not LEFT_OR_RIGHT.search(caption) for caption in captions]
@@ -138,7 +139,7 @@ def _views_of(dataset: Dataset, number: int, framing: Framing) -> Tensor:
         return views(dataset[number]["image"], framing, number)
     except Exception as error:  # a decoder may raise anything
         name = dataset.select_columns("id")[number]["id"]
-        raise ValueError(f"image {name} cannot be read: {error}") from None
+        raise InputError(f"image {name} cannot be read: {error}") from None
 
 
 def views(image: PIL.Image.Image, framing: Framing, number: int) -> Tensor:
@@ -180,7 +181,7 @@ def _scaled(image: PIL.Image.Image) -> PIL.Image.Image:
     values = np.asarray(image, dtype=np.float64)
     low, high = values.min(), values.max()
     if not (low >= 0 and high <= 65535):
-        raise ValueError(f"its values lie between {low:g} and {high:g}, in none of the ranges 0 to 1, 255 and 65535")
+        raise InputError(f"its values lie between {low:g} and {high:g}, in none of the ranges 0 to 1, 255 and 65535")
     eight_bits = 1 if image.mode == "F" and high <= 1 else 255
     top = 65535 if image.mode.startswith("I;16") or high > 255 else eight_bits
     return PIL.Image.fromarray((values * (255 / top)).round().astype(np.uint8))
@@ -231,9 +232,9 @@ def consistency_batches(
     timesteps and unless 1 <= w_min <= w_max.
     """
     if skip < 1 or train_timesteps % skip:
-        raise ValueError(f"ddim_skip: expected a divisor of the {train_timesteps} timesteps, got {skip}")
+        raise InputError(f"ddim_skip: expected a divisor of the {train_timesteps} timesteps, got {skip}")
     if not 1 <= w_min <= w_max:
-        raise ValueError(f"w_min, w_max: expected 1 <= w_min <= w_max, got {w_min:g} and {w_max:g}")
+        raise InputError(f"w_min, w_max: expected 1 <= w_min <= w_max, got {w_min:g} and {w_max:g}")
 
     def draw(step: int, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
         batch = draw_batch(step, batch_size, generator)

@@ -21,6 +21,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lora_distill.errors import InputError, MissingError
+
 SPLIT_NAMES = {"train": "train", "val": "val", "validation": "val", "dev": "val", "test": "test"}
 
 
@@ -45,14 +47,14 @@ def read_caption_file(folder: Path) -> tuple[list[Row], list[Path]]:
         files.setdefault(path.name, path)  # of files with the same name, the one nearest to the folder
     found = next((name for name in READERS if name in files), None)
     if found is None:
-        raise FileNotFoundError(f"{folder}: no captions; expected *.parquet or one of {', '.join(READERS)}")
+        raise MissingError(f"{folder}: no captions; expected *.parquet or one of {', '.join(READERS)}")
     path = files[found]
     try:
         rows = list(READERS[found](path))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected text in UTF-8 ({error})") from None
+        raise InputError(f"{path}: expected text in UTF-8 ({error})") from None
     if not rows:
-        raise ValueError(f"{path}: holds no captions")
+        raise InputError(f"{path}: holds no captions")
     if found == "metadata.jsonl":
         return rows, [path.parent / row.image for row in rows]
     if all(row.split is None for row in rows):
@@ -63,14 +65,14 @@ def read_caption_file(folder: Path) -> tuple[list[Row], list[Path]]:
 def checked_split(name: str, place: str) -> str:
     """A split's name as train, val or test. Raises ValueError for a name that is not in `SPLIT_NAMES`."""
     if name not in SPLIT_NAMES:
-        raise ValueError(f"{place}: no split is called {name!r}; expected one of {', '.join(SPLIT_NAMES)}")
+        raise InputError(f"{place}: no split is called {name!r}; expected one of {', '.join(SPLIT_NAMES)}")
     return SPLIT_NAMES[name]
 
 
 def checked_captions(captions: object, place: str) -> list[str]:
     """Captions without blanks around them. Raises ValueError unless it is a list of texts, none of them empty."""
     if not isinstance(captions, list) or not captions or not all(isinstance(c, str) and c.strip() for c in captions):
-        raise ValueError(f"{place}: expected captions, none of them empty, got {captions!r}")
+        raise InputError(f"{place}: expected captions, none of them empty, got {captions!r}")
     return [caption.strip() for caption in captions]
 
 
@@ -85,11 +87,11 @@ def _split_by_files(rows: list[Row], captions_file: Path, split_files: list[Path
     for path in sorted(split_files):
         for image in path.read_text(encoding="utf-8-sig").split():
             if home.setdefault(image, path) != path:
-                raise ValueError(f"{path}: image {image} is also in {home[image].name}; splits must not share images")
+                raise InputError(f"{path}: image {image} is also in {home[image].name}; splits must not share images")
     uncaptioned = home.keys() - {row.image for row in rows}
     if uncaptioned:
         image = min(uncaptioned)
-        raise ValueError(f"{home[image]}: image {image} has no captions in {captions_file.name}")
+        raise InputError(f"{home[image]}: image {image} has no captions in {captions_file.name}")
     split_of = {path: SPLIT_NAMES[SPLIT_FILE.search(path.name)[1]] for path in split_files}
     return [replace(row, split=split_of[home[row.image]]) for row in rows if row.image in home] if home else rows
 
@@ -109,7 +111,7 @@ def _metadata_rows(path: Path) -> Iterator[Row]:
             record = json.loads(line)
             image, captions, split = record["file_name"], record["captions"], record.get("split")
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f'{place}: expected {{"file_name": ..., "captions": [...]}}') from None
+            raise InputError(f'{place}: expected {{"file_name": ..., "captions": [...]}}') from None
         yield Row(place, image, checked_captions(captions, place), split and checked_split(split, place))
 
 
@@ -118,7 +120,7 @@ def _karpathy_rows(path: Path) -> Iterator[Row]:
         records = json.loads(path.read_text(encoding="utf-8-sig"))["images"]
         fields = [(r["filename"], r["split"], [sentence["raw"] for sentence in r["sentences"]]) for r in records]
     except (json.JSONDecodeError, KeyError, TypeError):
-        raise ValueError(
+        raise InputError(
             f'{path}: expected {{"images": [{{"filename": ..., "split": ..., "sentences": [{{"raw": ...}}]}}]}}'
         ) from None
     for image, split, captions in fields:
@@ -131,7 +133,7 @@ def _token_rows(path: Path) -> Iterator[Row]:
         name, tab, caption = line.partition("\t")
         image, hash_sign, number = name.rpartition("#")
         if not (tab and hash_sign and number.isdecimal()):
-            raise ValueError(f"{place}: expected image.jpg#0, a tab and a caption, got {line.strip()!r}")
+            raise InputError(f"{place}: expected image.jpg#0, a tab and a caption, got {line.strip()!r}")
         yield Row(place, image, checked_captions([caption], place))
 
 
@@ -153,7 +155,7 @@ def _table_rows(path: Path) -> Iterator[Row]:
                 cells[-1:] = merged.groups()
             if not 2 <= columns <= len(cells):
                 expected = "image, number, caption" if columns == 3 else "image, caption"
-                raise ValueError(f"{place}: expected {expected}, got {cells}")
+                raise InputError(f"{place}: expected {expected}, got {cells}")
             caption = form["delimiter"].join(cells[columns - 1 :])  # a caption may contain the delimiter, unquoted
             yield Row(place, cells[0].strip(), checked_captions([caption], place))
 

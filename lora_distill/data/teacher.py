@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lora_distill.data import scenes
 from lora_distill.data.captioned import captioned_images
+from lora_distill.errors import InputError
 from lora_distill.fingerprint import fingerprint
 from lora_distill.pipeline import encode_prompts
 from lora_distill.sampling import Sampler, initial_noise, multi_step, sample, step_generators
@@ -46,7 +47,7 @@ def captioned_prompts(images: Dataset, count: int, seed: int) -> Prompts:
     """`count` different captions of a split, at random. Raises ValueError when it has fewer."""
     captions = list(dict.fromkeys(chain.from_iterable(images["captions"])))
     if count > len(captions):
-        raise ValueError(f"eval_prompts, curve_prompts: the split has {len(captions)} captions, got {count}")
+        raise InputError(f"eval_prompts, curve_prompts: the split has {len(captions)} captions, got {count}")
     chosen = np.random.default_rng([seed, 1]).choice(len(captions), count, replace=False)
     return Prompts(None, [captions[i] for i in chosen])
 

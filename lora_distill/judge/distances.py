@@ -9,6 +9,8 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
+from lora_distill.errors import InputError
+
 BLOCK = 1000  # rows compared with all others at a time: memory stays linear in their number
 
 
@@ -58,7 +60,7 @@ def inception_score(logits: Tensor, splits: int = 10, seed: int = 0) -> float:
     Raises ValueError for fewer rows than splits, or fewer than two splits.
     """
     if not 2 <= splits <= len(logits):
-        raise ValueError(f"splits: expected 2 to {len(logits)}, the number of images, got {splits}")
+        raise InputError(f"splits: expected 2 to {len(logits)}, the number of images, got {splits}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # as above
         metric = InceptionScore(_Rows(logits.shape[1]), splits=splits)
@@ -177,4 +179,4 @@ def interval(value: float, drawn: Tensor, level: float = 0.95) -> tuple[float, f
 
 def _check(rows: Tensor, reference: Tensor, least: int) -> None:
     if min(len(rows), len(reference)) < least:
-        raise ValueError(f"expected {least} images or more in both sets, got {len(rows)} and {len(reference)}")
+        raise InputError(f"expected {least} images or more in both sets, got {len(rows)} and {len(reference)}")

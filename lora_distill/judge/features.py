@@ -18,6 +18,7 @@ from efficientnet_lite_pytorch import EfficientNet
 from torch import Tensor, nn
 from transformers import AutoConfig, CLIPModel, Dinov2Model, PreTrainedModel
 
+from lora_distill.errors import InputError, MissingError
 from lora_distill.judge.pictures import Pictures, batches
 from lora_distill.storage import cache_key, cached, digest
 
@@ -68,7 +69,7 @@ class Features:
 
     def _layer(self, layer: str | None) -> Tensor:
         if layer not in self.rows:
-            raise ValueError(f"{self.extractor}: layer {layer} was not extracted, only {', '.join(self.rows)}")
+            raise InputError(f"{self.extractor}: layer {layer} was not extracted, only {', '.join(self.rows)}")
         return self.rows[layer]
 
 
@@ -150,12 +151,12 @@ class InceptionV3(Extractor):
             ) from None
         weights = Path(source) if source else _downloaded(fidelity.URL_INCEPTION_V3)
         if not weights.is_file():
-            raise FileNotFoundError(f"{weights}: no such file; FID's weights are at {fidelity.URL_INCEPTION_V3}")
+            raise MissingError(f"{weights}: no such file; FID's weights are at {fidelity.URL_INCEPTION_V3}")
         # torch-fidelity would load a download of its own with pickle; a file goes through torch.load's safe default
         try:
             self.network = fidelity.FeatureExtractorInceptionV3("inception-v3-compat", [*self.layers], str(weights))
         except (RuntimeError, EOFError, UnpicklingError):
-            raise ValueError(f"{weights}: not the file of {fidelity.URL_INCEPTION_V3}") from None
+            raise InputError(f"{weights}: not the file of {fidelity.URL_INCEPTION_V3}") from None
         self.freeze()
 
     def forward(self, images: Tensor, layers: Iterable[str]) -> dict[str, Tensor]:
@@ -219,7 +220,7 @@ def load_extractor(name: str, source: str | Path | None = None, device: str = "c
     Raises ValueError for an unknown name; FileNotFoundError or ModuleNotFoundError for what is missing.
     """
     if name not in EXTRACTORS:
-        raise ValueError(f"no extractor {name!r}: choose one of {', '.join(EXTRACTORS)}")
+        raise InputError(f"no extractor {name!r}: choose one of {', '.join(EXTRACTORS)}")
     return EXTRACTORS[name](*([source] if source else [])).to(device)
 
 
@@ -234,11 +235,11 @@ def _pretrained(kind: type[PreTrainedModel], source: str | Path, example: str) -
         if found == kind.config_class.model_type:
             return kind.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError):
-        raise FileNotFoundError(
+        raise MissingError(
             f"{source}: no checkpoint here or on the hub; give a folder with config.json and model.safetensors, "
             f"or with a network a hub id such as {example}"
         ) from None
-    raise ValueError(f"{source}: holds a {found} model, expected {kind.config_class.model_type}, such as {example}")
+    raise InputError(f"{source}: holds a {found} model, expected {kind.config_class.model_type}, such as {example}")
 
 
 def _downloaded(url: str) -> Path:
@@ -248,7 +249,7 @@ def _downloaded(url: str) -> Path:
         try:
             torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rsplit("-", 1)[1], progress=False)
         except OSError as error:
-            raise FileNotFoundError(f"FID's weights could not be fetched ({error}): put {url} at {path}") from None
+            raise MissingError(f"FID's weights could not be fetched ({error}): put {url} at {path}") from None
     return path
 
 
@@ -269,7 +270,7 @@ def extract(
     """
     layers = tuple(layers or extractor.layers)
     if unknown := set(layers) - set(extractor.layers):
-        raise ValueError(f"{extractor.name}: no layer {', '.join(unknown)}, only {', '.join(extractor.layers)}")
+        raise InputError(f"{extractor.name}: no layer {', '.join(unknown)}, only {', '.join(extractor.layers)}")
     device = next(extractor.parameters()).device
     rows = {layer: [] for layer in layers}
     for array in batches(images, batch_size):
@@ -278,7 +279,7 @@ def extract(
             # a copy, for a view such as the class token would keep all tokens alive
             rows[layer].append(found[layer].float().cpu().clone())
     if not rows[layers[0]]:
-        raise ValueError("no images to extract features of")
+        raise InputError("no images to extract features of")
     return Features(extractor.name, {layer: torch.cat(rows.pop(layer)) for layer in layers})
 
 
@@ -294,7 +295,7 @@ def cached_features(
     twice: a list or another iterable that can start again. Raises ValueError for one that cannot.
     """
     if isinstance(images, Iterator):
-        raise ValueError("images are read twice: give an array or a list of arrays, not an iterator")
+        raise InputError("images are read twice: give an array or a list of arrays, not an iterator")
     layers = tuple(layers or extractor.layers)
     key = cache_key(
         version=FEATURES,

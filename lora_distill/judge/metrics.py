@@ -12,6 +12,7 @@ from transformers import CLIPModel, CLIPProcessor
 
 from lora_distill.data.scenes import Reader, Scene, agreement
 from lora_distill.data.teacher import Prompts
+from lora_distill.errors import InputError, MissingError
 from lora_distill.judge import distances
 from lora_distill.judge.features import LAYERS, Features, cached_features, extract, load_extractor, pretrained_clip
 from lora_distill.judge.pictures import Pictures, batches
@@ -97,7 +98,7 @@ def compare(
     the distances. Raises ValueError for features of two extractors and for too few images.
     """
     if features.extractor != reference.extractor:
-        raise ValueError(f"features of {features.extractor} cannot be compared with those of {reference.extractor}")
+        raise InputError(f"features of {features.extractor} cannot be compared with those of {reference.extractor}")
     counts, scores = (len(features), len(reference)), {}
     for short, layer, measure, resample in _distances(features.extractor, subsets, seed):
         rows, others = getattr(features, layer), getattr(reference, layer)
@@ -130,7 +131,7 @@ def real_floor(real: Features, reference: Features, count: int, seed: int = 0, *
     are fewer real images.
     """
     if count > len(real):
-        raise ValueError(f"a floor at N = {count} needs as many real images beside the reference, got {len(real)}")
+        raise InputError(f"a floor at N = {count} needs as many real images beside the reference, got {len(real)}")
     drawn = torch.randperm(len(real), generator=torch.Generator().manual_seed(seed))[:count]
     return compare(real[drawn], reference, seed=seed, **options)
 
@@ -216,7 +217,7 @@ class ClipCosine:
         """
         rows = torch.cat([self._image_rows(array) for array in batches(images, self.batch_size)])
         if len(rows) != len(self.captions):
-            raise ValueError(f"expected a caption an image, got {len(rows)} images and {len(self.captions)} captions")
+            raise InputError(f"expected a caption an image, got {len(rows)} images and {len(self.captions)} captions")
         cosines = (rows * self.captions).sum(1).double()
         mean = float(cosines.mean())
         half = 1.959964 * float(cosines.std()) / len(cosines) ** 0.5 if len(cosines) > 1 else None
@@ -241,7 +242,7 @@ def _clip(source: str, device: str) -> tuple[CLIPModel, CLIPProcessor]:
     try:
         return model, CLIPProcessor.from_pretrained(source)
     except (OSError, ValueError):
-        raise FileNotFoundError(f"{source}: no tokenizer and image processor beside CLIP's weights") from None
+        raise MissingError(f"{source}: no tokenizer and image processor beside CLIP's weights") from None
 
 
 # ---------------------------------------------------------------------------------------------- fidelity
@@ -274,7 +275,7 @@ def fidelity(
 def latent_mse(latents: Tensor, reference: Tensor) -> float:
     """Mean squared error between latents (n, c, h, w) of the same noise; raises ValueError for two shapes."""
     if latents.shape != reference.shape:
-        raise ValueError(f"latents differ in shape, {tuple(latents.shape)} and {tuple(reference.shape)}")
+        raise InputError(f"latents differ in shape, {tuple(latents.shape)} and {tuple(reference.shape)}")
     return float((latents.double() - reference.double()).square().mean())
 
 
@@ -284,7 +285,7 @@ def psnr(images: np.ndarray | Pictures, reference: np.ndarray | Pictures) -> flo
     for ours, theirs in zip(batches(images), batches(reference), strict=False):
         if ours.shape != theirs.shape or len(images) != len(reference):
             shapes = (len(images), *ours.shape[1:]), (len(reference), *theirs.shape[1:])
-            raise ValueError(f"images differ in shape, {shapes[0]} and {shapes[1]}")
+            raise InputError(f"images differ in shape, {shapes[0]} and {shapes[1]}")
         errors += list(np.mean((ours.astype(np.float64) - theirs.astype(np.float64)) ** 2, axis=(1, 2, 3)))
     mse = np.mean(errors)
     return float(10 * np.log10(255**2 / mse)) if mse else float("inf")

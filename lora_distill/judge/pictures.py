@@ -10,6 +10,7 @@ import PIL.Image
 from tqdm import tqdm
 
 from lora_distill import processes
+from lora_distill.errors import InputError, MissingError
 from lora_distill.storage import atomic_write, unseen, whole_file
 
 KEY = "key.txt"  # beside pictures: what they depend on
@@ -46,7 +47,7 @@ def batches(images: np.ndarray | Pictures | Iterable[np.ndarray], size: int = 50
         for start in range(0, max(len(part), 1), size):
             array = part[start : start + size]
             if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3:
-                raise ValueError(f"expected images (n, h, w, 3) uint8, got {array.shape} {array.dtype}")
+                raise InputError(f"expected images (n, h, w, 3) uint8, got {array.shape} {array.dtype}")
             yield array
 
 
@@ -74,7 +75,7 @@ def kept_pictures(
                 PIL.Image.fromarray(image).save(temporary, "png", compress_level=1)
     processes.wait()
     if lost := unseen(paths):
-        raise FileNotFoundError(f"{lost[0]}: made by another process, not seen by this one; they must share runs/")
+        raise MissingError(f"{lost[0]}: made by another process, not seen by this one; they must share runs/")
     return stored_pictures(folder, count, key)
 
 
@@ -92,7 +93,7 @@ def stored_pictures(folder: Path, count: int, key: str = "") -> Pictures:
             with PIL.Image.open(path) as picture:
                 return np.asarray(picture.convert("RGB"))
         except (OSError, SyntaxError) as error:
-            raise ValueError(f"{path}: no whole picture ({error}); delete it and run its notebook again") from None
+            raise InputError(f"{path}: no whole picture ({error}); delete it and run its notebook again") from None
 
     return Pictures(count, read, key)
 

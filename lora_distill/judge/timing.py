@@ -11,6 +11,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
+from lora_distill.errors import InputError
 from lora_distill.pipeline import decode_latents, encode_prompts
 from lora_distill.sampling import Sampler, initial_noise, sample, step_generators, unet_passes
 
@@ -242,9 +243,9 @@ def saving_bound(unet_share: float, rho: float) -> float:
     Raises ValueError for an f outside [0, 1] or a rho that is not positive.
     """
     if not 0 <= unet_share <= 1:
-        raise ValueError(f"unet_share: expected a part of the whole between 0 and 1, got {unet_share:g}")
+        raise InputError(f"unet_share: expected a part of the whole between 0 and 1, got {unet_share:g}")
     if not rho > 0:
-        raise ValueError(f"rho: expected a ratio of two times, got {rho:g}")
+        raise InputError(f"rho: expected a ratio of two times, got {rho:g}")
     return unet_share * (1 - rho)
 
 

@@ -21,6 +21,7 @@ import psutil
 import torch
 
 from lora_distill import storage
+from lora_distill.errors import InputError
 from lora_distill.memory import parts as parts_module
 from lora_distill.memory import report
 from lora_distill.memory.account import account
@@ -235,7 +236,7 @@ def read(profile: str, name: str) -> Rows:
             try:
                 return storage.read_table(path)
             except ValueError:
-                raise ValueError(f"{path} is no table; delete it, and measure writes it again") from None
+                raise InputError(f"{path} is no table; delete it, and measure writes it again") from None
     return []
 
 

@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from lora_distill.errors import InputError, MissingError
 from lora_distill.memory.account import account
 from lora_distill.memory.report import GB, RESERVE, TERA
 from lora_distill.memory.schemes import INFERENCE, TOKENS, TRAINING, Setup, Training
@@ -108,7 +109,7 @@ def _text_config(source: Path | str) -> CLIPTextConfig:
     try:
         return CLIPTextConfig.from_pretrained(source, subfolder="text_encoder")
     except (OSError, ValueError):
-        raise FileNotFoundError(f"{source}: no readable text_encoder/config.json") from None
+        raise MissingError(f"{source}: no readable text_encoder/config.json") from None
 
 
 def _parameters(network: nn.Module) -> int:
@@ -388,7 +389,7 @@ def _listed(title: str, sizes: dict[str, float]) -> str:
 def plan(settings: Settings, device: str, *, card: float | None = None, tflops: float | None = None) -> Plan:
     """The plan of a profile; with `card`, in GiB, and `tflops` for a GPU that is not here."""
     if card is not None and tflops is None:
-        raise ValueError("tflops: needed with card, for the rate of a GPU that is not here cannot be measured")
+        raise InputError("tflops: needed with card, for the rate of a GPU that is not here cannot be measured")
     model = model_of(settings.pipeline, settings.resolution)
     on_gpu = card is not None or device != "cpu"
     speed = tflops * TERA if tflops else rate(device, getattr(torch, settings.dtype))

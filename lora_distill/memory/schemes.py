@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 from lora_distill.adapters import TARGETS
+from lora_distill.errors import InputError
 
 TOKENS = 77  # of a prompt, in every Stable Diffusion
 
@@ -103,7 +104,7 @@ def find_scheme(name: str) -> Scheme:
     """A scheme by its name. Raises ValueError that lists the names."""
     schemes = TRAINING | INFERENCE
     if name not in schemes:
-        raise ValueError(f"unknown scheme {name!r}; there are {', '.join(schemes)}")
+        raise InputError(f"unknown scheme {name!r}; there are {', '.join(schemes)}")
     return schemes[name]
 
 
@@ -124,11 +125,11 @@ def check(scheme: Scheme, setup: Setup, config: dict) -> None:
     """Refuse what no run can use, in one line. `config` is the UNet's. Raises ValueError."""
     least = 8 * 2 ** (len(config["down_block_types"]) - 1)
     if setup.resolution < least or setup.resolution % least:
-        raise ValueError(f"resolution: must be a multiple of {least} for this UNet, got {setup.resolution}")
+        raise InputError(f"resolution: must be a multiple of {least} for this UNet, got {setup.resolution}")
     if setup.batch < 1:
-        raise ValueError(f"batch: must be at least 1, got {setup.batch}")
+        raise InputError(f"batch: must be at least 1, got {setup.batch}")
     if scheme.rank < (isinstance(scheme, Training) and scheme.trains == "lora"):
-        raise ValueError(f"rank: must be at least 1, got {scheme.rank}")
+        raise InputError(f"rank: must be at least 1, got {scheme.rank}")
     _one_of("targets", scheme.targets, TARGETS)
     _one_of("precision", setup.precision or scheme.precision, PRECISIONS)
     _one_of("optimizer", setup.optimizer, ("adamw", "adamw-fused", "adamw-8bit"))
@@ -137,4 +138,4 @@ def check(scheme: Scheme, setup: Setup, config: dict) -> None:
 
 def _one_of(key: str, value: str, known) -> None:
     if value not in known:
-        raise ValueError(f"{key}: must be one of {', '.join(known)}, got {value!r}")
+        raise InputError(f"{key}: must be one of {', '.join(known)}, got {value!r}")

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from lora_distill import diffusion
 from lora_distill.adapters import add_adapter
+from lora_distill.errors import InputError
 from lora_distill.memory import schemes
 from lora_distill.memory.schemes import TOKENS, Inference, Scheme, Setup, Training
 from lora_distill.shapes import SD15_SCHEDULER, materialise, meta_unet
@@ -44,7 +45,7 @@ def prepare(scheme: Scheme, setup: Setup, unet_config: Mapping[str, Any], device
     """
     schemes.check(scheme, setup, unet_config)
     if setup.optimizer == "adamw-8bit" or setup.quantised_base != "none":
-        raise ValueError("an 8-bit optimizer and a quantised base are settings of the account alone")
+        raise InputError("an 8-bit optimizer and a quantised base are settings of the account alone")
     precision = schemes.precision_of(scheme, setup)
     zeros = partial(torch.zeros, dtype=torch.float32 if precision.autocast else precision.frozen, device=device)
     empty_embeds = zeros(1, TOKENS, unet_config["cross_attention_dim"])

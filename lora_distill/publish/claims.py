@@ -13,6 +13,7 @@ import pandas
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from lora_distill.errors import InputError
 from lora_distill.publish.rules import NOT_REPRODUCED, PARTLY, REPRODUCED, RULES, UNTOLD
 from lora_distill.settings import PACKAGE, results_folders
 
@@ -33,7 +34,7 @@ CONDITIONS = {  # columns of tables that `measure` writes
 CONDITION_TEXTS = {"batch": "batch {}", "resolution": "{} px"}
 
 
-class ClaimsError(ValueError):
+class ClaimsError(InputError):
     """A ledger or a table that cannot be read; the message is one line that names the claim or the file."""
 
 
@@ -73,7 +74,7 @@ class Claim(_Strict):
     @model_validator(mode="after")
     def _either_measured_or_not_testable(self) -> "Claim":
         if bool(self.measured) == bool(self.not_testable):
-            raise ValueError("not_testable: needed where nothing is measured, and only there")
+            raise InputError("not_testable: needed where nothing is measured, and only there")
         return self
 
 

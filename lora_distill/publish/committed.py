@@ -7,6 +7,7 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
+from lora_distill.errors import InputError
 from lora_distill.publish import claims, report, series
 from lora_distill.publish.figures import PROVENANCE, read_provenance, write_provenance
 from lora_distill.publish.series import SeriesError
@@ -33,7 +34,7 @@ def publish(profile: str | Path) -> list[Path]:
         check_measured(tables)
         return [copy_figures(run_dir(settings) / "figures", set()), write_readme()]
     if not settings.is_result:
-        raise ValueError(
+        raise InputError(
             f"profile {settings.profile} shows that the code runs; its numbers, of {settings.eval_prompts} prompts, "
             "are no results"
         )
@@ -92,7 +93,7 @@ def write_outputs(path: Path, executed: Path) -> None:
     ran = {cell.id: cell for cell in nbformat.read(executed, 4).cells}
     for count, cell in enumerate(series.code_cells(notebook), start=1):
         if cell.id not in ran or ran[cell.id].source != cell.source:
-            raise ValueError(f"{series.shown(path)} changed after {series.shown(executed)} was made; run it again")
+            raise InputError(f"{series.shown(path)} changed after {series.shown(executed)} was made; run it again")
         cell.execution_count = count
         cell.outputs = report.clean_outputs(ran[cell.id].outputs, count)
     for cell in notebook.cells:
@@ -149,5 +150,5 @@ def with_block(text: str, name: str, content: str) -> str:
     before, found, rest = text.partition(start)
     _, ended, after = rest.partition(end)
     if not (found and ended):
-        raise ValueError(f"no block from {start} to {end}")
+        raise InputError(f"no block from {start} to {end}")
     return f"{before}{start}\n{content}\n{end}{after}"

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from lora_distill import processes
+from lora_distill.errors import InputError, MissingError
 from lora_distill.publish.plots import FIGURES
 from lora_distill.publish.style import grouped
 from lora_distill.settings import ENOUGH_PROMPTS, PACKAGE, Settings, figures_dir
@@ -32,7 +33,7 @@ def save(name: str, settings: Settings, rows: list[dict], images: np.ndarray | N
     rows that it cannot draw.
     """
     if name not in FIGURES:
-        raise ValueError(f"no figure {name!r} in lora_distill/publish/plots.py")
+        raise InputError(f"no figure {name!r} in lora_distill/publish/plots.py")
     if not processes.is_main():
         return None
     folder = figures_dir(settings)
@@ -78,7 +79,7 @@ def draw(name: str, folder: Path, source: dict[str, Any], *, pdf: bool = False) 
         try:
             figure = plot.draw(rows, *images)
         except KeyError as column:
-            raise ValueError(f"{folder / name}.csv has no column {column}; run its notebook again") from None
+            raise InputError(f"{folder / name}.csv has no column {column}; run its notebook again") from None
         if (prompts := source.get("eval_prompts", ENOUGH_PROMPTS)) < ENOUGH_PROMPTS:
             mark = f"{prompts} prompts: not a result"
             figure.text(0.5, 0.5, mark, color="#bbbbbb", fontsize=20, ha="center", rotation=20)
@@ -101,20 +102,20 @@ def check(folder: Path, digests: dict[str, str]) -> None:
     """Raise FileNotFoundError or ValueError for the first file of a figure that is missing or was changed."""
     for file, digest in digests.items():
         if not (folder / file).exists():
-            raise FileNotFoundError(f"{folder / file} is missing; run its notebook again")
+            raise MissingError(f"{folder / file} is missing; run its notebook again")
         if hashlib.sha256((folder / file).read_bytes()).hexdigest() != digest:
-            raise ValueError(f"{folder / file} is damaged or was changed by hand; run its notebook again")
+            raise InputError(f"{folder / file} is damaged or was changed by hand; run its notebook again")
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
     """What made the results of each figure of a folder. Raises FileNotFoundError, or ValueError for a damaged file."""
     path = folder / PROVENANCE
     if not path.exists():
-        raise FileNotFoundError(f"no figures in {folder}; python -m lora_distill reproduce makes them")
+        raise MissingError(f"no figures in {folder}; python -m lora_distill reproduce makes them")
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+        raise InputError(f"{path} is damaged: {error}") from None
 
 
 def write_provenance(folder: Path, provenance: dict[str, Any]) -> None:

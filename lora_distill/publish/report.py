@@ -15,6 +15,7 @@ from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from nbformat import NotebookNode
 from nbformat.v4 import new_markdown_cell, new_notebook
 
+from lora_distill.errors import MissingError
 from lora_distill.publish import claims
 from lora_distill.publish.plots import FIGURES
 from lora_distill.settings import PACKAGE
@@ -32,7 +33,7 @@ def write(folder: Path) -> Path:
     names = sorted(stamp.name.removesuffix(".stamp.json") for stamp in folder.glob("*.stamp.json"))
     if not names:
         command = f"python -m lora_distill reproduce --profile {folder.name}"
-        raise FileNotFoundError(f"no finished notebook in {folder}; {command} makes them")
+        raise MissingError(f"no finished notebook in {folder}; {command} makes them")
     pages = {f"{name}.html": page(nbformat.read(folder / f"{name}.ipynb", 4), name) for name in names}
     for file, content in pages.items():
         atomic_write(folder / "report" / file, content)

@@ -18,6 +18,7 @@ from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 
 from lora_distill import processes
+from lora_distill.errors import InputError, MissingError, RunError
 from lora_distill.publish import beside, claims, report
 from lora_distill.publish.figures import PROVENANCE
 from lora_distill.settings import Settings, check_paths, figures_dir, load_settings, repository_root, run_dir
@@ -34,7 +35,7 @@ KERNEL_ENVIRONMENT = {"PYTHONWARNINGS": "ignore:IProgress not found", "HF_HUB_DI
 KERNEL = {"kernel_name": "python3", "extra_arguments": ["--log-level=CRITICAL"]}
 
 
-class SeriesError(RuntimeError):
+class SeriesError(RunError):
     """A notebook failed or is not finished; the message is one line that says which and why."""
 
 
@@ -101,7 +102,7 @@ def all_notebooks() -> list[Path]:
     """Every notebook of the checkout in the order of their names. Raises FileNotFoundError when there is none."""
     folder = repository_root() / "notebooks"
     if not (paths := sorted(folder.glob("[0-9]*.ipynb"))):
-        raise FileNotFoundError(f"no notebooks in {folder}; this command needs a checkout of the repository")
+        raise MissingError(f"no notebooks in {folder}; this command needs a checkout of the repository")
     return paths
 
 
@@ -109,7 +110,7 @@ def select(paths: Sequence[Path], names: Iterable[str]) -> list[Path]:
     """The notebooks named, in order; without names the series from 01 on. Raises ValueError for an unknown name."""
     wanted = {name.removesuffix(".ipynb") for name in names}
     if unknown := wanted - {path.stem for path in paths}:
-        raise ValueError(f"no notebook {min(unknown)!r}; there are: {', '.join(path.stem for path in paths)}")
+        raise InputError(f"no notebook {min(unknown)!r}; there are: {', '.join(path.stem for path in paths)}")
     return [path for path in paths if path.stem in wanted or not (wanted or path.name.startswith(PRETRAINING))]
 
 

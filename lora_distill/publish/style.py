@@ -12,6 +12,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lora_distill.errors import InputError
+
 Rows = list[dict[str, Any]]
 WIDTH = 5.5  # inches of a text column
 GAP = 0.03  # inches between the images of a grid
@@ -81,7 +83,7 @@ def image_grid(rows: Rows, images: np.ndarray) -> Figure:
     lines = grouped([{**row, "image": image} for row, image in zip(rows, images, strict=True)], "row")
     columns = len(rows) // len(lines)
     if {len(line) for line in lines.values()} != {columns}:
-        raise ValueError(f"{len(rows)} images do not fill {len(lines)} lines of a grid")
+        raise InputError(f"{len(rows)} images do not fill {len(lines)} lines of a grid")
     label = 0.85 if any(lines) else 0.0  # inches, as all that follows
     cell = min(1.0, (WIDTH - label) / columns)
     captions = [[_wrapped(row["caption"]) for row in line] for line in lines.values()]

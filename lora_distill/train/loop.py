@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lora_distill import processes
+from lora_distill.errors import InputError, MissingError, RunError
 from lora_distill.storage import DamagedFileError, atomic_write, load_tensors, resident_peak_mb, save_tensors
 from lora_distill.train.optimizer import build_optimizer, like
 
@@ -89,8 +90,8 @@ def train(
 
     The trained parameters and the log are written to `folder`/result.safetensors. If that file exists, it is loaded and
     nothing is trained; else training goes on from the checkpoint in `folder`, if any. A damaged file is ignored with a
-    warning, one with other milestones than those asked for silently. Raises ValueError for one of another schedule, for
-    a batch that the processes cannot share evenly, and for a loss that is not finite; nothing is saved then.
+    warning, one with other milestones than those asked for silently. Raises InputError for one of another schedule and
+    for a batch that the processes cannot share evenly, RunError for a loss that is not finite; nothing is saved then.
     """
     step = TrainingStep(objective, schedule, device)
     every, measure, measured = milestones or (0, None, None)
@@ -230,7 +231,7 @@ def own_rows(batch_size: int) -> slice:
     """This process's rows of a batch. Raises ValueError when the processes cannot share it evenly."""
     size, rest = divmod(batch_size, processes.count())
     if rest:
-        raise ValueError(f"batch_size: expected a multiple of the {processes.count()} processes, got {batch_size}")
+        raise InputError(f"batch_size: expected a multiple of the {processes.count()} processes, got {batch_size}")
     return slice(processes.index() * size, (processes.index() + 1) * size)
 
 
@@ -281,12 +282,12 @@ def _measured(measure: Callable[[int], dict], step: int, average: _Average | Non
 
 def _check_loss(loss: float, step: int) -> None:
     if not math.isfinite(loss):
-        raise ValueError(f"training stopped at step {step}: the loss is {loss}; a lower learning rate may help")
+        raise RunError(f"training stopped at step {step}: the loss is {loss}; a lower learning rate may help")
 
 
 def _check_weights(weights: Iterable[Tensor], step: int) -> None:
     if not torch.stack([weight.isfinite().all() for weight in weights]).all():
-        raise ValueError(f"training stopped at step {step}: weights are not finite; a lower learning rate may help")
+        raise RunError(f"training stopped at step {step}: weights are not finite; a lower learning rate may help")
 
 
 def peak_memory_mb(device: torch.device) -> float | None:
@@ -310,7 +311,7 @@ def _restored(path: Path, schedule: Schedule, measured: str | None) -> tuple[dic
         return None
     found = found or _read(path, schedule, measured)
     if found is None:
-        raise FileNotFoundError(f"{path}: the main process reads it and this one does not; they must share runs/")
+        raise MissingError(f"{path}: the main process reads it and this one does not; they must share runs/")
     return found
 
 
@@ -324,7 +325,7 @@ def _read(path: Path, schedule: Schedule, measured: str | None) -> tuple[dict[st
         return None
     metadata = {key: json.loads(text) for key, text in texts.items()}
     if metadata["schedule"] != repr(schedule):
-        raise ValueError(f"{path} was made with other settings; delete it, or train into another folder")
+        raise InputError(f"{path} was made with other settings; delete it, or train into another folder")
     return (tensors, metadata) if measured in (None, metadata["measured"]) else None
 
 

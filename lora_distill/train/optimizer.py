@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_distill.errors import InputError
+
 EIGHT_BITS_ON = "cuda"  # the kind of device that bitsandbytes' kernels are for
 
 
@@ -85,11 +87,11 @@ def adamw_8bit(parameters: Iterable[nn.Parameter], **options) -> Masters:
     """
     parameters = list(parameters)
     if any(p.device.type != EIGHT_BITS_ON for p in parameters):
-        raise ValueError("optimizer: adamw-8bit needs a CUDA GPU; adamw runs everywhere")
+        raise InputError("optimizer: adamw-8bit needs a CUDA GPU; adamw runs everywhere")
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
-        raise ValueError("optimizer: adamw-8bit needs bitsandbytes: pip install bitsandbytes, or take adamw") from None
+        raise InputError("optimizer: adamw-8bit needs bitsandbytes: pip install bitsandbytes, or take adamw") from None
 
     class MasterAdamW8bit(Masters, AdamW8bit):
         def _state(self, name: str, value: Tensor, parameter: nn.Parameter) -> Any:
