@@ -99,7 +99,7 @@ UNET = {
     "norm_eps": 1e-05,
     "norm_num_groups": 4,  # 32
     "out_channels": 4,
-    "sample_size": 64,
+    "sample_size": 24,  # 64
     "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
 }
 UNET_21 = UNET | {
@@ -109,7 +109,7 @@ UNET_21 = UNET | {
     "dual_cross_attention": False,
     "num_class_embeds": None,
     "only_cross_attention": False,
-    "sample_size": 96,
+    "sample_size": 36,  # 96
     "upcast_attention": True,
     "use_linear_projection": True,
 }
