@@ -9,7 +9,9 @@ from lora_distill.settings import PACKAGE
 
 FLOORS = [  # from the ground up
     {"errors"},
-    {"diffusion", "shapes", "settings", "processes", "finite"},
+    {"diffusion", "shapes", "processes", "finite", "yaml_file", "parameters"},
+    {"refusals"},
+    {"settings"},
     {"storage", "devices"},
     {"pipeline", "adapters", "fingerprint"},
     {"sampling"},
