@@ -10,7 +10,12 @@ from lora_distill.settings import from_notebook, load_settings
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("[0-9]*.ipynb"))
 CELL_1 = 'profile: str = "cpu"  # name of the run\nlora_rank: int = 4'
-CELL_2 = "import math\nfrom lora_distill.settings import from_notebook\nsettings = from_notebook(globals())\ntables, GB = [], 1e9"
+CELL_2 = """
+import math
+from lora_distill.settings import from_notebook
+settings = from_notebook(globals())
+tables, GB = [], 1e9
+"""
 LATER = "lora = {'rank': 4}\nw0, rows = 1, [2]\ntrain_setps = 3\nseeds = [1]\nfor number in rows:\n    found = number"
 
 
