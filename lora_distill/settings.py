@@ -6,6 +6,7 @@ An unknown key and a value of the wrong type or out of range are refused in one 
 import json
 import re
 import unicodedata
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -253,7 +254,7 @@ def load_settings(profile_or_path: str | Path) -> Settings:
         raise SettingsError(str(error)) from None
     if not isinstance(values, dict):
         raise SettingsError(f"{source}: expected lines of 'key: value', got {shown(values) if values else 'nothing'}")
-    settings = _validate(values, source, lines)
+    settings = checked(values, source, lines)
     if not _same_name(settings.profile, path.stem):  # a copy that kept its profile would overwrite that profile's run
         raise SettingsError(_misnamed(settings.profile, path.stem, source, lines))
     return settings
@@ -298,7 +299,7 @@ def from_notebook(namespace: dict[str, Any]) -> Settings:
     `SettingsError` for an unknown name, a wrong type or a value out of range.
     """
     given = parameters(namespace, Settings.model_fields)
-    settings = _validate(given, "the parameters cell", {}, FROM_PAPERMILL)
+    settings = checked(given, "the parameters cell", text_hint=FROM_PAPERMILL)
     if others := _other_values(settings):
         key, value = next(iter(others.items()))
         print(
@@ -325,7 +326,7 @@ def checked_device(device: str) -> str:
     """The name of a device. Raises `InputError` for another; whether it is here, `devices.check_device` says."""
     if device.partition(":")[0] == "mps":
         raise InputError(
-            "device: mps is refused: the samplers compute in float64 in places, which MPS lacks, and nothing was ever "
+            "device: mps is refused: consistency training computes in float64, which MPS lacks, and nothing was ever "
             "run there; auto or cpu would do"
         )
     if not re.fullmatch(DEVICES, device):
@@ -439,18 +440,22 @@ def results_dir(settings: Settings) -> Path:
 # ---------------------------------------------------------------------------------------------- validation
 
 
-def _validate(values: dict[str, Any], source: str, lines: dict[Place, int], text_hint: str = IN_QUOTES) -> Settings:
-    """Settings from plain values. Raises `SettingsError` with the first problem, in one line with its place."""
+def checked(
+    values: dict[str, Any], source: str, lines: Mapping[Place, int] | None = None, text_hint: str = IN_QUOTES
+) -> Settings:
+    """Settings from plain values of `source`. Raises `SettingsError` with the first problem, in one line."""
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
         first, *others = error.errors()
     descriptions = {key: field.description for key, field in Settings.model_fields.items()}
     more = f" (and {len(others)} more)" if others else ""
-    raise SettingsError(f"{_place(key_of(first), source, lines)}: {refusal(first, descriptions, text_hint)}{more}")
+    raise SettingsError(
+        f"{_place(key_of(first), source, lines or {})}: {refusal(first, descriptions, text_hint)}{more}"
+    )
 
 
-def _place(key: Place, source: str, lines: dict[Place, int]) -> str:
+def _place(key: Place, source: str, lines: Mapping[Place, int]) -> str:
     """The file with the line of a key or, where it is not in the file, the file alone."""
     known = [lines[key[:end]] for end in range(len(key), 0, -1) if key[:end] in lines]
     return f"{source}, line {known[0]}" if known else source

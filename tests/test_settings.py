@@ -99,7 +99,7 @@ def test_defaults_are_the_cpu_profile():
         ("resolution: 1000000", "resolution: expected at most 4096, got 1000000"),
         ("mse_weight: 0\nkl_weight: 0", "mse_weight: must be above 0 where kl_weight is 0"),
         ("optimizer: adamw-8bit\ndevice: cpu", "optimizer: adamw-8bit needs a GPU, and device is cpu"),
-        ("device: mps", "device: mps is refused: the samplers compute in float64 in places, .*; auto or cpu would do"),
+        ("device: mps", "device: mps is refused: consistency training computes in float64, .*; auto or cpu would do"),
         ("device: mps:0", "device: mps is refused"),
         ("device: 'cuda:'", "device: expected auto, cpu, cuda or cuda:N"),
         ("device: cuda:-1", "device: expected auto, cpu, cuda or cuda:N"),
