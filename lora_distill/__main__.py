@@ -101,6 +101,7 @@ def rehearse(
     from lora_distill.publish import series
     from lora_distill.settings import repository_root
 
+    rehearsal.settings(dtype)  # says what is wrong before anything is written
     rehearsal.write_inputs(repository_root() / "runs" / "rehearsal" / "inputs")
     series.reproduce(rehearsal.settings(dtype), force=force, names=notebook or ())
 
@@ -294,7 +295,8 @@ def _draw_measured(checked: "Settings", tables: list[Path]) -> None:
     try:
         import matplotlib
     except ModuleNotFoundError:
-        print("not drawn, matplotlib is not installed: python -m lora_distill figures draws them elsewhere")
+        command = f"python -m lora_distill figures --profile {checked.profile}"
+        print(f"not drawn, matplotlib is not installed: {command} draws them elsewhere")
         return
     matplotlib.use("Agg")
     from lora_distill.publish import figures as saved
@@ -308,8 +310,8 @@ def _draw_measured(checked: "Settings", tables: list[Path]) -> None:
 @app.command(rich_help_panel=SERIES)
 def plan(
     profile: Profile = "cpu",
-    card: Annotated[float | None, typer.Option(min=1, help="memory in GiB of a GPU that is not here")] = None,
-    tflops: Annotated[float | None, typer.Option(min=0.01, help="and its rate in that dtype, 38 for a T4")] = None,
+    card: Annotated[float | None, typer.Option(min=1, max=10**5, help="GiB of a GPU that is not here")] = None,
+    tflops: Annotated[float | None, typer.Option(min=0.01, max=10**6, help="and its rate in that dtype")] = None,
 ) -> None:
     """Print what a profile takes: downloads, disk, memory and operations by notebook, and time on this device."""
     from lora_distill.devices import choose_device

@@ -262,21 +262,24 @@ def load_settings(profile_or_path: str | Path) -> Settings:
 
 def _profile_file(profile_or_path: str | Path) -> Path:
     """The file of a profile, which is there. Raises `SettingsError` that says what there is instead."""
-    path, params = Path(profile_or_path), repository_root() / "params"
-    if path.suffix.lower() not in {".yaml", ".yml"}:
-        path = params / f"{profile_or_path}.yaml"
+    given, params = Path(profile_or_path), repository_root() / "params"
+    by_path = given.suffix.lower() in {".yaml", ".yml"}
+    path = given if by_path else params / f"{profile_or_path}.yaml"
     try:
         if path.is_file():
             return path
-    except (OSError, ValueError) as error:  # a name that cannot be a file's
-        raise SettingsError(f"no profile {shown(str(profile_or_path))} ({error})") from None
-    if not params.is_dir() or not path.parent.is_dir():
-        folder = params if path.parent.is_dir() or path.parent.is_relative_to(params) else path.parent
-        there = "" if params.is_dir() else "profiles lie in a checkout of the repository, and none is here; "
-        missing = f"no profile {shown(str(profile_or_path))}" if params.is_dir() else f"no folder {folder}"
-        raise SettingsError(f"{missing}: {there}a name in params/ or the path of a YAML file would do")
-    names = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml"))) or "none"
-    raise SettingsError(f"no profile {shown(path.stem)} in {path.parent}; available: {names}")
+    except (OSError, ValueError) as error:  # a name that no file can have
+        reason = getattr(error, "strerror", None) or error
+        raise SettingsError(f"no profile {shown(str(profile_or_path))}: {reason}") from None
+    names = ", ".join(sorted(file.stem for file in params.glob("*.yaml")))
+    if not names and not by_path:
+        raise SettingsError(
+            f"no folder {params}: profiles lie in a checkout of the repository, and none is here; "
+            "the path of a YAML file works too"
+        )
+    if by_path:
+        raise SettingsError(f"no file {path}; a profile of {params} would do too: {names or 'there is none'}")
+    raise SettingsError(f"no profile {shown(str(profile_or_path))} in {params}; available: {names}")
 
 
 def _same_name(profile: str, stem: str) -> bool:

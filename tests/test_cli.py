@@ -75,28 +75,19 @@ def test_a_plan_for_a_card_that_is_not_here_asks_for_no_gpu(command, tmp_path, m
 WITHOUT_A_CHECKOUT = "no folder {}: profiles lie in a checkout of the repository, and none is here; "
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "settings",
-        "prepare",
-        "reproduce",
-        "claims",
-        "figures",
-        "report",
-        "publish",
-        "distill",
-        "memory",
-        "measure",
-        "plan",
-    ],
-)
+ON_PROFILES = [
+    "settings", "prepare", "reproduce", "claims", "figures", "report", "publish", "distill", "memory", "measure", "plan",
+    "rehearse",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ON_PROFILES)
 def test_without_a_checkout_every_command_says_that_one_is_needed(command, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("lora_distill.settings.PACKAGE", tmp_path / "site-packages" / "lora_distill")
     code, out, err = command(name)
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert err.startswith(WITHOUT_A_CHECKOUT.format(tmp_path / "params"))
+    assert err.startswith(WITHOUT_A_CHECKOUT.format(tmp_path / "params")) and list(tmp_path.iterdir()) == []
 
 
 def test_settings_are_printed_with_their_meaning(command):

@@ -141,6 +141,25 @@ def test_missing_profile_names_those_there_are():
         load_settings("gpu")
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", r"no profile '' in /.*/params; available: cpu, "),
+        ("/", "no profile '/' in /.*/params; available: cpu, "),
+        ("../x", r"no profile '\.\./x' in "),
+        ("params/cpu", "no profile 'params/cpu' in "),
+        ("nope.yml", r"no file nope\.yml; a profile of /.*/params would do too: cpu, "),
+        ("/nowhere/x.yaml", r"no file /nowhere/x\.yaml; "),
+        ("a" * 300, "no profile 'a*...a*': File name too long"),
+        ("a\0b", "no profile 'a.x00b'"),
+    ],
+)
+def test_what_is_no_profile_is_one_line(name, message):
+    with pytest.raises(SettingsError, match=f"^{message}") as error:
+        load_settings(name)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
 class TestFromNotebook:
     def test_takes_keys_and_passes_over_code(self):
         namespace = {"__name__": "x", "_dh": [], "In": [], "Out": {}, "math": math, "pipeline": math, "style": print}
