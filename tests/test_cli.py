@@ -76,8 +76,8 @@ WITHOUT_A_CHECKOUT = "no folder {}: profiles lie in a checkout of the repository
 
 
 ON_PROFILES = [
-    "settings", "prepare", "reproduce", "claims", "figures", "report", "publish", "distill", "memory", "measure", "plan",
-    "rehearse",
+    "settings", "prepare", "reproduce", "claims", "figures", "report", "publish", "distill", "memory", "measure",
+    "plan", "rehearse",
 ]  # fmt: skip
 
 
