@@ -39,9 +39,7 @@ def _number(name: str, least: int = 0) -> int:
     """A number that the launcher sets. Raises InputError for anything else, for instance left over in the shell."""
     value = os.environ.get(name, str(least))
     if not (value.isascii() and value.isdigit() and int(value) >= least):
-        raise InputError(
-            f"{name}: expected a whole number as accelerate launch or torchrun sets it, got {value[:80]!r}"
-        )
+        raise InputError(f"{name}: expected a number as accelerate launch or torchrun sets it, got {value[:80]!r}")
     return int(value)
 
 
@@ -79,9 +77,7 @@ def connect(cpu: bool = False) -> "PartialState":
     from accelerate import PartialState
 
     if count() > 1 and (missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]):
-        raise InputError(
-            f"{', '.join(missing)}: not set, though RANK is; accelerate launch and torchrun set all of them"
-        )
+        raise InputError(f"{', '.join(missing)}: not set, though RANK is; accelerate launch and torchrun set them")
     # without a GPU accelerate connects processes only if told that they run on the CPU; else each believes to be alone
     return PartialState(cpu=cpu or not torch.cuda.is_available(), timeout=PATIENCE)
 
