@@ -36,10 +36,11 @@ NOTEBOOK_PACKAGES = {"bs4", "jinja2", "latex2mathml", "matplotlib", "nbclient", 
 @app.callback()
 def _of_all_commands(
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error, not one line")] = False,
+    version: Annotated[bool, typer.Option("--version", help="print the versions of package and libraries")] = False,
 ) -> None:
     """LoRA distillation of guided diffusion models, and LCM-LoRA: run the notebooks, read their results, or train and
     draw without them. A first look: reproduce --profile smoke, which takes minutes and is no result.
-    """  # --debug is read in `main`, so that it may also stand after the command
+    """  # both are read in `main`, so that they may also stand after the command
 
 
 @app.command(rich_help_panel=SERIES)
@@ -54,12 +55,21 @@ def reproduce(
     """
     from lora_distill import processes
     from lora_distill.publish import series
-    from lora_distill.settings import check_paths, load_settings
 
-    check_paths(checked := load_settings(profile))
+    checked = _runnable(profile)
     if checked.pipeline != "bundled" and processes.is_main():  # the bundled pipeline fits everywhere
         _check_room(checked)
     series.reproduce(profile, force=force, names=notebook or ())
+
+
+def _runnable(profile: str) -> "Settings":
+    """The settings of a profile whose files and device are here. Raises InputError for the first that is not."""
+    from lora_distill.devices import check_device
+    from lora_distill.settings import check_paths, load_settings
+
+    check_paths(checked := load_settings(profile))
+    check_device(checked.device)
+    return checked
 
 
 def _check_room(checked: "Settings") -> None:
@@ -91,6 +101,7 @@ def rehearse(
     from lora_distill.publish import series
     from lora_distill.settings import repository_root
 
+    rehearsal.settings(dtype)  # says what is wrong before anything is written
     rehearsal.write_inputs(repository_root() / "runs" / "rehearsal" / "inputs")
     series.reproduce(rehearsal.settings(dtype), force=force, names=notebook or ())
 
@@ -177,16 +188,49 @@ def distill(profile: Profile = "cpu") -> None:
     from lora_distill import processes
     from lora_distill.data.teacher import teacher_for
     from lora_distill.pipeline import pipeline_for
-    from lora_distill.settings import check_paths, load_settings, run_dir
+    from lora_distill.settings import run_dir
+    from lora_distill.storage import locked
     from lora_distill.train.recipes import distil_lora, lora_file
 
-    check_paths(checked := load_settings(profile))
-    folder = run_dir(checked)
-    pipe = pipeline_for(checked)
-    teacher = teacher_for(pipe, checked, folder / "cache")
-    distil_lora(pipe, teacher, checked, folder)
+    checked = _runnable(profile)
+    with locked(folder := run_dir(checked)):
+        pipe = pipeline_for(checked)
+        teacher = teacher_for(pipe, checked, folder / "cache")
+        distil_lora(pipe, teacher, checked, folder)
     if processes.is_main():
         print(lora_file(folder, "student"))
+
+
+@app.command(rich_help_panel=MODELS)
+def train(
+    folder: Annotated[Path, typer.Argument(help="pictures with captions, in any layout of docs/pictures.md")],
+    out: Annotated[Path, typer.Option(help="the LoRA file to write; what it needs to go on lies beside it")] = Path(
+        "lora.safetensors"
+    ),
+    method: Annotated[str, typer.Option(help="finetune, or lcm-lora: pictures in few steps")] = "finetune",
+    pipeline: Annotated[str, typer.Option(help="bundled, a folder or a hub id")] = "bundled",
+    steps: Annotated[int, typer.Option(min=1, max=10**9, help="optimiser updates")] = 400,
+    rank: Annotated[int, typer.Option(min=1, max=1280, help="rank of the LoRA")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, max=10**4, help="pictures an update")] = 4,
+    learning_rate: Annotated[float | None, typer.Option(help="by default what suits method and pipeline")] = None,
+    resolution: Annotated[int | None, typer.Option(help="side in pixels; by default the pipeline's own")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="seed of training and first weights")] = 0,
+    skip_unusable: Annotated[bool, typer.Option("--skip-unusable", help="leave out pictures that cannot be read")] = (
+        False
+    ),
+) -> None:
+    """Train a LoRA on a folder of captioned pictures. No profile, splits or CLIP; a cut training goes on."""
+    from lora_distill import processes
+    from lora_distill.train import folder as own
+
+    own.checked_output(out)
+    options = {"pipeline": pipeline, "steps": steps, "rank": rank, "batch_size": batch_size, "seed": seed}
+    options |= {"learning_rate": learning_rate, "resolution": resolution}
+    count = own.train_folder(folder, out, own.folder_settings(method, **options), method, skip_unusable=skip_unusable)
+    if processes.is_main():
+        print(f"{out}: trained on {count} pictures")
+        print(f"draw with it: {own.drawing_command(out, method, pipeline)}")
+        print(f'in diffusers: pipe.load_lora_weights("{out}")')
 
 
 @app.command(rich_help_panel=MODELS)
@@ -236,9 +280,8 @@ def measure(
     """
     from lora_distill.devices import choose_device
     from lora_distill.memory import benchmark
-    from lora_distill.settings import load_settings
 
-    checked = load_settings(profile)
+    checked = _runnable(profile)
     tables = benchmark.run(checked, choose_device(checked.device), minutes)
     _draw_measured(checked, tables)
     for path in tables:
@@ -252,7 +295,8 @@ def _draw_measured(checked: "Settings", tables: list[Path]) -> None:
     try:
         import matplotlib
     except ModuleNotFoundError:
-        print("not drawn, matplotlib is not installed: python -m lora_distill figures draws them elsewhere")
+        command = f"python -m lora_distill figures --profile {checked.profile}"
+        print(f"not drawn, matplotlib is not installed: {command} draws them elsewhere")
         return
     matplotlib.use("Agg")
     from lora_distill.publish import figures as saved
@@ -266,8 +310,8 @@ def _draw_measured(checked: "Settings", tables: list[Path]) -> None:
 @app.command(rich_help_panel=SERIES)
 def plan(
     profile: Profile = "cpu",
-    card: Annotated[float | None, typer.Option(min=1, help="memory in GiB of a GPU that is not here")] = None,
-    tflops: Annotated[float | None, typer.Option(min=0.01, help="and its rate in that dtype, 38 for a T4")] = None,
+    card: Annotated[float | None, typer.Option(min=1, max=10**5, help="GiB of a GPU that is not here")] = None,
+    tflops: Annotated[float | None, typer.Option(min=0.01, max=10**6, help="and its rate in that dtype")] = None,
 ) -> None:
     """Print what a profile takes: downloads, disk, memory and operations by notebook, and time on this device."""
     from lora_distill.devices import choose_device
@@ -275,7 +319,8 @@ def plan(
     from lora_distill.settings import check_paths, load_settings
 
     check_paths(checked := load_settings(profile))
-    print(plans.plan(checked, choose_device(checked.device), card=card, tflops=tflops))
+    device = choose_device(checked.device) if card is None else plans.any_device(checked)
+    print(plans.plan(checked, device, card=card, tflops=tflops))
 
 
 @app.command(rich_help_panel=MODELS)
@@ -312,10 +357,14 @@ def model_card(
 
 def main() -> None:
     """Run a command; exit with 2 for input that cannot be used, with 1 for a run that failed."""
-    debug = "--debug" in sys.argv  # before or after the command
-    sys.argv[1:] = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    own, rest = _split(sys.argv[1:])
+    debug = "--debug" in own
+    sys.argv[1:] = [argument for argument in own if argument != "--debug"] + rest
     for stream in (sys.stdout, sys.stderr):  # a pipe may have an encoding without some letters, an ASCII one for one
         stream.reconfigure(errors="replace")
+    if "--version" in own:
+        print(_versions())
+        return
     try:
         app()
     except Exception as error:
@@ -323,6 +372,25 @@ def main() -> None:
             raise
         print(_said(error), file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The arguments before a bare --, which may hold options, and the others."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    return arguments[:end], arguments[end:]
+
+
+def _versions() -> str:
+    """The versions that decide results, as one names them in a report of an error."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = []
+    for package in ("lora_distill", "torch", "diffusers", "transformers", "peft"):
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            found.append(f"{package} not installed")
+    return ", ".join([*found, f"Python {sys.version.split()[0]}"])
 
 
 def _said(error: Exception) -> str:

@@ -8,30 +8,37 @@ from torch import nn
 
 from lora_distill import processes
 from lora_distill.errors import InputError
+from lora_distill.settings import checked_device
 
 
 def choose_device(device: str) -> str:
     """The device of this process: of "auto" the GPU if there is one, else the CPU; each of several takes its own.
 
-    A GPU that is chosen is also PyTorch's current one, so that libraries that ask for "cuda" get it. Raises ValueError
-    for a GPU that is not there, and for one by number when there are several processes.
+    A GPU that is chosen is also PyTorch's current one, so that libraries that ask for "cuda" get it. Raises InputError
+    as `check_device` does.
     """
+    check_device(device)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, number = device.partition(":")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device: {device}, but PyTorch finds no GPU here; auto or cpu would do")
-    if kind == "cuda" and number and int(number) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise InputError(f"device: {device}, but this machine has {count} GPU{'s' * (count != 1)}, numbered from 0")
     if processes.count() > 1:
-        if number:
-            raise InputError(f"device: {device} is one GPU for {processes.count()} processes; auto or {kind} would do")
         own = processes.connect(cpu=kind == "cpu").device
         return str(own) if kind == "cuda" else kind
     if number:
         torch.cuda.set_device(int(number))
     return device
+
+
+def check_device(device: str) -> None:
+    """Raise InputError for a device that is not here, and for a GPU by number when there are several processes."""
+    kind, _, number = checked_device(device).partition(":")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device: {device}, but PyTorch finds no GPU here; auto or cpu would do")
+    if kind == "cuda" and number and int(number) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise InputError(f"device: {device}, but this machine has {count} GPU{'s' * (count != 1)}, numbered from 0")
+    if number and processes.count() > 1:
+        raise InputError(f"device: {device} is one GPU for {processes.count()} processes; auto or {kind} would do")
 
 
 def warn_of_emulation(device: str) -> None:

@@ -83,7 +83,8 @@ def _check_parts(folder: Path) -> None:
     for part in WEIGHTS:
         files = _weights(folder / part)
         for index in (folder / part).glob("*.safetensors.index.json"):
-            files |= {folder / part / name for name in json.loads(index.read_text())["weight_map"].values()}
+            named = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files |= {folder / part / name for name in named.values()}
         if not files and any((folder / part).glob("*.bin")):
             raise MissingError(
                 f"{folder / part}: pickled weights (.bin) alone, which are not loaded; a .safetensors file is needed"

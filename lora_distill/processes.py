@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from lora_distill.errors import InputError
+
 if TYPE_CHECKING:  # imported where it is needed: the command line's --help does not wait for torch
     from accelerate import PartialState
     from torch import Tensor
@@ -20,17 +22,25 @@ IN_SERIES = "LORA_DISTILL_PROCESSES"  # how many processes a series of notebooks
 
 def count() -> int:
     """How many processes run side by side."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    return _number("WORLD_SIZE", 1) if "RANK" in os.environ else 1
 
 
 def in_series() -> int:
     """`count`, also in a notebook that the main process of a series runs alone: it reads trainings of them all."""
-    return int(os.environ.get(IN_SERIES, count()))
+    return _number(IN_SERIES, 1) if IN_SERIES in os.environ else count()
 
 
 def index() -> int:
     """The number of this process, from 0."""
-    return int(os.environ["RANK"]) if count() > 1 else 0
+    return _number("RANK") if count() > 1 else 0
+
+
+def _number(name: str, least: int = 0) -> int:
+    """A number that the launcher sets. Raises InputError for anything else, for instance left over in the shell."""
+    value = os.environ.get(name, str(least))
+    if not (value.isascii() and value.isdigit() and int(value) >= least):
+        raise InputError(f"{name}: expected a number as accelerate launch or torchrun sets it, got {value[:80]!r}")
+    return int(value)
 
 
 def is_main() -> bool:
@@ -66,6 +76,8 @@ def connect(cpu: bool = False) -> "PartialState":
     import torch
     from accelerate import PartialState
 
+    if count() > 1 and (missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]):
+        raise InputError(f"{', '.join(missing)}: not set, though RANK is; accelerate launch and torchrun set them")
     # without a GPU accelerate connects processes only if told that they run on the CPU; else each believes to be alone
     return PartialState(cpu=cpu or not torch.cuda.is_available(), timeout=PATIENCE)
 

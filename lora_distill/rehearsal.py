@@ -59,7 +59,7 @@ def write_inputs(folder: Path) -> Path:
             write_photographs(made / "flickr8k", "flickr8k")
             write_photographs(made / "flickr30k", "flickr30k")
             write_clip(made / "clip")
-            (made / VERSION_FILE).write_text(version)
+            (made / VERSION_FILE).write_text(version, encoding="utf-8")
             shutil.rmtree(folder, ignore_errors=True)
             made.rename(folder)
     return folder
@@ -67,7 +67,7 @@ def write_inputs(folder: Path) -> Path:
 
 def _version(folder: Path) -> str | None:
     path = folder / VERSION_FILE
-    return path.read_text() if path.is_file() else None
+    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def _wait_for(folder: Path, version: str, seconds: int = 120) -> None:

@@ -3,22 +3,45 @@
 An unknown key and a value of the wrong type or out of range are refused in one line before anything runs.
 """
 
+import json
 import re
-from collections.abc import Iterable
-from difflib import SequenceMatcher
-from inspect import isroutine
+import unicodedata
+from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from lora_distill.errors import InputError, MissingError
+from lora_distill.errors import InputError, MissingError, reading
+from lora_distill.parameters import parameters
+from lora_distill.refusals import FROM_PAPERMILL, IN_QUOTES, key_of, refusal, shown
+from lora_distill.yaml_file import Place, read_yaml
 
 PACKAGE = Path(__file__).resolve().parent
-NOT_PATHS = re.compile(r"bundled|sd15-shape|scenes(/\w+/\w+)?|")  # sources that are not on a disk
+SCENES = r"scenes/(noto|fluent)/(8k|30k)"
+NAMED = {  # sources that are not on a disk
+    "pipeline": r"bundled|sd15-shape",
+    "data": rf"scenes|{SCENES}",
+    "flickr_8k": SCENES,
+    "flickr_30k": rf"{SCENES}|",
+    "clip": "",
+}
+DEVICES = r"auto|cpu|cuda(:\d{1,3})?"
 ENOUGH_PROMPTS = 20  # with fewer, what a run says about quality is no result
+# Of 64 bits, which PyTorch's generators take, `sampling.step_generators` needs 20 for the images of a seed, and NumPy's
+# older generators, of libraries, take 32.
+MAX_SEED = 2**32 - 1
+MAX_COUNT = 10**9  # of anything: more is a slip, and libraries count in 32 bits
+MAX_RANK = 1280  # the width of Stable Diffusion's widest layers: a higher rank gives nothing more
+TIMESTEPS = 1000  # of the noise schedules of Stable Diffusion 1 and 2
+RESERVED = r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?"  # names that are no folders on Windows
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+Guidance = Annotated[float, Field(ge=1, le=1000)]
+
+
+def _count(default: int, description: str, least: int = 1, most: int = MAX_COUNT, **more: Any) -> Any:
+    """A whole number in a range."""
+    return Field(default, ge=least, le=most, description=description, **more)
 
 
 class SettingsError(InputError):
@@ -30,16 +53,21 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    profile: str = Field("cpu", pattern=r"^\w[\w.-]*$", description="name of the run, and of its folder in runs/")
-    seed: int = Field(0, ge=0, description="seed of training, data and the adapters' first weights")
-    more_train_seeds: list[Annotated[int, Field(ge=0)]] = Field(
+    profile: str = Field(
+        "cpu",
+        pattern=r"^\w([\w.-]*[\w-])?$",
+        max_length=100,
+        description="name of the run, and of its folder in runs/: letters, digits, _, - and, inside, dots",
+    )
+    seed: int = _count(0, "seed of training, data and the adapters' first weights", 0, MAX_SEED)
+    more_train_seeds: list[Seed] = Field(
         [], description="seeds of further trainings of the students; each of eval_seeds judges the next training"
     )
 
     pipeline: str = Field(
         "bundled", min_length=1, description="bundled, a folder in the Stable Diffusion layout, or a hub id"
     )
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="what frozen weights are stored in")
     mixed_precision: Literal["no", "fp16", "bf16"] = Field(
         "no", description="autocast in training; no computes it all in dtype, A and B included, on float32 masters"
@@ -50,25 +78,25 @@ class Settings(BaseModel):
         "scenes", min_length=1, description="captioned images: scenes, a folder as one finds Flickr8k, or a hub id"
     )
     style: Literal["noto", "fluent"] = Field("noto", description="drawing style of the bundled scenes")
-    teacher_images: int = Field(512, ge=1, description="images the teacher makes to distil on")
+    teacher_images: int = _count(512, "images the teacher makes to distil on", most=10**6)
 
-    guidance_scale: float = Field(3.0, ge=1, description="w of the teacher; 1 is no guidance")
-    sampling_steps: int = Field(25, ge=1, description="steps of the multi-step samplers")
+    guidance_scale: float = Field(3.0, ge=1, le=1000, description="w of the teacher; 1 is no guidance")
+    sampling_steps: int = _count(25, "steps of the multi-step samplers", most=10**4)
     scheduler: Literal["own", "ddim", "dpm++"] = Field(
         "own", description="of the multi-step samplers: own, the pipeline's; ddim, with trailing timesteps; dpm++"
     )
 
-    train_steps: int = Field(150, ge=1, description="optimiser updates")
-    batch_size: int = Field(32, ge=1, description="images a forward pass, over all processes together")
-    gradient_accumulation: int = Field(1, ge=1, description="forward passes an update")
+    train_steps: int = _count(150, "optimiser updates")
+    batch_size: int = _count(32, "images a forward pass, over all processes together")
+    gradient_accumulation: int = _count(1, "forward passes an update")
     learning_rate: float = Field(2.0e-3, gt=0, description="learning rate of LoRA training")
     full_learning_rate: float = Field(2.0e-4, gt=0, description="learning rate of the conventional full copy")
-    warmup_steps: int = Field(20, ge=0, description="updates of linear warm-up in every training, at most its steps")
+    warmup_steps: int = _count(20, "updates of linear warm-up in every training, at most its steps", 0)
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
     weight_decay: float = Field(0.0, ge=0, description="weight decay of AdamW")
     ema_decay: float = Field(0.0, ge=0, lt=1, description="decay of the weights' moving average; 0 is off")
-    log_every: int = Field(10, ge=1, description="updates between lines of the log")
-    checkpoint_every: int = Field(100, ge=1, description="updates between checkpoints")
+    log_every: int = _count(10, "updates between lines of the log")
+    checkpoint_every: int = _count(100, "updates between checkpoints")
     gradient_checkpointing: bool = Field(
         False, description="compute activations again in backward: less memory, a third more time"
     )
@@ -80,8 +108,8 @@ class Settings(BaseModel):
         "adamw", description="of the full copies; adamw-8bit needs a GPU and bitsandbytes"
     )
 
-    lora_rank: int = Field(4, ge=1, description="rank of the adapters")
-    lora_alpha: int = Field(4, ge=1, description="scale of the adapters, as alpha / rank")
+    lora_rank: int = _count(4, "rank of the adapters", most=MAX_RANK)
+    lora_alpha: int = _count(4, "scale of the adapters, as alpha / rank", most=10**4)
     lora_targets: Literal["attention", "all"] = Field("attention", description="attention: q, k, v, out; all: more")
 
     flickr_8k: str = Field(
@@ -93,57 +121,72 @@ class Settings(BaseModel):
     image_share: float = Field(
         0.1, gt=0, le=1, description="the part of each training split that is used, its first images"
     )
-    resolution: int = Field(64, ge=8, description="side of the images in pixels")
+    resolution: int = _count(64, "side of the images in pixels", 8, 4096)
     mirror: bool = Field(False, description="mirror images whose caption has no left or right")
     skip_unusable: bool = Field(False, description="leave out images that cannot be read, with a warning")
-    lcm_steps: int = Field(40, ge=1, description="updates of each consistency training")
-    lcm_batch_size: int = Field(16, ge=1, description="images a forward pass, in all trainings of notebook 03")
+    lcm_steps: int = _count(40, "updates of each consistency training")
+    lcm_batch_size: int = _count(16, "images a forward pass, in all trainings of notebook 03")
     lcm_learning_rate: float = Field(1.0e-4, gt=0, description="learning rate of the full LCM")
     lcm_lora_learning_rate: float = Field(1.0e-3, gt=0, description="learning rate of LCM-LoRA and of the mimic")
-    finetune_steps: int = Field(200, ge=1, description="updates of the plain LoRA fine-tune")
+    finetune_steps: int = _count(200, "updates of the plain LoRA fine-tune")
     finetune_learning_rate: float = Field(3.0e-3, gt=0, description="learning rate of the plain LoRA fine-tune")
     lcm_ema_decay: float = Field(0.95, ge=0, lt=1, description="decay of the consistency target; 0: the student itself")
-    lcm_rank: int = Field(16, ge=1, description="rank of LCM-LoRA and of the mimic; alpha is the same")
+    lcm_rank: int = _count(16, "rank of LCM-LoRA and of the mimic; alpha is the same", most=MAX_RANK)
     lcm_targets: Literal["attention", "all"] = Field("all", description="layers of LCM-LoRA and of the mimic")
-    w_min: float = Field(2.0, ge=1, description="least guidance scale of the full LCM")
-    w_max: float = Field(5.0, ge=1, description="greatest guidance scale of the full LCM")
-    ddim_skip: int = Field(20, ge=1, description="timesteps the DDIM solver skips; must divide the schedule's")
+    w_min: float = Field(2.0, ge=1, le=1000, description="least guidance scale of the full LCM")
+    w_max: float = Field(5.0, ge=1, le=1000, description="greatest guidance scale of the full LCM")
+    ddim_skip: int = _count(20, "timesteps the DDIM solver skips; must divide the schedule's", most=10**4)
     huber_c: float = Field(1.0e-3, gt=0, description="where the pseudo-Huber loss turns from square to absolute")
     mse_weight: float = Field(1.0, ge=0, description="weight of the MSE when the LoRA mimics the LCM")
     kl_weight: float = Field(1.0, ge=0, description="weight of the KL when the LoRA mimics the LCM")
 
-    eval_prompts: int = Field(60, ge=1, description="prompts of a verdict")
-    curve_prompts: int = Field(60, ge=1, description="prompts a point of a curve, or of a measurement in training")
-    eval_batch: int = Field(60, ge=1, description="images sampled, encoded or decoded at a time")
+    eval_prompts: int = _count(60, "prompts of a verdict")
+    curve_prompts: int = _count(60, "prompts a point of a curve, or of a measurement in training")
+    eval_batch: int = _count(60, "images sampled, encoded or decoded at a time")
     clip: str = Field("", description="CLIP model that scores photographs, a folder or a hub id; scenes need none")
     extractors: dict[Literal["Inception", "DINOv2", "CLIP"], Annotated[str, Field(min_length=1)]] = Field(
         {},
         description="more distances, on Inception, DINOv2 or CLIP: each with a file, folder or hub id of its weights",
     )
-    eval_every: int = Field(50, ge=1, description="updates between measurements in training")
-    eval_seeds: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1, description="seeds of sampling")
-    guidance_scales: list[Annotated[float, Field(ge=1)]] = Field(
-        [1.0, 2.0, 3.0, 5.0, 7.5, 10.0], min_length=1, description="w of the curves of quality against guidance"
+    eval_every: int = _count(50, "updates between measurements in training")
+    eval_seeds: list[Seed] = Field([0, 1, 2], min_length=1, max_length=1000, description="seeds of sampling")
+    guidance_scales: list[Guidance] = Field(
+        [1.0, 2.0, 3.0, 5.0, 7.5, 10.0],
+        min_length=1,
+        max_length=1000,
+        description="w of the curves of quality against guidance",
     )
-    timing_batch: int = Field(8, ge=1, description="images a timed call")
-    timing_repeats: int = Field(5, ge=1, description="timed calls, after those that warm up")
+    timing_batch: int = _count(8, "images a timed call")
+    timing_repeats: int = _count(5, "timed calls, after those that warm up", most=10**5)
+
+    @field_validator("profile")
+    @classmethod
+    def _a_folder_on_every_machine(cls, profile: str) -> str:
+        if re.fullmatch(RESERVED, profile, re.IGNORECASE):
+            raise InputError(f"profile: {profile} cannot be a folder's name on Windows; another name would do")
+        return profile
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, device: str) -> str:
+        return checked_device(device)
 
     @field_validator("pipeline", "data", "flickr_8k", "flickr_30k", "clip")
     @classmethod
-    def _from_the_root(cls, source: str) -> str:
-        return located(source)
+    def _from_the_root(cls, source: str, info: ValidationInfo) -> str:
+        return located(info.field_name, source)
 
     @field_validator("extractors")
     @classmethod
     def _all_from_the_root(cls, sources: dict[str, str]) -> dict[str, str]:
-        return {name: located(source) for name, source in sources.items()}
+        return {name: located("extractors", source) for name, source in sources.items()}
 
-    @field_validator("eval_seeds", "more_train_seeds")
+    @field_validator("eval_seeds", "more_train_seeds", "guidance_scales")
     @classmethod
-    def _distinct(cls, seeds: list[int], info: ValidationInfo) -> list[int]:
-        if len(set(seeds)) < len(seeds):
-            raise InputError(f"{info.field_name}: must differ from each other, got {seeds}")
-        return seeds
+    def _distinct(cls, values: list[float], info: ValidationInfo) -> list[float]:
+        if len(set(values)) < len(values):
+            raise InputError(f"{info.field_name}: must differ from each other, got {shown(values)}")
+        return values
 
     @property
     def is_result(self) -> bool:
@@ -166,6 +209,31 @@ class Settings(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _fits_the_pipeline(self) -> "Settings":
+        timesteps, factor = _timesteps(self.pipeline), _vae_factor(self.pipeline)
+        if self.sampling_steps > timesteps:
+            raise InputError(
+                f"sampling_steps: must be at most {timesteps}, the timesteps of the noise schedule, "
+                f"got {self.sampling_steps}"
+            )
+        if timesteps % self.ddim_skip or self.ddim_skip == timesteps:
+            raise InputError(
+                f"ddim_skip: must divide {timesteps}, the timesteps of the noise schedule, and be less; "
+                f"got {self.ddim_skip}"
+            )
+        if self.resolution % factor:
+            raise InputError(f"resolution: must be a multiple of {factor}, the VAE's factor, got {self.resolution}")
+        return self
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> "Settings":
+        if self.mse_weight == self.kl_weight == 0:
+            raise InputError("mse_weight: must be above 0 where kl_weight is 0, or the mimic has nothing to learn")
+        if self.optimizer == "adamw-8bit" and self.device == "cpu" and self.full_copies:
+            raise InputError("optimizer: adamw-8bit needs a GPU, and device is cpu; adamw would do")
+        return self
+
+    @model_validator(mode="after")
     def _warmup_ends(self) -> "Settings":
         for key in ("train_steps", "lcm_steps", "finetune_steps"):
             if self.warmup_steps > (steps := getattr(self, key)):
@@ -178,55 +246,111 @@ def load_settings(profile_or_path: str | Path) -> Settings:
 
     Raises `SettingsError` when there is no such file or its content is invalid.
     """
-    path = Path(profile_or_path)
-    if path.suffix not in {".yaml", ".yml"}:
-        path = repository_root() / "params" / f"{profile_or_path}.yaml"
-    if not path.parent.is_dir():
-        raise SettingsError(
-            f"no folder {path.parent}: profiles lie in a checkout of the repository; the path of a YAML file works too"
-        )
-    if not path.is_file():
-        names = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml"))) or "none"
-        raise SettingsError(f"no profile {path.stem!r} in {path.parent}; available: {names}")
+    path = _profile_file(profile_or_path)
     source = f"{path.parent.name}/{path.name}"
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{source} is not YAML: {' '.join(str(error).split())}") from None
+        values, lines = read_yaml(path, source)
+    except InputError as error:
+        raise SettingsError(str(error)) from None
     if not isinstance(values, dict):
-        raise SettingsError(f"{source}: expected lines of 'key: value', got {_shown(values)}")
-    settings = _validate({str(key): value for key, value in values.items()}, source)
-    if settings.profile != path.stem:  # a copied file that kept its profile would overwrite that profile's run
-        raise SettingsError(f"{source}: profile: must be {path.stem!r} as the file is named, got {settings.profile!r}")
+        raise SettingsError(f"{source}: expected lines of 'key: value', got {shown(values) if values else 'nothing'}")
+    settings = checked(values, source, lines)
+    if not _same_name(settings.profile, path.stem):  # a copy that kept its profile would overwrite that profile's run
+        raise SettingsError(_misnamed(settings.profile, path.stem, source, lines))
     return settings
+
+
+def _profile_file(profile_or_path: str | Path) -> Path:
+    """The file of a profile, which is there. Raises `SettingsError` that says what there is instead."""
+    given, params = Path(profile_or_path), repository_root() / "params"
+    by_path = given.suffix.lower() in {".yaml", ".yml"}
+    path = given if by_path else params / f"{profile_or_path}.yaml"
+    try:
+        if path.is_file():
+            return path
+    except (OSError, ValueError) as error:  # a name that no file can have
+        reason = getattr(error, "strerror", None) or error
+        raise SettingsError(f"no profile {shown(str(profile_or_path))}: {reason}") from None
+    names = ", ".join(sorted(file.stem for file in params.glob("*.yaml")))
+    if not names and not by_path:
+        raise SettingsError(
+            f"no folder {params}: profiles lie in a checkout of the repository, and none is here; "
+            "the path of a YAML file works too"
+        )
+    if by_path:
+        raise SettingsError(f"no file {path}; a profile of {params} would do too: {names or 'there is none'}")
+    raise SettingsError(f"no profile {shown(str(profile_or_path))} in {params}; available: {names}")
+
+
+def _same_name(profile: str, stem: str) -> bool:
+    return unicodedata.normalize("NFC", profile) == unicodedata.normalize("NFC", stem)  # macOS decomposes file names
+
+
+def _misnamed(profile: str, stem: str, source: str, lines: dict[Place, int]) -> str:
+    try:
+        Settings(profile=stem)
+    except ValidationError:  # a name that no profile can have
+        return f"{source}: the file must be named as its profile, {profile}.yaml"
+    place = f"{source}, line {lines['profile',]}" if ("profile",) in lines else source
+    return f"{place}: profile: must be {stem!r} as the file is named, got {profile!r}"
 
 
 def from_notebook(namespace: dict[str, Any]) -> Settings:
     """Settings from a notebook's `globals()` after its parameters cell; keys that it does not set keep their defaults.
 
-    Raises `SettingsError` for an unknown name, a wrong type or a value out of range.
+    A line is printed where the profile's name is that of a file in params/ and the values are others. Raises
+    `SettingsError` for an unknown name, a wrong type or a value out of range.
     """
-    # When the cell is run again, globals() also holds names of later cells: only then unknown names are ignored.
-    first = not namespace.get("_settings_checked")
-    namespace["_settings_checked"] = True
-    known = Settings.model_fields
-    parameters = {
-        name: value
-        for name, value in namespace.items()
-        if (name in known and not _is_code(value)) or (name not in known and first and _is_parameter(name, value))
-    }
-    return _validate(parameters, "the parameters cell")
+    given = parameters(namespace, Settings.model_fields)
+    settings = checked(given, "the parameters cell", text_hint=FROM_PAPERMILL)
+    if others := _other_values(settings):
+        key, value = next(iter(others.items()))
+        print(
+            f"profile {settings.profile}: not the values of params/{settings.profile}.yaml ({len(others)} differ, "
+            f"{key} = {shown(getattr(settings, key))} is {shown(value)} there); for those: "
+            f"from lora_distill.settings import load_settings; settings = load_settings({settings.profile!r})"
+        )
+    return settings
 
 
-def located(source: str) -> str:
-    """A source as its whole path where it is a file or folder; relative ones start at the checkout's root.
+def _other_values(settings: Settings) -> dict[str, Any]:
+    """The values of the profile's file that are not those of the settings; none where there is no such file."""
+    try:
+        named = load_settings(settings.profile).model_dump()
+    except SettingsError:
+        return {}
+    return {key: value for key, value in named.items() if value != getattr(settings, key)}
 
-    So a profile means the same folder in a command and in a notebook, whose working folder is another.
+
+# ---------------------------------------------------------------------------------------------- sources and devices
+
+
+def checked_device(device: str) -> str:
+    """The name of a device. Raises `InputError` for another; whether it is here, `devices.check_device` says."""
+    if device.partition(":")[0] == "mps":
+        raise InputError(
+            "device: mps is refused: consistency training computes in float64, which MPS lacks, and nothing was ever "
+            "run there; auto or cpu would do"
+        )
+    if not re.fullmatch(DEVICES, device):
+        raise InputError(f"device: expected auto, cpu, cuda or cuda:N, got the text {shown(device)}")
+    return device
+
+
+def located(key: str, source: str) -> str:
+    """The source of a key as its whole path where it is a file or folder; relative ones start at the checkout's root.
+
+    So a profile means the same folder in a command and in a notebook, whose working folder is another. Raises
+    `InputError` for scenes that there are not.
     """
-    if NOT_PATHS.fullmatch(source):
+    if re.fullmatch(NAMED.get(key, "(?!)"), source):
         return source
-    path = repository_root() / Path(source).expanduser()
-    return str(path) if path.exists() else source
+    with reading(f"{key}: {shown(source)}", "a file, a folder or a hub id"):  # ~nobody, or a name of 300 letters
+        if (path := repository_root() / Path(source).expanduser()).exists():
+            return str(path)
+    if "scenes" in NAMED.get(key, "") and re.fullmatch("scenes(/.*)?", source):
+        raise InputError(f"{key}: expected scenes/noto or scenes/fluent with /8k or /30k, got the text {shown(source)}")
+    return source
 
 
 def check_paths(settings: Settings) -> None:
@@ -234,7 +358,7 @@ def check_paths(settings: Settings) -> None:
 
     A name is taken for a hub id when it has the form of one and no folder here begins as it does.
     """
-    for key in ("pipeline", "data", "flickr_8k", "flickr_30k", "clip"):
+    for key in NAMED:
         _check_path(key, getattr(settings, key))
     for name, source in settings.extractors.items():
         _check_path(f"extractors: {name}", source)
@@ -242,16 +366,45 @@ def check_paths(settings: Settings) -> None:
         folder = Path(getattr(settings, key))
         if folder.is_absolute() and not (folder / file).is_file():
             raise SettingsError(f"{key}: no {file} in {folder}")
+    for key in ("data", "flickr_8k", "flickr_30k"):
+        folder = Path(getattr(settings, key))
+        if folder.is_absolute() and not (folder.is_dir() and any(folder.iterdir())):
+            raise SettingsError(f"{key}: expected a folder with images and captions, got {folder}")
 
 
 def _check_path(key: str, source: str) -> None:
-    if NOT_PATHS.fullmatch(source) or (Path(source).is_absolute() and Path(source).exists()):
+    if re.fullmatch(NAMED.get(key, "(?!)"), source) or (Path(source).is_absolute() and Path(source).exists()):
         return
     hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", source) and source[0] not in "./"
     if hub_id and not ("/" in source and (repository_root() / source.split("/")[0]).is_dir()):
         return
     path = repository_root() / Path(source).expanduser()
     raise SettingsError(f"{key}: no file or folder {path}; relative paths start at {repository_root()}")
+
+
+def _timesteps(pipeline: str) -> int:
+    """The timesteps of a pipeline's noise schedule: as its folder says, else those of all Stable Diffusion."""
+    count = _part_config(pipeline, "scheduler", "scheduler_config.json").get("num_train_timesteps")
+    return count if isinstance(count, int) and count > 0 else TIMESTEPS
+
+
+def _vae_factor(pipeline: str) -> int:
+    """How many pixels a latent has along a side: as the pipeline's folder says, else those of all Stable Diffusion."""
+    channels = _part_config(pipeline, "vae", "config.json").get("block_out_channels")
+    return 2 ** (len(channels) - 1) if isinstance(channels, list) and 0 < len(channels) < 9 else 8
+
+
+def _part_config(pipeline: str, part: str, file: str) -> dict[str, Any]:
+    """The config of one part of a pipeline's folder; empty where it cannot be read, which `load_pipeline` says."""
+    folder = PACKAGE / "assets" / "pipeline" if pipeline == "bundled" else Path(pipeline)
+    try:
+        config = json.loads((folder / part / file).read_text(encoding="utf-8")) if folder.is_absolute() else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+# ---------------------------------------------------------------------------------------------- folders
 
 
 def repository_root() -> Path:
@@ -287,97 +440,25 @@ def results_dir(settings: Settings) -> Path:
     return there[0]
 
 
-def _is_code(value: Any) -> bool:
-    """Whether a value is a module, class or function: an import, not a parameter."""
-    return isinstance(value, ModuleType | type) or isroutine(value)
+# ---------------------------------------------------------------------------------------------- validation
 
 
-def _is_parameter(name: str, value: Any) -> bool:
-    """Whether a name can be a parameter: its value is of a type that YAML has, and the name is not IPython's own."""
-    plain = value is None or isinstance(value, str | int | float | list | dict)
-    return plain and not name.startswith("_") and name not in {"In", "Out"}
-
-
-def _validate(values: dict[str, Any], source: str) -> Settings:
-    """Settings from plain values. Raises `SettingsError` with the first problem, in one line."""
+def checked(
+    values: dict[str, Any], source: str, lines: Mapping[Place, int] | None = None, text_hint: str = IN_QUOTES
+) -> Settings:
+    """Settings from plain values of `source`. Raises `SettingsError` with the first problem, in one line."""
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
         first, *others = error.errors()
+    descriptions = {key: field.description for key, field in Settings.model_fields.items()}
     more = f" (and {len(others)} more)" if others else ""
-    if first["type"] == "extra_forbidden":
-        key = first["loc"][0]
-        raise SettingsError(
-            f"unknown key {key!r} in {source}; did you mean {_nearest(key, Settings.model_fields)!r}?{more}"
-        )
-    raise SettingsError(f"{source}: {_explain(first)}{more}")
-
-
-def _nearest(key: str, known: Iterable[str]) -> str:
-    """The known key most similar to this one, as a whole or in one of its words."""
-
-    def likeness(other: str) -> tuple[float, float]:
-        whole = SequenceMatcher(None, key, other).ratio()
-        return max(whole, *(SequenceMatcher(None, key, word).ratio() for word in other.split("_"))), whole
-
-    return max(known, key=likeness)
-
-
-EXPECTED = {
-    "float_type": "a number",
-    "finite_number": "a finite number",
-    "int_type": "a whole number",
-    "string_type": "text",
-    "list_type": "a list",
-    "dict_type": "a mapping",
-    "string_pattern_mismatch": "{description}",
-    "string_too_short": "{description}",
-    "too_short": "at least one value",
-    "literal_error": "{expected}",
-    "greater_than_equal": "at least {ge}",
-    "greater_than": "more than {gt}",
-    "less_than": "less than {lt}",
-}
-
-
-def _explain(error: dict[str, Any]) -> str:
-    """One of pydantic's errors as `key: expected ..., got ...`."""
-    if error["type"] == "value_error":  # from a validator of this file: its message is complete
-        return str(error["ctx"]["error"])
-    key, *index = error["loc"]
-    facts = {"description": Settings.model_fields[key].description, **error.get("ctx", {})}
-    expected = EXPECTED.get(error["type"], error["msg"]).format(**facts)
-    place = key + "".join(f"[{i}]" for i in index)
-    return f"{place}: expected {expected}, got {_shown(error['input'])}{_yaml_hint(error)}"
-
-
-def _shown(value: Any) -> str:
-    """A wrong value as an error message shows it."""
-    if value is None:
-        return "nothing"
-    if isinstance(value, str):
-        return f"the text {value!r}"
-    return (
-        repr(value)
-        if isinstance(value, bool | int | float | list | dict)
-        else f"an object of type {type(value).__name__}"
+    raise SettingsError(
+        f"{_place(key_of(first), source, lines or {})}: {refusal(first, descriptions, text_hint)}{more}"
     )
 
 
-def _yaml_hint(error: dict[str, Any]) -> str:
-    """A hint where YAML reads something else than was meant: 1e-4 as text, no as false."""
-    value = error["input"]
-    if error["type"] == "float_type" and isinstance(value, str):
-        mantissa, _, exponent = value.lower().partition("e")
-        try:
-            float(value)
-        except ValueError:
-            return ""
-        if not exponent:
-            return " (write it without quotes)"
-        point = "" if "." in mantissa else ".0"
-        sign = "" if exponent[0] in "+-" else "+"
-        return f" (YAML reads {value} as text; write {mantissa}{point}e{sign}{exponent})"
-    if isinstance(value, bool) and error["type"] in {"string_type", "literal_error"}:
-        return " (YAML reads yes, no, on and off as true or false; write the text in quotes)"
-    return ""
+def _place(key: Place, source: str, lines: Mapping[Place, int]) -> str:
+    """The file with the line of a key or, where it is not in the file, the file alone."""
+    known = [lines[key[:end]] for end in range(len(key), 0, -1) if key[:end] in lines]
+    return f"{source}, line {known[0]}" if known else source

@@ -369,7 +369,10 @@ def git_commit() -> str | None:
 
 def _git(*arguments: str) -> str:
     command = ["git", *arguments]
-    return subprocess.run(command, cwd=repository_root(), capture_output=True, text=True, check=False).stdout.strip()
+    done = subprocess.run(
+        command, cwd=repository_root(), capture_output=True, check=False, encoding="utf-8", errors="replace"
+    )
+    return done.stdout.strip()
 
 
 def device_name(device: str) -> str:
@@ -382,7 +385,7 @@ def device_name(device: str) -> str:
 def _processor() -> str:
     """The CPU's model name; on Linux it is in /proc/cpuinfo only."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return platform.processor() or platform.machine()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -34,6 +34,62 @@ def test_help_lists_the_commands(command):
     assert code == 0 and all(name in out for name in ("reproduce", "prepare", "publish", "claims", "figures"))
 
 
+@pytest.mark.parametrize("arguments", [["--version"], ["sample", "--version"], ["train", "x", "--version"]])
+def test_versions_are_one_line(monkeypatch, capsys, arguments):
+    monkeypatch.setattr(sys, "argv", ["lora_distill", *arguments])
+    cli.main()
+    out = capsys.readouterr().out
+    assert out.startswith("lora_distill 0.1.0, torch ") and out.count("\n") == 1
+
+
+def test_what_stands_after_two_dashes_is_no_option():
+    assert cli._split(["sample", "--debug", "--", "--debug"]) == (["sample", "--debug"], ["--", "--debug"])
+    assert cli._split(["sample", "a"]) == (["sample", "a"], [])
+
+
+@pytest.mark.parametrize("name", ["reproduce", "distill", "measure", "plan"])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("device: cuda:99", "device: cuda:99, but PyTorch finds no GPU here; auto or cpu would do"),
+        ("device: mps", "x.yaml, line 2: device: mps is refused"),
+        ("clip: ./nowhere", "clip: no file or folder "),
+        ("extractors: {Inception: ./nowhere.pth}", "extractors: Inception: no file or folder "),
+        ("flickr_30k: /nowhere", "flickr_30k: no file or folder /nowhere"),
+        ("ddim_skip: 7", "x.yaml, line 2: ddim_skip: must divide 1000"),
+    ],
+)
+def test_what_a_run_needs_is_checked_before_it_starts(command, tmp_path, monkeypatch, name, line, message):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    (tmp_path / "x.yaml").write_text(f"profile: x\n{line}\n", encoding="utf-8")
+    code, out, err = command(name, "--profile", str(tmp_path / "x.yaml"))
+    assert (code, out, err.count("\n")) == (2, "", 1) and message in err
+
+
+def test_a_plan_for_a_card_that_is_not_here_asks_for_no_gpu(command, tmp_path, monkeypatch):
+    (tmp_path / "x.yaml").write_text("profile: x\ndevice: cuda\n", encoding="utf-8")
+    code, out, _ = command("plan", "--profile", str(tmp_path / "x.yaml"), "--card", "15", "--tflops", "38")
+    assert code == 0 and "a card of 15 GiB" in out
+
+
+WITHOUT_A_CHECKOUT = "no folder {}: profiles lie in a checkout of the repository, and none is here; "
+
+
+ON_PROFILES = [
+    "settings", "prepare", "reproduce", "claims", "figures", "report", "publish", "distill", "memory", "measure",
+    "plan", "rehearse",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ON_PROFILES)
+def test_without_a_checkout_every_command_says_that_one_is_needed(command, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lora_distill.settings.PACKAGE", tmp_path / "site-packages" / "lora_distill")
+    code, out, err = command(name)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(WITHOUT_A_CHECKOUT.format(tmp_path / "params")) and list(tmp_path.iterdir()) == []
+
+
 def test_settings_are_printed_with_their_meaning(command):
     code, out, _ = command("settings", "--profile", "smoke")
     assert code == 0 and "train_steps: 4 " in out and "# optimiser updates" in out
@@ -47,14 +103,14 @@ def test_claims_are_printed_with_their_verdicts(command):
 
 @pytest.mark.parametrize("name", ["claims", "figures"])
 def test_a_profile_that_never_ran_is_one_line(command, tmp_path, name):
-    (tmp_path / "never.yaml").write_text("profile: never\n")
+    (tmp_path / "never.yaml").write_text("profile: never\n", encoding="utf-8")
     code, out, err = command(name, "--profile", str(tmp_path / "never.yaml"))
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("no results in runs/never/figures nor in figures/never; ")
 
 
 def test_a_run_that_is_not_finished_is_not_published(command, tmp_path):
-    (tmp_path / "never.yaml").write_text("profile: never\n")
+    (tmp_path / "never.yaml").write_text("profile: never\n", encoding="utf-8")
     code, _, err = command("publish", "--profile", str(tmp_path / "never.yaml"))
     assert code == 1 and err.startswith("01_lora_memory of profile never: it has not run to its end; ")
 
@@ -70,7 +126,7 @@ def test_a_run_that_is_not_finished_is_not_published(command, tmp_path):
 def test_an_extra_that_is_not_installed_is_one_line(package, arguments, message):
     """In a fresh process, in which nothing is imported yet."""
     code = f"import sys; sys.modules[{package!r}] = None; from lora_distill.__main__ import main; main()"
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, encoding="utf-8")
     assert (done.returncode, done.stderr) == (1, message)
 
 
@@ -96,7 +152,7 @@ DISTIL = "teacher_images: 2, sampling_steps: 2, scheduler: {}, train_steps: 2, w
 def test_a_lora_is_distilled_with_the_scheduler_of_the_settings(capsys, tmp_path, monkeypatch, scheduler, kind):
     """Twice: what is finished is read back."""
     profile = tmp_path / "little.yaml"
-    profile.write_text(f"{{profile: little, device: cpu, {DISTIL.format(scheduler)}}}")
+    profile.write_text(f"{{profile: little, device: cpu, {DISTIL.format(scheduler)}}}", encoding="utf-8")
     monkeypatch.setattr("lora_distill.settings.repository_root", lambda: tmp_path)
     built, build = [], teacher_sampling.build_scheduler
     monkeypatch.setattr(teacher_sampling, "build_scheduler", lambda *a: built.append(build(*a)) or built[-1])

@@ -9,7 +9,9 @@ from lora_distill.settings import PACKAGE
 
 FLOORS = [  # from the ground up
     {"errors"},
-    {"diffusion", "shapes", "settings", "processes", "finite"},
+    {"diffusion", "shapes", "processes", "finite", "yaml_file", "parameters"},
+    {"refusals"},
+    {"settings"},
     {"storage", "devices"},
     {"pipeline", "adapters", "fingerprint"},
     {"sampling"},
@@ -38,7 +40,7 @@ def floor(module: str) -> int:
 def imports(module: str) -> set[str]:
     """The modules of this package that a module imports, anywhere in its code."""
     found = set()
-    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == PACKAGE.name:
             base = node.module.partition(".")[2]
             names = {f"{base}.{alias.name}".strip(".") for alias in node.names}
@@ -64,5 +66,5 @@ def test_no_import_goes_in_a_circle():
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.glob("*/__init__.py")), ids=lambda path: path.parent.name)
 def test_the_init_of_a_wing_holds_a_docstring_alone(path):
-    tree = ast.parse(path.read_text())
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     assert ast.get_docstring(tree) and len(tree.body) == 1

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lora_distill import processes
+from lora_distill.errors import InputError
 from lora_distill.storage import load_tensors, mapped_rows
 from lora_distill.train.loop import CHECKPOINT, LOG, RESULT, Schedule, train
 
@@ -201,6 +202,28 @@ def test_bars_come_from_one_process(folders):
 
 def test_a_batch_that_two_processes_cannot_share_evenly_is_one_line(folders):
     assert "refused: batch_size: expected a multiple of the 2 processes, got 3" in folders[2]
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        (
+            {"RANK": "0", "WORLD_SIZE": "two"},
+            "WORLD_SIZE: expected a number as accelerate launch or torchrun sets",
+        ),
+        ({"RANK": "", "WORLD_SIZE": "2"}, "RANK: expected a number"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK: expected a number"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR, MASTER_PORT: not set, though RANK is; accelerate launch and"),
+        ({processes.IN_SERIES: "many"}, "LORA_DISTILL_PROCESSES: expected a number"),
+    ],
+)
+def test_what_a_launcher_never_sets_is_one_line(monkeypatch, environment, message):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=f"^{message}"):
+        processes.index(), processes.in_series(), processes.connect()
 
 
 def test_processes_without_a_shared_disk_are_told_so(tmp_path, monkeypatch):

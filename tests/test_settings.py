@@ -19,7 +19,7 @@ def written(tmp_path):
 
     def load(text: str) -> Settings:
         path = tmp_path / "x.yaml"
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
         return load_settings(path)
 
     return load
@@ -28,7 +28,7 @@ def written(tmp_path):
 @pytest.mark.parametrize("path", sorted(PARAMS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_profile_is_valid_and_complete(path):
     assert load_settings(path.stem).profile == path.stem
-    assert yaml.safe_load(path.read_text()).keys() == Settings.model_fields.keys()
+    assert yaml.safe_load(path.read_text(encoding="utf-8")).keys() == Settings.model_fields.keys()
 
 
 def test_defaults_are_the_cpu_profile():
@@ -38,12 +38,12 @@ def test_defaults_are_the_cpu_profile():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lora_rnak: 8", r"unknown key 'lora_rnak' in .*/x.yaml; did you mean 'lora_rank'\?"),
+        ("lora_rnak: 8", r"/x.yaml, line 2: unknown key 'lora_rnak'; did you mean 'lora_rank'\?$"),
         ("train_setps: 8", r"did you mean 'train_steps'\?"),
         ("1: 2", "unknown key '1'"),
         (
             "learning_rate: 1e-4",
-            r"x.yaml: learning_rate: expected a number, got the text '1e-4' "
+            r"x.yaml, line 2: learning_rate: expected a number, got the text '1e-4' "
             r"\(YAML reads 1e-4 as text; write 1.0e-4\)",
         ),
         ("learning_rate: 1.0e4", r"write 1.0e\+4\)"),
@@ -77,12 +77,52 @@ def test_defaults_are_the_cpu_profile():
         ("profile: cpu", "profile: must be 'x' as the file is named, got 'cpu'"),
         ("lora_rank: 0\nseed: -1", r"\(and 1 more\)$"),
         ("- a", "expected lines of 'key: value'"),
-        ("a: [", "x.yaml is not YAML"),
+        ("a: [", "x.yaml, line 2: not YAML"),
+        # what settings can know
+        ("seed: 4294967296", "seed: expected at most 4294967295, got 4294967296"),
+        ("eval_seeds: [0, 18446744073709551616]", r"eval_seeds\[1\]: expected at most 4294967295"),
+        ("more_train_seeds: [4294967296]", r"more_train_seeds\[0\]: expected at most 4294967295"),
+        ("lora_rank: 1000000000000", "lora_rank: expected at most 1280, got 1000000000000"),
+        ("lcm_rank: 2000", "lcm_rank: expected at most 1280, got 2000"),
+        ("lora_alpha: 100000", "lora_alpha: expected at most 10000, got 100000"),
+        ("teacher_images: 1000000000000", "teacher_images: expected at most 1000000, got"),
+        ("batch_size: 10000000000", "batch_size: expected at most 1000000000, got"),
+        ("timing_repeats: 10000000", "timing_repeats: expected at most 100000, got"),
+        ("guidance_scale: 1.0e+30", r"guidance_scale: expected at most 1000.0, got 1e\+30"),
+        ("guidance_scales: [1, .inf]", r"guidance_scales\[1\]: expected a finite number, got inf"),
+        ("guidance_scales: [1, 1.0]", "guidance_scales: must differ from each other, got"),
+        ("w_max: 1.0e+9", "w_max: expected at most 1000.0, got 1000000000.0"),
+        ("sampling_steps: 2000", "sampling_steps: must be at most 1000, the timesteps of the noise schedule, got 2000"),
+        ("ddim_skip: 7", "ddim_skip: must divide 1000, the timesteps of the noise schedule, and be less; got 7"),
+        ("ddim_skip: 1000", "ddim_skip: must divide 1000, .* and be less; got 1000"),
+        ("resolution: 65", "resolution: must be a multiple of 8, the VAE's factor, got 65"),
+        ("resolution: 1000000", "resolution: expected at most 4096, got 1000000"),
+        ("mse_weight: 0\nkl_weight: 0", "mse_weight: must be above 0 where kl_weight is 0"),
+        ("optimizer: adamw-8bit\ndevice: cpu", "optimizer: adamw-8bit needs a GPU, and device is cpu"),
+        ("device: mps", "device: mps is refused: consistency training computes in float64, .*; auto or cpu would do"),
+        ("device: mps:0", "device: mps is refused"),
+        ("device: 'cuda:'", "device: expected auto, cpu, cuda or cuda:N"),
+        ("device: cuda:-1", "device: expected auto, cpu, cuda or cuda:N"),
+        ("device: CUDA", "device: expected auto, cpu, cuda or cuda:N"),
+        ("profile: Con", "profile: Con cannot be a folder's name on Windows"),
+        ("profile: nul.x", "profile: nul.x cannot be a folder's name on Windows"),
+        ("profile: lpt1", "cannot be a folder's name on Windows"),
+        ("profile: x.", "profile: expected name of the run, .*: letters, digits, _, - and, inside, dots"),
+        ("flickr_8k: scenes/oil/8k", "flickr_8k: expected scenes/noto or scenes/fluent with /8k or /30k, got the text"),
+        ("flickr_8k: scenes", "flickr_8k: expected scenes/noto or"),
+        ("data: scenes/noto/9k", "data: expected scenes/noto or scenes/fluent"),
+        ("data: ~nobody-of-this-name/x", "data: '~nobody-of-this-name/x': expected a file, a folder or a hub id"),
+        # what is text
+        ("mirror: 'true'", r"mirror: expected true or false, got the text 'true' \(write it without quotes\)"),
+        ("mirror: maybe", "mirror: expected true or false, got the text 'maybe'$"),
+        ("lora_rank: '8'", r"lora_rank: expected a whole number, got the text '8' \(write it without quotes\)"),
+        ("eval_seeds: '[0, 1]'", r"eval_seeds: expected a list, got the text '\[0, 1\]' \(write it without quotes\)"),
+        ("extractors: {Foo: x}", r"extractors\[Foo\]: expected 'Inception', 'DINOv2' or 'CLIP', got the text 'Foo'"),
     ],
 )
 def test_refuses(written, text, message):
     with pytest.raises(SettingsError, match=message) as refusal:
-        written(text if "profile" in text else f"profile: x\n{text}" if text[0] not in "-" else text)
+        written(text if text.startswith(("profile", "-")) else f"profile: x\n{text}")
     assert "\n" not in str(refusal.value)
 
 
@@ -101,6 +141,25 @@ def test_missing_profile_names_those_there_are():
         load_settings("gpu")
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", r"no profile '' in /.*/params; available: cpu, "),
+        ("/", "no profile '/' in /.*/params; available: cpu, "),
+        ("../x", r"no profile '\.\./x' in "),
+        ("params/cpu", "no profile 'params/cpu' in "),
+        ("nope.yml", r"no file nope\.yml; a profile of /.*/params would do too: cpu, "),
+        ("/nowhere/x.yaml", r"no file /nowhere/x\.yaml; "),
+        ("a" * 300, "no profile 'a*...a*': File name too long"),
+        ("a\0b", "no profile 'a.x00b'"),
+    ],
+)
+def test_what_is_no_profile_is_one_line(name, message):
+    with pytest.raises(SettingsError, match=f"^{message}") as error:
+        load_settings(name)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
 class TestFromNotebook:
     def test_takes_keys_and_passes_over_code(self):
         namespace = {"__name__": "x", "_dh": [], "In": [], "Out": {}, "math": math, "pipeline": math, "style": print}
@@ -110,8 +169,32 @@ class TestFromNotebook:
         assert from_notebook(load_settings("smoke").model_dump()) == load_settings("smoke")
 
     def test_refuses_unknown_names_on_the_first_run(self):
-        with pytest.raises(SettingsError, match="unknown key 'setps' in the parameters cell"):
+        with pytest.raises(SettingsError, match="the parameters cell: unknown key 'setps'; did you mean"):
             from_notebook({"setps": 3})
+
+    @pytest.mark.parametrize(
+        ("key", "value", "hint"),
+        [
+            ("mirror", "true", "papermill -p passes text: give -y 'mirror: true'"),
+            ("lora_rank", " 8", "papermill -p passes text: give -y 'lora_rank: 8'"),
+            ("learning_rate", "0.5", "papermill -p passes text: give -y 'learning_rate: 0.5'"),
+            ("eval_seeds", "[0, 1, 2]", r"papermill -p passes text: give -y 'eval_seeds: \[0, 1, 2\]'"),
+            ("extractors", "{CLIP: x}", "papermill -p passes text: give -y 'extractors: {CLIP: x}'"),
+        ],
+    )
+    def test_says_how_papermill_gives_what_is_no_text(self, key, value, hint):
+        with pytest.raises(SettingsError, match=rf"^the parameters cell: {key}: expected .*, got .* \({hint}\)$"):
+            from_notebook({key: value})
+
+    @pytest.mark.parametrize("kind", ["number", "numbers", "text", "list", "braces"])
+    def test_says_what_is_wrong_in_a_short_line_whatever_the_value(self, kind):
+        long = 10**5000  # Python does not write it
+        values = {"number": long, "numbers": [long], "text": "x" * 10**6, "list": list(range(10**5))}
+        value = values.get(kind, {"a": "{braces}"})
+        for key in ("lora_rank", "mirror", "learning_rate", "style", "profile", "eval_seeds", "nonsense"):
+            with pytest.raises(SettingsError) as error:
+                from_notebook({key: value})
+            assert len(str(error.value)) < 500 and "\n" not in str(error.value)
 
     def test_passes_over_later_names_on_the_second_run(self):
         namespace = {"lora_rank": 8}
@@ -152,7 +235,7 @@ class TestPaths:
         """A checkout with a pipeline and a CLIP, and a working folder elsewhere in it, as a notebook has."""
         for file in ("params/cpu.yaml", "models/sd/model_index.json", "models/clip/config.json", "photos/captions.txt"):
             (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / file).write_text("")
+            (tmp_path / file).write_text("x", encoding="utf-8")
         (tmp_path / "notebooks").mkdir()
         monkeypatch.setattr(settings, "PACKAGE", tmp_path / "lora_distill")
         monkeypatch.chdir(tmp_path / "notebooks")

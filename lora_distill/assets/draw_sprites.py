@@ -36,7 +36,7 @@ def sprite(package: dict, icon: str) -> Image.Image:
 def main(packages: Path) -> None:
     sheet = Image.new("RGBA", (SIZE * len(ICONS), SIZE * len(PACKAGES)))
     for row, name in enumerate(PACKAGES.values()):
-        package = json.loads((packages / name / "icons.json").read_text())
+        package = json.loads((packages / name / "icons.json").read_text(encoding="utf-8"))
         for column, icon in enumerate(ICONS):
             sheet.paste(sprite(package, icon), (column * SIZE, row * SIZE))
     sheet.save(Path(__file__).with_name("sprites.png"), optimize=True)

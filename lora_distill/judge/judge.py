@@ -291,7 +291,7 @@ def load_images(folder: Path, notebook: str) -> dict[str, list[Pictures]]:
     command = f"python -m lora_distill reproduce --profile {folder.name} --notebook {notebook}"
     if not path.exists():
         raise MissingError(f"no {path.name} in {folder}; {command} makes it")
-    index = json.loads(path.read_text())
+    index = json.loads(path.read_text(encoding="utf-8"))
     for one in (one for seeds in index.values() for one in seeds):
         if pictures_key(folder / one["folder"]) != one["key"]:
             raise MissingError(f"{folder / one['folder']}: not the pictures of {path.name}; {command} makes both")

@@ -81,7 +81,7 @@ def kept_pictures(
 
 def pictures_key(folder: Path) -> str:
     """The key of the pictures in a folder; empty where there are none."""
-    return (folder / KEY).read_text() if (folder / KEY).exists() else ""
+    return (folder / KEY).read_text(encoding="utf-8") if (folder / KEY).exists() else ""
 
 
 def stored_pictures(folder: Path, count: int, key: str = "") -> Pictures:

@@ -119,7 +119,7 @@ def _result(part: Part, pipeline: str, device: str, folder: Path, *, late: bool 
     config = unet_config(pipeline)
     path = folder / f"measured-{_key(part, pipeline, device, config)}.json"
     if path.exists():
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
         return found, f"{_in_words(found)} (measured before)"
     if late:
         return {"note": "not measured: no time was left"}, "left out, no time is left"

@@ -125,7 +125,7 @@ def peaks(way: Way, name: str, setup: Setup, batches: Sequence[int], config: Con
     if missing := [batch for batch, path in paths.items() if not path.exists()]:
         for batch, peak in zip(missing, way(find_scheme(name), setup, config, *missing), strict=True):
             storage.atomic_write(paths[batch], json.dumps(asdict(peak)))
-    return [Peak(**json.loads(path.read_text())) for path in paths.values()]
+    return [Peak(**json.loads(path.read_text(encoding="utf-8"))) for path in paths.values()]
 
 
 def _paths(

@@ -64,7 +64,8 @@ def write(folder: Path, count: int = 1000) -> dict:
     """Score the pipeline in `folder` and write scores.json and its model card, README.md, there; return the scores."""
     scores = score(load_pipeline(str(folder)), count)
     atomic_write(folder / "scores.json", json.dumps(scores, indent=1))
-    atomic_write(folder / "README.md", render(json.loads((folder / "training.json").read_text()), scores))
+    training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    atomic_write(folder / "README.md", render(training, scores))
     return scores
 
 

@@ -76,9 +76,10 @@ def wait_for_the_cause(reason: str) -> None:
 def run(path: Path, settings: Settings) -> str:
     """Run a notebook's code in a fresh process, in the notebook's folder; return why it failed, empty if it did not."""
     command = [sys.executable, "-m", "lora_distill.publish.beside", str(path)]
-    surroundings = environment(path, processes.count()) | {"MPLBACKEND": "Agg"}
+    surroundings = environment(path, processes.count()) | {"MPLBACKEND": "Agg", "PYTHONIOENCODING": "utf-8"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, cwd=path.parent, env=surroundings, text=True, **pipes) as child:
+    pipes |= {"encoding": "utf-8", "errors": "replace"}
+    with subprocess.Popen(command, cwd=path.parent, env=surroundings, **pipes) as child:
         try:
             _, errors = child.communicate(settings.model_dump_json())
         except BaseException:

@@ -134,7 +134,7 @@ def copy_figures(source: Path, names: set[str]) -> Path:
 def write_readme() -> Path:
     """Put the results and verdicts of figures/full/ into the README; return its path."""
     path = repository_root() / "README.md"
-    atomic_write(path, with_results(path.read_text(), repository_root() / "figures" / IN_README))
+    atomic_write(path, with_results(path.read_text(encoding="utf-8"), repository_root() / "figures" / IN_README))
     return path
 
 

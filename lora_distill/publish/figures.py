@@ -113,7 +113,7 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     if not path.exists():
         raise MissingError(f"no figures in {folder}; python -m lora_distill reproduce makes them")
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path} is damaged: {error}") from None
 

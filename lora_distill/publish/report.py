@@ -77,7 +77,7 @@ def contents(pages: dict[str, str]) -> str:
 def made(folder: Path) -> str:
     """What made the run, from its manifest; empty without one."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return ""
     return " · ".join(str(manifest[key]) for key in ("written", "device", "commit") if manifest.get(key))
@@ -87,7 +87,7 @@ def results_table(folder: Path) -> str:
     """What the notebooks found, from the files <notebook>_results.json, {title: {label: value}}, beside the figures."""
     lines = []
     for path in sorted(folder.glob("*_results.json")):
-        for title, rows in json.loads(path.read_text()).items():
+        for title, rows in json.loads(path.read_text(encoding="utf-8")).items():
             width = max((len(label) for label in rows), default=0)
             lines += ["", title, *(f"  {label:<{width}}  {value}" for label, value in rows.items())]
     return "\n".join(lines[1:])

@@ -190,13 +190,14 @@ def run_key(path: Path, settings: Settings, folder: Path) -> str:
     """
     read = [stamp for number in READS.get(path.name[:2], ()) for stamp in sorted(folder.glob(f"{number}_*{STAMP}"))]
     parts = [code_digest(nbformat.read(path, 4)), settings.model_dump_json(), str(RESULTS)]
-    return hashlib.sha256(json.dumps([*parts, *(stamp.read_text() for stamp in read)]).encode()).hexdigest()
+    stamps = [stamp.read_text(encoding="utf-8") for stamp in read]
+    return hashlib.sha256(json.dumps([*parts, *stamps]).encode()).hexdigest()
 
 
 def read_stamp(folder: Path, name: str) -> dict:
     """The stamp of a finished notebook in a run's folder; empty when there is none or it is damaged."""
     try:
-        stamp = json.loads((folder / f"{name}{STAMP}").read_text())
+        stamp = json.loads((folder / f"{name}{STAMP}").read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return {}
     return stamp if {"key", "commit", "outputs"} <= stamp.keys() else {}
