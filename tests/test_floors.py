@@ -11,7 +11,7 @@ FLOORS = [  # from the ground up
     {"errors"},
     {"diffusion", "shapes", "settings", "processes", "finite"},
     {"storage", "devices"},
-    {"pipeline", "adapters", "fingerprint"},
+    {"pipeline", "adapters", "fingerprint", "arrays"},
     {"sampling"},
     {"data"},
     {"judge", "train"},

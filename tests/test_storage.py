@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from lora_distill.arrays import mapped_rows
 from lora_distill.storage import (
     DamagedFileError,
     atomic_write,
     cached_parts,
     digest,
     load_tensors,
-    mapped_rows,
     read_table,
     resident_peak_mb,
     save_table,
