@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from lora_distill import processes
-from lora_distill.errors import InputError, MissingError, RunError, WriteError
+from lora_distill.errors import InputError, MissingError, RunError, WriteError, one_line, reading
 from lora_distill.settings import Settings, repository_root
 
 PACKAGES = (
@@ -38,6 +38,7 @@ PACKAGES = (
 TEMPORARY = ".tmp"  # the end of the names of what is being written
 LEFT = re.compile(r"\.[0-9a-f]{16}\.tmp$")  # and what stands before it: a file of somebody else may end like this
 LOCK = ".lock"  # held by the run that writes in a folder
+SEAL = "seal.json"  # digests of the files of a folder
 
 
 class DamagedFileError(InputError):
@@ -240,14 +241,16 @@ def save_tensors(
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors and metadata of a file from `save_tensors`.
 
-    Raises `DamagedFileError` when the file is cut short, altered or lacks its digest.
+    Raises `DamagedFileError` when the file is cut short, altered or lacks its digest, InputError when the system does
+    not let it be read.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise DamagedFileError(f"{path}: not a whole safetensors file ({error})") from None
+    with reading(path, "a safetensors file"):
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except SafetensorError as error:
+            raise DamagedFileError(f"{path}: not a whole safetensors file ({error})") from None
     if metadata.pop("digest", None) != _seal(tensors, metadata):
         raise DamagedFileError(f"{path}: contents do not match their digest")
     return tensors, metadata
@@ -330,6 +333,85 @@ def cached_parts(
         raise MissingError(f"{lost[0]}: written by another process and not seen by this one; they must share runs/")
     joined = [load_tensors(path)[0] for path in parts]
     return {name: torch.cat([part[name] for part in joined]) for name in joined[0]}
+
+
+def cached_folder(folder: Path, make: Callable[[Path], None]) -> Path:
+    """A folder of files that `make(folder)` writes, made again, with a warning, when a file is altered or missing.
+
+    The digests of its files are in it, in seal.json. Of several processes the first makes it and the others wait.
+    """
+    with _writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    with _one_after_another(folder):
+        if (problem := _problem_of(folder)) is not None:
+            if problem:
+                warnings.warn(f"{folder}: {problem}; made again", stacklevel=3)
+            with whole_folder(folder, by_any=True) as temporary:
+                make(temporary)
+                (temporary / SEAL).write_text(json.dumps(_digests_of(temporary)), encoding="utf-8")
+    return folder
+
+
+@contextmanager
+def _one_after_another(folder: Path) -> Iterator[None]:
+    """Inside the block no other process makes the same cached folder; where a disk has no locks, both do."""
+    lock = FileLock(folder.with_name(f".{folder.name[:100]}{LOCK}"))
+    with suppress(OSError):
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _problem_of(folder: Path) -> str | None:
+    """What is wrong with a cached folder: None when it is whole, empty when there is none."""
+    if not folder.exists():
+        return ""
+    with reading(folder, "a folder that can be read"):
+        found = _digests_of(folder)
+        try:
+            sealed = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return "its seal is missing or damaged"
+    if not isinstance(sealed, dict):
+        return "its seal is damaged"
+    altered = sorted(name for name in {*found, *sealed} if found.get(name) != sealed.get(name))
+    return f"{altered[0]} is not as it was written" if altered else None
+
+
+def _digests_of(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file of a folder, without its seal."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
+    return {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def keep_value(path: Path, value: Any) -> None:
+    """Write what JSON can hold, but None, with its digest."""
+    atomic_write(path, json.dumps({"value": value, "digest": cache_key(value=value)}))
+
+
+def kept_value(path: Path) -> Any:
+    """What `keep_value` wrote; None if there is no such file or, with a warning, it is damaged."""
+    if not path.exists():
+        return None
+    with reading(path, "a file of this cache"):
+        content = path.read_bytes()
+    try:
+        found = json.loads(content)
+        if cache_key(value=found["value"]) == found["digest"]:
+            return found["value"]
+        problem = "contents do not match their digest"
+    except (ValueError, KeyError, TypeError) as error:
+        problem = f"not as it was written, {one_line(error)}"
+    warnings.warn(f"{path}: {problem}; made again", stacklevel=3)
+    return None
 
 
 def unseen(paths: Iterable[Path], patience: float = 90.0) -> list[Path]:
