@@ -23,7 +23,7 @@ import torch
 
 from lora_distill import processes
 from lora_distill.errors import InputError, MissingError, RunError, WriteError, reading
-from lora_distill.storage import unseen
+from lora_distill.storage import LOCK, locked, unseen
 
 LENGTH = 8  # bytes at the end of a file: how long its seal is
 Make = Callable[[list[slice]], Iterable[torch.Tensor]]
@@ -111,7 +111,7 @@ class _Rows:
         try:
             found = json.loads(text)
             seal = list(zip(self.parts(found["size"]), found["digests"], strict=True))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             seal = []
         return seal, "" if seal and length == len(text) else "its seal is damaged"
 
@@ -139,11 +139,12 @@ class _Rows:
     # ------------------------------------------------------------------------------------------ making
 
     def fill(self, make: Make) -> None:
-        """Make the missing parts in the file beside, seal it and give it its name."""
+        """Make the missing parts in the file beside, seal it and give it its name; one run alone does."""
         try:
-            self._make(make)
-            if processes.is_main():
-                self._finish()
+            with locked(self.folder):
+                self._make(make)
+                if processes.is_main():
+                    self._finish()
             processes.wait()
         except InputError:  # what no new start would mend
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -171,21 +172,22 @@ class _Rows:
         there = [(part, mark.read_text("ascii", "replace")) for mark, part in parts.items() if mark.is_file()]
         for part in self._altered(self.unfinished, there):
             self.mark(part).unlink()
-        for left in set(self.folder.iterdir()) - {self.unfinished, *parts}:
-            left.unlink()
+        self._clear({self.unfinished, *(mark for mark in parts if mark.is_file())})
         return [mark for mark in parts if not mark.exists()]
+
+    def _clear(self, kept: set[Path]) -> None:
+        for left in set(self.folder.iterdir()) - {*kept, self.folder / LOCK}:
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
 
     def _preallocate(self) -> None:
         """Make the unfinished file, without values, if it is not there yet."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         header, end = self.header, self.place(self.shape[0])
         if self.unfinished.is_file() and self.unfinished.stat().st_size >= end:
             with self.unfinished.open("r+b") as file:
                 file.truncate(end)  # a seal, where it was killed before the file got its name
                 if file.read(len(header)) == header:
                     return
-        for left in self.folder.iterdir():
-            left.unlink()
+        self._clear(set())
         with self.unfinished.open("wb") as file:
             file.write(header)
             file.truncate(end)
@@ -213,7 +215,7 @@ class _Rows:
             file.flush()
             os.fsync(file.fileno())
         os.replace(self.unfinished, self.path)
-        shutil.rmtree(self.folder)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _digest(rows: np.ndarray) -> str:

@@ -93,6 +93,18 @@ def whole_folder(path: Path, *, by_any: bool = False) -> Iterator[Path]:
                 _exchange(temporary, target)
 
 
+def check_place(path: Path) -> None:
+    """Raise WriteError when no folder can be put at `path`: asked before the long work whose result goes there."""
+    with _writing(path):
+        target = _target(path)
+        if target.exists() and not target.is_dir():
+            raise WriteError(f"{path} could not be written: there is something else than a folder")
+        if os.path.ismount(target):
+            raise WriteError(f"{path} could not be written: a disk is mounted there; name a folder on it")
+        with _temporary_folder(target):
+            pass
+
+
 def _target(path: Path) -> Path:
     """Where a link at `path` leads, or `path`."""
     if not path.is_symlink():
@@ -372,7 +384,7 @@ def _problem_of(folder: Path) -> str | None:
         found = _digests_of(folder)
         try:
             sealed = json.loads((folder / SEAL).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return "its seal is missing or damaged"
     if not isinstance(sealed, dict):
         return "its seal is damaged"
@@ -408,7 +420,7 @@ def kept_value(path: Path) -> Any:
         if cache_key(value=found["value"]) == found["digest"]:
             return found["value"]
         problem = "contents do not match their digest"
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         problem = f"not as it was written, {one_line(error)}"
     warnings.warn(f"{path}: {problem}; made again", stacklevel=3)
     return None
