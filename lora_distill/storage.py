@@ -37,6 +37,8 @@ PACKAGES = (
 )  # fmt: skip
 TEMPORARY = ".tmp"  # the end of the names of what is being written
 LEFT = re.compile(r"\.[0-9a-f]{16}\.tmp$")  # and what stands before it: a file of somebody else may end like this
+# What a disk says that takes no more; libraries put it behind errors of their own.
+NO_PLACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 LOCK = ".lock"  # held by the run that writes in a folder
 SEAL = "seal.json"  # digests of the files of a folder
 
@@ -186,10 +188,22 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except (InputError, RunError):
         raise
-    except OSError as error:
-        raise WriteError(error.errno, f"{path} could not be written: {error.strerror or error}") from None
     except SafetensorError as error:  # safetensors raises this when the disk is full
-        raise WriteError(f"{path} could not be written: {error}") from None
+        raise WriteError(f"{path} could not be written: {one_line(error)}") from None
+    except Exception as error:
+        if (cause := _refused(error)) is None:
+            raise
+        raise WriteError(cause.errno, f"{path} could not be written: {cause.strerror or one_line(cause)}") from None
+
+
+def _refused(error: Exception) -> OSError | None:
+    """The error of the system, which libraries put behind errors of their own; None where it is none of a disk."""
+    found, chain = error if isinstance(error, OSError) else None, error
+    while chain is not None:
+        if isinstance(chain, OSError) and chain.errno in NO_PLACE:
+            return chain
+        chain = chain.__cause__ or chain.__context__
+    return found
 
 
 @contextmanager

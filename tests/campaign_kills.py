@@ -76,9 +76,7 @@ def caches(folder: Path) -> None:
 
     mapped_rows(folder / "rows.npy", (100, 40), 3, lambda parts: (rows(part) for part in parts))
     cached_parts(folder, "teacher", "key", 100, 7, lambda part: {"latents": rows(part)})
-    cached_folder(
-        folder / "scenes", lambda place: [(place / f"{i}").write_bytes(rows(slice(i)).numpy()) for i in range(9)]
-    )
+    cached_folder(folder / "scenes", lambda place: [(place / f"{i}").write_bytes(bytes(i) * 99) for i in range(9)])
     images = np.arange(30 * 48, dtype=np.uint8).reshape(30, 4, 4, 3)
     kept_pictures(folder / "images", "key", 30, 4, lambda part: rows(part) is not None and images[part])
     kept_value(folder / "value.json") or keep_value(folder / "value.json", {"total": 3})
@@ -122,6 +120,7 @@ def left(folder: Path) -> dict[str, object]:
 
 
 def campaign(kills: int, seed: int) -> None:
+    os.environ["TQDM_DISABLE"] = "1"
     torch.set_num_threads(1)
     texts = text_to_image.grammar_captions(0)[::20]
     text_to_image.grammar_captions = lambda seed: texts
@@ -149,4 +148,5 @@ def campaign(kills: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    campaign(*(int(argument) for argument in sys.argv[1:] or ("30",)), *(() if len(sys.argv) > 2 else (0,)))
+    numbers = [int(argument) for argument in sys.argv[1:]]
+    campaign(*(numbers + [30, 0][len(numbers) :]))
