@@ -264,9 +264,12 @@ def sample(
 def memory(profile: Profile = "sd15-shape") -> None:
     """Write the peak memory of every scheme, on paper and simulated; `measure` measures it."""
     from lora_distill.memory import report
-    from lora_distill.settings import load_settings
+    from lora_distill.settings import load_settings, run_dir
+    from lora_distill.storage import locked
 
-    print("\n".join(report.write(load_settings(profile))))
+    checked = load_settings(profile)
+    with locked(run_dir(checked)):
+        print("\n".join(report.write(checked)))
 
 
 @app.command(rich_help_panel=MODELS)
@@ -280,10 +283,13 @@ def measure(
     """
     from lora_distill.devices import choose_device
     from lora_distill.memory import benchmark
+    from lora_distill.settings import run_dir
+    from lora_distill.storage import locked
 
     checked = _runnable(profile)
-    tables = benchmark.run(checked, choose_device(checked.device), minutes)
-    _draw_measured(checked, tables)
+    with locked(run_dir(checked)):
+        tables = benchmark.run(checked, choose_device(checked.device), minutes)
+        _draw_measured(checked, tables)
     for path in tables:
         print(os.path.relpath(path))
 
@@ -333,12 +339,13 @@ def pretrain(
     """Train the bundled pipeline from nothing; interrupted, it goes on where it stopped."""
     from lora_distill.devices import choose_device
     from lora_distill.pretrain import text_to_image
+    from lora_distill.storage import locked
 
     if preset not in text_to_image.PRESETS:
         raise InputError(f"no preset {preset!r}; there are {', '.join(text_to_image.PRESETS)}")
-    text_to_image.pretrain(
-        text_to_image.PRESETS[preset], out, out.with_name(f"{out.name}-work"), seed, choose_device(device)
-    )
+    out = Path(os.path.abspath(out.expanduser()))  # "." has no name
+    with locked(work := out.with_name(f"{out.name}-work")):
+        text_to_image.pretrain(text_to_image.PRESETS[preset], out, work, seed, choose_device(device))
     print(out)
 
 

@@ -1,13 +1,15 @@
 """Files that are written whole or not at all, keys of caches, and the provenance of a result."""
 
+import ctypes
+import errno
 import hashlib
-import io
 import json
-import math
 import os
 import platform
+import re
 import secrets
 import shutil
+import stat
 import subprocess
 import sys
 import time
@@ -17,9 +19,8 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import numpy as np
 import pandas
 import torch
 from filelock import FileLock, Timeout
@@ -28,14 +29,18 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from lora_distill import processes
-from lora_distill.errors import InputError, MissingError, RunError, WriteError
+from lora_distill.errors import InputError, MissingError, RunError, WriteError, one_line, reading
 from lora_distill.settings import Settings, repository_root
 
 PACKAGES = (
     "lora_distill", "torch", "diffusers", "transformers", "peft", "accelerate", "onnxruntime", "numpy", "papermill"
 )  # fmt: skip
-TEMPORARY = ".tmp"  # the end of the names of files that are being written
+TEMPORARY = ".tmp"  # the end of the names of what is being written
+LEFT = re.compile(r"\.[0-9a-f]{16}\.tmp$")  # and what stands before it: a file of somebody else may end like this
+# What a disk says that takes no more; libraries put it behind errors of their own.
+NO_PLACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 LOCK = ".lock"  # held by the run that writes in a folder
+SEAL = "seal.json"  # digests of the files of a folder
 
 
 class DamagedFileError(InputError):
@@ -47,23 +52,133 @@ class DamagedFileError(InputError):
 
 @contextmanager
 def whole_file(path: Path, *, by_any: bool = False) -> Iterator[Path]:
-    """A temporary path to write to, renamed to `path` at the end of the block; on any error `path` is left unchanged.
+    """A temporary path to write to, put in the place of `path` at the end of the block; on any error `path` stays.
 
-    Of several processes the main one alone leaves a file, unless it is written `by_any`. Raises OSError that names the
+    The mode of a file that is replaced is kept, and a link at `path` stays one: what it points to is replaced. Of
+    several processes the main one alone leaves a file, unless it is written `by_any`. Raises WriteError that names the
     file, for instance when the disk is full.
     """
-    temporary = path.with_name(
-        f".{path.name}.{secrets.token_hex(8)}{TEMPORARY}"
-    )  # process numbers repeat in containers
-    try:
-        with _writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+    with _writing(path):
+        target = _target(path)
+        if target.exists() and not target.is_file():
+            raise WriteError(f"{path} could not be written: there is something else than a file")
+        with _temporary_folder(target) as folder:
+            temporary = folder / f"new{target.suffix[:20]}"
+            temporary.touch()
+            mode = stat.S_IMODE((target if target.exists() else temporary).stat().st_mode)
             yield temporary
             if by_any or processes.is_main():
-                os.replace(temporary, path)
+                os.chmod(temporary, mode)  # a library may have made a file of its own, for its user alone
+                _to_disk(temporary)
+                os.replace(temporary, target)
+
+
+@contextmanager
+def whole_folder(path: Path, *, by_any: bool = False) -> Iterator[Path]:
+    """A temporary folder to fill, put in the place of `path` at the end of the block, whose contents are dropped.
+
+    On any error, and when it is killed, the old folder or the new one is there, not a mixture. A link at `path` stays
+    one. Of several processes the main one alone leaves a folder, unless it is made `by_any`. Raises WriteError.
+    """
+    with _writing(path):
+        target = _target(path)
+        if target.exists() and not target.is_dir():
+            raise WriteError(f"{path} could not be written: there is something else than a folder")
+        with _temporary_folder(target) as folder:
+            temporary = folder / "new"
+            temporary.mkdir()
+            yield temporary
+            if by_any or processes.is_main():
+                for file in temporary.rglob("*"):
+                    if file.is_file():
+                        _to_disk(file)
+                _exchange(temporary, target)
+
+
+def check_place(path: Path) -> None:
+    """Raise WriteError when no folder can be put at `path`: asked before the long work whose result goes there."""
+    with _writing(path):
+        target = _target(path)
+        if target.exists() and not target.is_dir():
+            raise WriteError(f"{path} could not be written: there is something else than a folder")
+        if os.path.ismount(target):
+            raise WriteError(f"{path} could not be written: a disk is mounted there; name a folder on it")
+        with _temporary_folder(target):
+            pass
+
+
+def _target(path: Path) -> Path:
+    """Where a link at `path` leads, or `path`."""
+    if not path.is_symlink():
+        return path
+    if (target := Path(os.path.realpath(path))).is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+    return target
+
+
+@contextmanager
+def _temporary_folder(target: Path) -> Iterator[Path]:
+    """A new folder beside `target`, held until the end of the block, when it is deleted with all that is left in it.
+
+    A folder, for libraries write files of their own beside the one that they are to write. Nobody else can have made
+    it: process numbers repeat in containers.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    name = os.fsencode(target.name)[:200].decode(errors="ignore")  # a name may have 255 bytes
+    folder = target.with_name(f".{name}.{secrets.token_hex(8)}{TEMPORARY}")
+    folder.mkdir(mode=0o700)
+    try:
+        with _held(folder):
+            yield folder
     finally:
-        with suppress(OSError):  # there is none, or its folder cannot be written to
-            temporary.unlink()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """Hold a temporary folder, so that no other process sweeps it; whether nobody held it.
+
+    The system lets go of it when its process ends. Where it has no such locks, on Windows, open files are not deleted.
+    """
+    try:
+        import fcntl
+
+        descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
+    except (ImportError, OSError):
+        yield True
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        free = True
+    except OSError as error:
+        free = not isinstance(error, BlockingIOError)
+    try:
+        yield free
+    finally:
+        os.close(descriptor)
+
+
+def _to_disk(file: Path) -> None:
+    """Wait until a file's content is on the disk: after a power cut its name would stand for an empty file."""
+    with file.open("r+b") as opened, suppress(OSError):  # a disk may not have this
+        os.fsync(opened.fileno())
+
+
+def _exchange(new: Path, target: Path) -> None:
+    """Put a folder in another's place: in one step where the system has one, else in two."""
+    if not target.exists():
+        os.rename(new, target)
+        return
+    shutil.copymode(target, new)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of Linux
+    try:
+        rename = ctypes.CDLL(None).renameat2
+        done = rename(here, os.fsencode(new), here, os.fsencode(target), exchange) == 0
+    except (AttributeError, OSError, TypeError):
+        done = False
+    if not done:
+        os.rename(target, new.with_name("old"))
+        os.rename(new, target)
 
 
 @contextmanager
@@ -73,40 +188,66 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except (InputError, RunError):
         raise
-    except OSError as error:
-        raise WriteError(error.errno, f"{path} could not be written: {error.strerror or error}") from None
     except SafetensorError as error:  # safetensors raises this when the disk is full
-        raise WriteError(f"{path} could not be written: {error}") from None
+        raise WriteError(f"{path} could not be written: {one_line(error)}") from None
+    except Exception as error:
+        if (cause := _refused(error)) is None:
+            raise
+        raise WriteError(cause.errno, f"{path} could not be written: {cause.strerror or one_line(cause)}") from None
+
+
+def _refused(error: Exception) -> OSError | None:
+    """The error of the system, which libraries put behind errors of their own; None where it is none of a disk."""
+    found, chain = error if isinstance(error, OSError) else None, error
+    while chain is not None:
+        if isinstance(chain, OSError) and chain.errno in NO_PLACE:
+            return chain
+        chain = chain.__cause__ or chain.__context__
+    return found
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a run's folder: of several processes that write there, one works and the others are refused in one line.
+    """Hold a folder: of several processes that write there, one works and the others are refused in one line.
 
     Temporary files that killed runs left in it are swept. Of the processes of one launch the main one holds it for all.
+    A disk that has no locks is written to without, with a warning. Raises RunError when another process holds it,
+    WriteError where nothing can be written.
     """
     if not processes.is_main():
         yield
         return
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / LOCK).touch()
+    lock = FileLock(folder / LOCK, timeout=0)
     try:
-        with FileLock(folder / LOCK, timeout=0):
-            sweep(folder)
-            yield
+        lock.acquire()
     except Timeout:
-        raise RunError(f"{folder}: another run writes there; wait for its end or take another profile") from None
+        raise RunError(f"{folder}: another process writes there; wait for its end or take another folder") from None
+    except OSError as error:
+        warnings.warn(f"{folder}: no lock could be had ({error.strerror}); start nothing else there", stacklevel=3)
+    try:
+        sweep(folder)
+        yield
+    finally:
+        lock.release()
 
 
 def sweep(folder: Path) -> None:
-    """Delete the temporary files that killed runs left in a folder and below."""
+    """Delete the temporary folders and files that killed runs left in a folder and below."""
     for left in folder.rglob(f".*{TEMPORARY}"):
-        with suppress(OSError):
-            left.unlink()
+        if LEFT.search(left.name):
+            with _held(left) as free:
+                if free and left.is_dir() and not left.is_symlink():
+                    shutil.rmtree(left, ignore_errors=True)
+                elif free:
+                    with suppress(OSError):
+                        left.unlink()
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:
-    """Write a file whole. Raises OSError as `whole_file` does."""
+    """Write a file whole, text as UTF-8. Raises WriteError as `whole_file` does."""
     with whole_file(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
@@ -126,14 +267,16 @@ def save_tensors(
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors and metadata of a file from `save_tensors`.
 
-    Raises `DamagedFileError` when the file is cut short, altered or lacks its digest.
+    Raises `DamagedFileError` when the file is cut short, altered or lacks its digest, InputError when the system does
+    not let it be read.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise DamagedFileError(f"{path}: not a whole safetensors file ({error})") from None
+    with reading(path, "a safetensors file"):
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except SafetensorError as error:
+            raise DamagedFileError(f"{path}: not a whole safetensors file ({error})") from None
     if metadata.pop("digest", None) != _seal(tensors, metadata):
         raise DamagedFileError(f"{path}: contents do not match their digest")
     return tensors, metadata
@@ -152,107 +295,6 @@ def _seal(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
     """The digest of a file: of its tensors and its metadata."""
     text = json.dumps(metadata, sort_keys=True)
     return hashlib.sha256((digest(tensors) + text).encode()).hexdigest()
-
-
-def mapped_rows(
-    path: Path, shape: tuple[int, ...], size: int, make: Callable[[list[slice]], Iterable[torch.Tensor]]
-) -> np.ndarray:
-    """The float16 array of `shape` in a .npy file, memory-mapped; it is made and written if there is no such file.
-
-    `make(parts)` gives the rows of each of the slices, at most `size` rows each, one after the other. They are written
-    to a file beside, in `path`.parts, with a mark for each part, so that a cut run goes on; several processes each make
-    some of them. A file that is cut short is made again, with a warning. Raises ValueError for values that are not
-    finite in float16, OSError that names the file when the disk is full.
-    """
-    array = _mapped(path, shape) if processes.is_main() else None
-    if processes.agree(array is None):
-        _make_rows(path, shape, size, make)
-    elif array is not None:
-        return array
-    if (array := _mapped(path, shape)) is None:
-        raise MissingError(f"{path}: the main process reads it and this one does not; they must share runs/")
-    return array
-
-
-def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
-    """The array of a file; None if it does not exist or, with a warning, is cut short.
-
-    Altered bytes are not noticed: that would need reading all.
-    """
-    if not path.exists():
-        return None
-    try:
-        array = np.load(path, mmap_mode="r")
-        if array.shape == shape:
-            return array
-        problem = f"shape {array.shape} instead of {shape}"
-    except (ValueError, EOFError) as error:
-        problem = str(error)
-    warnings.warn(f"{path}: not a whole array ({problem}); made again", stacklevel=4)
-    return None
-
-
-def _make_rows(path: Path, shape: tuple[int, ...], size: int, make: Callable) -> None:
-    """Make the missing parts in a file beside, then rename it."""
-    folder = path.with_name(f"{path.name}.parts")
-    parts = {folder / f"{start:08}": slice(start, min(start + size, shape[0])) for start in range(0, shape[0], size)}
-    try:
-        if processes.is_main():
-            _preallocate(folder / "rows.npy", shape)
-        unmade = [mark for mark in parts if processes.is_main() and not mark.exists()]
-        missing = processes.share(processes.agree(unmade))
-        with (folder / "rows.npy").open("r+b") as file:
-            for mark, values in zip(missing, make([parts[mark] for mark in missing]), strict=True):
-                _write_rows(file, parts[mark], shape, values, path.name)
-                mark.touch()
-        processes.wait()
-        if lost := unseen(parts):
-            raise MissingError(f"{lost[0]}: made by another process, not seen by this one; they must share runs/")
-        processes.wait()
-        if processes.is_main():
-            os.replace(folder / "rows.npy", path)
-            shutil.rmtree(folder)
-        processes.wait()
-    except ValueError:  # values that no new start would mend
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    except OSError as error:
-        if not error.errno:  # a message of its own
-            raise
-        raise WriteError(error.errno, f"{path} could not be written: {error.strerror}") from None
-
-
-def _preallocate(path: Path, shape: tuple[int, ...]) -> None:
-    """Make the file of a float16 array, without values, if it is not there yet."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and path.stat().st_size == _row_place(shape, shape[0]):
-        return
-    for left in path.parent.iterdir():
-        left.unlink()
-    with path.open("wb") as file:
-        file.write(_header(shape))
-        file.truncate(_row_place(shape, shape[0]))
-
-
-def _header(shape: tuple[int, ...]) -> bytes:
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "<f2", "fortran_order": False, "shape": shape})
-    return header.getvalue()
-
-
-def _row_place(shape: tuple[int, ...], row: int) -> int:
-    """Where a row of a float16 array begins in its file."""
-    return len(_header(shape)) + 2 * row * math.prod(shape[1:])
-
-
-def _write_rows(file: BinaryIO, rows: slice, shape: tuple[int, ...], values: torch.Tensor, name: str) -> None:
-    values = values.half()
-    if not values.isfinite().all():
-        raise InputError(f"{name}: values that float16 cannot hold")
-    file.seek(_row_place(shape, rows.start))
-    file.write(values.cpu().contiguous().numpy())
-    file.flush()
-    os.fsync(file.fileno())  # before the mark: a part that is marked is on the disk
 
 
 def save_table(path: Path, rows: list[dict]) -> None:
@@ -317,6 +359,85 @@ def cached_parts(
         raise MissingError(f"{lost[0]}: written by another process and not seen by this one; they must share runs/")
     joined = [load_tensors(path)[0] for path in parts]
     return {name: torch.cat([part[name] for part in joined]) for name in joined[0]}
+
+
+def cached_folder(folder: Path, make: Callable[[Path], None]) -> Path:
+    """A folder of files that `make(folder)` writes, made again, with a warning, when a file is altered or missing.
+
+    The digests of its files are in it, in seal.json. Of several processes the first makes it and the others wait.
+    """
+    with _writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    with _one_after_another(folder):
+        if (problem := _problem_of(folder)) is not None:
+            if problem:
+                warnings.warn(f"{folder}: {problem}; made again", stacklevel=3)
+            with whole_folder(folder, by_any=True) as temporary:
+                make(temporary)
+                (temporary / SEAL).write_text(json.dumps(_digests_of(temporary)), encoding="utf-8")
+    return folder
+
+
+@contextmanager
+def _one_after_another(folder: Path) -> Iterator[None]:
+    """Inside the block no other process makes the same cached folder; where a disk has no locks, both do."""
+    lock = FileLock(folder.with_name(f".{folder.name[:100]}{LOCK}"))
+    with suppress(OSError):
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _problem_of(folder: Path) -> str | None:
+    """What is wrong with a cached folder: None when it is whole, empty when there is none."""
+    if not folder.exists():
+        return ""
+    with reading(folder, "a folder that can be read"):
+        found = _digests_of(folder)
+        try:
+            sealed = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return "its seal is missing or damaged"
+    if not isinstance(sealed, dict):
+        return "its seal is damaged"
+    altered = sorted(name for name in {*found, *sealed} if found.get(name) != sealed.get(name))
+    return f"{altered[0]} is not as it was written" if altered else None
+
+
+def _digests_of(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file of a folder, without its seal."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
+    return {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def keep_value(path: Path, value: Any) -> None:
+    """Write what JSON can hold, but None, with its digest."""
+    atomic_write(path, json.dumps({"value": value, "digest": cache_key(value=value)}))
+
+
+def kept_value(path: Path) -> Any:
+    """What `keep_value` wrote; None if there is no such file or, with a warning, it is damaged."""
+    if not path.exists():
+        return None
+    with reading(path, "a file of this cache"):
+        content = path.read_bytes()
+    try:
+        found = json.loads(content)
+        if cache_key(value=found["value"]) == found["digest"]:
+            return found["value"]
+        problem = "contents do not match their digest"
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        problem = f"not as it was written, {one_line(error)}"
+    warnings.warn(f"{path}: {problem}; made again", stacklevel=3)
+    return None
 
 
 def unseen(paths: Iterable[Path], patience: float = 90.0) -> list[Path]:

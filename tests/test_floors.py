@@ -13,7 +13,7 @@ FLOORS = [  # from the ground up
     {"refusals"},
     {"settings"},
     {"storage", "devices"},
-    {"pipeline", "adapters", "fingerprint"},
+    {"pipeline", "adapters", "fingerprint", "arrays"},
     {"sampling"},
     {"data"},
     {"judge", "train"},

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from lora_distill import processes
+from lora_distill.arrays import mapped_rows
 from lora_distill.errors import InputError
-from lora_distill.storage import load_tensors, mapped_rows
+from lora_distill.storage import load_tensors
 from lora_distill.train.loop import CHECKPOINT, LOG, RESULT, Schedule, train
 
 TESTS = Path(__file__).parent
@@ -30,7 +31,8 @@ from conftest import small_unet
 from lora_distill import processes
 from lora_distill.adapters import add_adapter, plain_copy
 from lora_distill.data.encoded import consistency_batches
-from lora_distill.storage import mapped_rows, save_tensors
+from lora_distill.arrays import mapped_rows
+from lora_distill.storage import save_tensors
 from lora_distill.train.loop import Schedule, train
 from lora_distill.train.objectives import ConsistencyDistillation, ConsistencyMimicry, GuidanceDistillation
 

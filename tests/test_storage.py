@@ -18,7 +18,6 @@ from lora_distill.storage import (
     cached_parts,
     digest,
     load_tensors,
-    mapped_rows,
     read_table,
     resident_peak_mb,
     save_table,
@@ -99,39 +98,6 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(path, write):
     with pytest.raises(OSError, match=f"{path} could not be written"), small_disk():
         write(path)
     assert load_tensors(path)[1] == {"step": "7"} and list(path.parent.iterdir()) == [path]
-
-
-def test_an_array_goes_on_at_the_part_where_it_was_cut(tmp_path):
-    path, asked = tmp_path / "rows.npy", []
-
-    def make(parts, stop=None):
-        for part in parts:
-            if part.start == stop:
-                raise KeyboardInterrupt
-            asked.append(part.start)
-            yield torch.arange(20.0).view(10, 2)[part]
-
-    with pytest.raises(KeyboardInterrupt):
-        mapped_rows(path, (10, 2), 3, lambda parts: make(parts, stop=6))
-    assert asked == [0, 3] and not path.exists()
-    array = mapped_rows(path, (10, 2), 3, make)
-    assert asked == [0, 3, 6, 9] and (array == torch.arange(20.0).view(10, 2).numpy()).all()
-    assert list(tmp_path.iterdir()) == [path]
-    assert (mapped_rows(path, (10, 2), 3, lambda parts: 1 / 0) == array).all()
-
-
-def test_a_full_disk_leaves_the_array_to_be_gone_on_with(tmp_path):
-    path = tmp_path / "rows.npy"
-    with pytest.raises(OSError, match=f"{path} could not be written"), small_disk():
-        mapped_rows(path, (5000,), 5000, lambda parts: [torch.zeros(5000)])
-    assert not path.exists()
-    assert len(mapped_rows(path, (5000,), 5000, lambda parts: [torch.zeros(5000)])) == 5000
-
-
-def test_values_that_float16_cannot_hold_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"rows.npy: values that float16 cannot hold"):
-        mapped_rows(tmp_path / "rows.npy", (2,), 2, lambda parts: [torch.tensor([1.0, 1e6])])
-    assert not (tmp_path / "rows.npy").exists()
 
 
 def test_writers_of_one_file_have_temporary_files_of_their_own(path):

@@ -7,22 +7,25 @@ Every source gives a `datasets.Dataset` of one split with the columns `id` (text
 import hashlib
 import json
 import re
+import shutil
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from math import ceil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import PIL.Image
 from datasets import Dataset, Features, Image, List, Value, concatenate_datasets, load_dataset
+from datasets.config import HF_DATASETS_CACHE
 
 from lora_distill import processes
 from lora_distill.data import scenes
 from lora_distill.data.layouts import Row, checked_captions, checked_split, read_caption_file
 from lora_distill.errors import InputError, MissingError
-from lora_distill.storage import cache_key
+from lora_distill.storage import cache_key, cached_folder
 
 SPLITS = ("train", "val", "test")
 ALL = "all"  # every image, whatever its split
@@ -142,7 +145,15 @@ def scene_dataset(
 
     world = [style, size, split, seed, share]
     key = cache_key(version=WORLD, columns=list(SCENE_FEATURES), world=world, art=scenes.drawing_fingerprint())
-    return Dataset.from_generator(rows, features=SCENE_FEATURES, cache_dir=cache_dir, fingerprint=key)
+
+    def draw(folder: Path) -> None:
+        with TemporaryDirectory(dir=folder) as temporary:
+            made = Dataset.from_generator(rows, features=SCENE_FEATURES, cache_dir=temporary, fingerprint=key)
+            for number, file in enumerate(made.cache_files):
+                shutil.move(file["filename"], folder / f"{number:05}.arrow")
+
+    place = cached_folder((cache_dir or Path(HF_DATASETS_CACHE)) / f"scenes-{key}", draw)
+    return concatenate_datasets([Dataset.from_file(str(file)) for file in sorted(place.glob("*.arrow"))])
 
 
 def split_scenes(style: str, size: str, split: str, seed: int) -> list[scenes.Scene]:

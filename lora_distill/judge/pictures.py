@@ -2,18 +2,22 @@
 
 import hashlib
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
+from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from lora_distill import processes
-from lora_distill.errors import InputError, MissingError
+from lora_distill.errors import InputError, MissingError, reading
 from lora_distill.storage import atomic_write, unseen, whole_file
 
 KEY = "key.txt"  # beside pictures: what they depend on
+SEAL = "seal"  # the name of the text in a PNG that holds its digest
 
 
 class Pictures(Sequence):
@@ -57,7 +61,8 @@ def kept_pictures(
     """`make(slice)` of `count` pictures, `size` at a time, kept in a folder as PNG, one a picture.
 
     A run that was cut goes on with the first missing ones, and several processes each make some. Pictures of another
-    `key` are made again. Raises FileNotFoundError where the processes do not see each other's files.
+    `key` are made again, and with a warning those that were altered. Raises FileNotFoundError where the processes do
+    not see each other's files.
     """
     paths = [folder / f"{number:05}.png" for number in range(count)]
     if processes.agree(pictures_key(folder) != key):
@@ -66,34 +71,68 @@ def kept_pictures(
                 path.unlink()
             atomic_write(folder / KEY, key)
         processes.wait()
+    if processes.is_main():
+        _clear_altered(stored_pictures(folder, count, key), paths)
     starts = [start for start in range(0, count, size) if processes.is_main() and unseen(paths[start:][:size], 0)]
     bar = {"desc": title, "mininterval": 2, "leave": False, "disable": not (starts and processes.is_main())}
     for start in tqdm(processes.share(processes.agree(starts)), **bar):
         rows = slice(start, min(start + size, count))
         for path, image in zip(paths[rows], make(rows), strict=True):
+            text = PngInfo()
+            text.add_text(SEAL, _seal(image, key, path))
             with whole_file(path, by_any=True) as temporary:
-                PIL.Image.fromarray(image).save(temporary, "png", compress_level=1)
+                PIL.Image.fromarray(image).save(temporary, "png", compress_level=1, pnginfo=text)
     processes.wait()
     if lost := unseen(paths):
         raise MissingError(f"{lost[0]}: made by another process, not seen by this one; they must share runs/")
     return stored_pictures(folder, count, key)
 
 
+def _seal(image: np.ndarray, key: str, path: Path) -> str:
+    """A digest of a picture, its place and its key: it stands in the PNG."""
+    return hashlib.sha256(f"{key} {path.name} {image.shape}".encode() + image.tobytes()).hexdigest()
+
+
+def _clear_altered(pictures: Pictures, paths: list[Path]) -> None:
+    """Delete the pictures that are not as they were made, with one warning."""
+
+    def altered(number: int) -> bool:
+        try:
+            pictures.read(number)
+        except MissingError:
+            return False
+        except InputError:
+            return True
+        return False
+
+    with ThreadPoolExecutor() as pool:
+        bad = [path for path, is_bad in zip(paths, pool.map(altered, range(len(paths))), strict=True) if is_bad]
+    if bad:
+        warnings.warn(f"{bad[0]}: {len(bad)} of {len(paths)} pictures there are altered; made again", stacklevel=4)
+    for path in bad:
+        path.unlink()
+
+
 def pictures_key(folder: Path) -> str:
     """The key of the pictures in a folder; empty where there are none."""
-    return (folder / KEY).read_text(encoding="utf-8") if (folder / KEY).exists() else ""
+    with reading(folder / KEY, "the key of pictures"):
+        return (folder / KEY).read_text("ascii", "replace") if (folder / KEY).exists() else ""
 
 
-def stored_pictures(folder: Path, count: int, key: str = "") -> Pictures:
-    """The pictures that lie in a folder. One that cannot be read is named when it is read, by ValueError."""
+def stored_pictures(folder: Path, count: int, key: str) -> Pictures:
+    """The pictures of a `key` that lie in a folder. One that is not as it was made is named when it is read.
+
+    InputError names it then.
+    """
+    remedy = "delete it and run its notebook again"
 
     def read(number: int) -> np.ndarray:
         path = folder / f"{number:05}.png"
-        try:
-            with PIL.Image.open(path) as picture:
-                return np.asarray(picture.convert("RGB"))
-        except (OSError, SyntaxError) as error:
-            raise InputError(f"{path}: no whole picture ({error}); delete it and run its notebook again") from None
+        with reading(path, f"a whole picture; {remedy}"), PIL.Image.open(path) as picture:
+            image = np.asarray(picture.convert("RGB"))
+            if picture.info.get(SEAL) != _seal(image, key, path):
+                raise InputError(f"{path}: not the picture that was made; {remedy}")
+        return image
 
     return Pictures(count, read, key)
 

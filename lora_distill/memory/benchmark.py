@@ -118,8 +118,7 @@ def _result(part: Part, pipeline: str, device: str, folder: Path, *, late: bool 
     """What a part measured, and how one came by it; empty where it was measured now."""
     config = unet_config(pipeline)
     path = folder / f"measured-{_key(part, pipeline, device, config)}.json"
-    if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
+    if (found := storage.kept_value(path)) is not None:
         return found, f"{_in_words(found)} (measured before)"
     if late:
         return {"note": "not measured: no time was left"}, "left out, no time is left"
@@ -127,7 +126,7 @@ def _result(part: Part, pipeline: str, device: str, folder: Path, *, late: bool 
         return {"note": reason}, reason
     found = alone(part, pipeline, device) | {"written": storage.now(), "commit": storage.git_commit()}
     if "killed" not in found.get("note", ""):
-        storage.atomic_write(path, json.dumps(found))
+        storage.keep_value(path, found)
     return found, ""
 
 

@@ -122,10 +122,12 @@ def what_pays(config: Config, batches: Sequence[int] = (1, 16)) -> Rows:
 def peaks(way: Way, name: str, setup: Setup, batches: Sequence[int], config: Config, cache_dir: Path) -> list[Peak]:
     """`simulate` or `track` of a scheme for every batch, kept in `cache_dir`."""
     paths = _paths(way, name, setup, batches, config, cache_dir)
-    if missing := [batch for batch, path in paths.items() if not path.exists()]:
+    kept = {batch: storage.kept_value(path) for batch, path in paths.items()}
+    if missing := [batch for batch, value in kept.items() if value is None]:
         for batch, peak in zip(missing, way(find_scheme(name), setup, config, *missing), strict=True):
-            storage.atomic_write(paths[batch], json.dumps(asdict(peak)))
-    return [Peak(**json.loads(path.read_text(encoding="utf-8"))) for path in paths.values()]
+            kept[batch] = asdict(peak)
+            storage.keep_value(paths[batch], kept[batch])
+    return [Peak(**value) for value in kept.values()]
 
 
 def _paths(

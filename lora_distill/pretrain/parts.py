@@ -3,6 +3,7 @@
 import json
 
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from torch import Tensor
@@ -10,6 +11,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from lora_distill.data import scenes
 
+PRETRAINED = 1  # version of the stages of pretraining, part of the keys of their folders: raise it when they change
 PROMPT_LENGTH = 24  # tokens; the longest caption has 16, start and end included
 
 
@@ -76,19 +78,32 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def build_tokenizer(captions: list[str]) -> CLIPTokenizer:
-    """A CLIP tokenizer with byte pairs learnt from the captions: every word in them is one token."""
+    """A CLIP tokenizer with byte pairs learnt from the captions: every word in them is one token.
+
+    The same captions give the same numbers. The trainer alone would number the last letters of words, and so break
+    ties between pairs, in the order of a hash that is another one in each process.
+    """
     backend = CLIPTokenizer().backend_tokenizer
+    special, letters = ["<|startoftext|>", "<|endoftext|>"], sorted(ByteLevel.alphabet())
+    ends = sorted({f"{word[-1]}</w>" for word in _words(backend, captions)})
     trainer = BpeTrainer(
         vocab_size=2_000,  # more than needed: training stops when every word is one token
         end_of_word_suffix="</w>",
-        initial_alphabet=ByteLevel.alphabet(),
-        special_tokens=["<|startoftext|>", "<|endoftext|>"],
+        initial_alphabet=letters,
+        special_tokens=[*special, *ends],  # as these they have their numbers before the trainer gives any
         show_progress=False,
     )
     backend.train_from_iterator(captions, trainer)
-    model = json.loads(backend.to_str())["model"]
-    merges = [tuple(merge) for merge in model["merges"]]
-    return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=PROMPT_LENGTH)
+    merges = [tuple(merge) for merge in json.loads(backend.to_str())["model"]["merges"]]
+    tokens = dict.fromkeys([*special, *letters, *ends, *("".join(merge) for merge in merges)])
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=PROMPT_LENGTH)
+
+
+def _words(backend: Tokenizer, captions: list[str]) -> set[str]:
+    """The words of captions as byte pairs are learnt from: normalised, their bytes as letters."""
+    split = backend.pre_tokenizer.pre_tokenize_str
+    return {word for text in set(captions) for word, _ in split(backend.normalizer.normalize_str(text))}
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:

@@ -11,9 +11,13 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from lora_distill import diffusion
+from lora_distill import diffusion, processes
 from lora_distill.data import scenes
+from lora_distill.errors import InputError
+from lora_distill.fingerprint import tokenizer_digest
+from lora_distill.finite import check_finite
 from lora_distill.pretrain.parts import (
+    PRETRAINED,
     PROMPT_LENGTH,
     build_scheduler,
     build_text_encoder,
@@ -22,7 +26,7 @@ from lora_distill.pretrain.parts import (
     tokenize,
 )
 from lora_distill.pretrain.vae import draw_all, encode_all, train_vae
-from lora_distill.storage import atomic_write, device_name, git_commit, versions
+from lora_distill.storage import cache_key, check_place, device_name, digest, git_commit, versions, whole_folder
 from lora_distill.train.loop import Schedule, train
 
 CAPTION_DROPOUT = 0.1  # fraction of captions replaced by "", so that the model also learns the unconditional output
@@ -30,6 +34,9 @@ CAPTION_DROPOUT = 0.1  # fraction of captions replaced by "", so that the model 
 # draws wrong images as often, which guidance corrects. Only after `clean_steps`: with noise from the start, words take
 # several times as long to learn (after 1,750 steps 15 % of objects were right, without noise 73 %).
 CAPTION_NOISE = 0.2
+# What `pretrain` and `model-card` write into a pipeline's folder.
+FILES = {"model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae", "training.json", "scores.json",
+         "README.md"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,12 +77,15 @@ PRESETS = {
 def pretrain(preset: Preset, folder: Path, work: Path, seed: int = 0, device: str = "cpu") -> StableDiffusionPipeline:
     """Train the whole pipeline and save it in `folder`, UNet and VAE in half precision, with a record, training.json.
 
-    Checkpoints are kept in `work`; an interrupted training is continued from there.
+    Checkpoints are kept in `work`; an interrupted training is continued from there. A stage has a folder named by a key
+    of all that it depends on: one whose data, tokenizer or earlier stages are others starts anew. A pipeline in
+    `folder` is replaced as a whole. Raises InputError for a folder with anything else in it, WriteError where nothing
+    can be written, both before the training.
     """
+    _check_folder(folder)
     vae, logs = train_vae(preset.schedules, preset.images, work, seed, device)
     tokenizer, text_encoder, logs["text_encoder"] = train_text_encoder(preset, work, seed, device)
     pipe, logs["unet"] = train_text_to_image(preset, vae, tokenizer, text_encoder, work, seed, device)
-    save_pipeline(pipe, folder)
     record = {
         "seed": seed,
         "images": preset.images,
@@ -87,20 +97,37 @@ def pretrain(preset: Preset, folder: Path, work: Path, seed: int = 0, device: st
         "commit": git_commit(),
         "loss": {name: [[row["step"], round(row["loss"], 5)] for row in _thinned(log)] for name, log in logs.items()},
     }
-    atomic_write(folder / "training.json", json.dumps(record, indent=1))
+    save_pipeline(pipe, folder, json.dumps(record, indent=1))
     return pipe
 
 
-def save_pipeline(pipe: StableDiffusionPipeline, folder: Path) -> None:
-    """Save a pipeline with UNet and VAE in half precision.
+def _check_folder(folder: Path) -> None:
+    """Raise InputError for a folder that holds anything but a pipeline of `pretrain`, WriteError for a bad place."""
+    check_place(folder)
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    others = sorted(there - FILES if "model_index.json" in there else there)
+    if others:
+        raise InputError(f"{folder}: has more in it than a pipeline, {others[0]}; name a new folder")
+
+
+def save_pipeline(pipe: StableDiffusionPipeline, folder: Path, record: str) -> None:
+    """Save a pipeline, with UNet and VAE in half precision, and the record of its training, whole.
 
     The text encoder stays in float32: transformers keeps the dtype of a file, diffusers loads as float32 by default.
+    The weights of `pipe` are rounded too. Raises RunError for weights that half precision cannot hold.
     """
     for part in (pipe.unet, pipe.vae):
         part.half()
-    pipe.save_pretrained(folder)
-    for part in (pipe.unet, pipe.vae):
-        part.float()
+    try:
+        for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+            check_finite(part.state_dict(), f"{type(part).__name__} in half precision")
+        with whole_folder(folder) as temporary:
+            pipe.save_pretrained(temporary)
+            (temporary / "training.json").write_text(record, encoding="utf-8")
+    finally:
+        for part in (pipe.unet, pipe.vae):
+            part.float()
+    processes.wait()
 
 
 def minutes(log: list[dict], schedule: Schedule) -> float:
@@ -175,7 +202,16 @@ def train_text_encoder(
         return {"input_ids": input_ids[rows, caption], "classes": classes[rows]}
 
     schedule = replace(preset.schedules["text_encoder"], seed=seed)
-    log = train(objective, draw_batch, schedule, folder / "text_encoder", device=device, title="text encoder")
+    key = cache_key(
+        version=PRETRAINED,
+        seed=seed,
+        images=preset.images,
+        art=scenes.drawing_fingerprint(),
+        tokenizer=tokenizer_digest(tokenizer),
+        plan=repr(schedule),
+        processes=processes.in_series(),
+    )
+    log = train(objective, draw_batch, schedule, folder / f"text_encoder-{key}", device=device, title="text encoder")
     return tokenizer, objective.text_encoder, log
 
 
@@ -219,6 +255,7 @@ def train_text_to_image(
     mean, std = encode_all(vae, draw_all(data), device)
     vae.register_to_config(scaling_factor=1 / float((mean.var() + std.square().mean()).sqrt()))
 
+    starts = [digest(vae.state_dict()), digest(text_encoder.state_dict())]
     torch.manual_seed(seed)
     scheduler = build_scheduler()
     objective = TextToImage(text_encoder, build_unet(), scheduler).to(device)
@@ -250,7 +287,18 @@ def train_text_to_image(
         requires_safety_checker=False,
     )
     schedule = replace(preset.schedules["unet"], seed=seed)
-    log = train(objective, draw_batch, schedule, folder / "unet", device=device, title="text encoder and UNet")
+    key = cache_key(
+        version=PRETRAINED,
+        seed=seed,
+        images=preset.images,
+        art=scenes.drawing_fingerprint(),
+        starts=[tokenizer_digest(tokenizer), *starts],
+        noise=[CAPTION_DROPOUT, CAPTION_NOISE, preset.clean_steps],
+        plan=repr(schedule),
+        processes=processes.in_series(),
+    )
+    place = folder / f"unet-{key}"
+    log = train(objective, draw_batch, schedule, place, device=device, title="text encoder and UNet")
     return pipeline, log
 
 

@@ -9,8 +9,10 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lora_distill import processes
 from lora_distill.data import scenes
-from lora_distill.pretrain.parts import build_vae
+from lora_distill.pretrain.parts import PRETRAINED, build_vae
+from lora_distill.storage import cache_key
 from lora_distill.train.loop import Schedule, train
 
 CROP_SIZE = 32
@@ -65,11 +67,13 @@ def train_vae(
         rows = torch.randint(len(pixels), (batch_size,), generator=generator)
         return {"images": pixels[rows], "noise": _latent_noise(batch_size, scenes.IMAGE_SIZE // 8, generator)}
 
-    logs = {}
+    logs, parts = {}, {"version": PRETRAINED, "seed": seed, "images": images, "art": scenes.drawing_fingerprint()}
     for name, draw_batch in (("vae_crops", draw_crops), ("vae_images", draw_images)):
         schedule = replace(schedules[name], seed=seed)
         title = name.replace("_", " on ")
-        logs[name] = train(objective, draw_batch, schedule, folder / name, device=device, title=title)
+        parts |= {name: repr(schedule), "processes": processes.in_series()}  # the second stage goes on from the first
+        place = folder / f"{name}-{cache_key(**parts)}"
+        logs[name] = train(objective, draw_batch, schedule, place, device=device, title=title)
     return objective.vae.eval(), logs
 
 

@@ -7,11 +7,13 @@ takes its rows: together they train what one process trains, up to rounding.
 
 import json
 import math
+import os
+import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,19 +28,30 @@ from tqdm import tqdm
 
 from lora_distill import processes
 from lora_distill.errors import InputError, MissingError, RunError
-from lora_distill.storage import DamagedFileError, atomic_write, load_tensors, resident_peak_mb, save_tensors
+from lora_distill.finite import check_finite, not_finite
+from lora_distill.storage import DamagedFileError, atomic_write, load_tensors, locked, resident_peak_mb, save_tensors
 from lora_distill.train.optimizer import build_optimizer, like
 
 CHECKPOINT = "checkpoint.safetensors"  # of an unfinished training
 RESULT = "result.safetensors"  # of a finished one
 LOG = "log.jsonl"
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # of autocast
+BEYOND_UPDATES = 1e36  # the first update of AdamW is ten times its learning rate, and float32 ends at 3e38
+LEAST_SCALE = 2.0**-14  # of a loss in float16; a smaller one makes all gradients zero
+SCALING = 20  # updates that float16 may take to find its scale
+BEYOND_HALF = "bfloat16 or float32 has the range that float16 lacks"
+# What accelerate reads, and what launchers leave.
+VARIABLES = ("ACCELERATE_", "PARALLELISM_CONFIG_", "FSDP_", "MEGATRON_LM_", "FP8_", "TE_")
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "PMI_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_")
 Milestones = tuple[int, Callable[..., dict], str]  # every so many updates, what is measured, and a key of it
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The hyperparameters of a training; one step is one optimiser update."""
+    """The hyperparameters of a training; one step is one optimiser update.
+
+    Raises InputError for a number that is not finite.
+    """
 
     steps: int
     batch_size: int  # images a forward pass, over all processes
@@ -55,6 +68,11 @@ class Schedule:
     optimizer: str = "adamw"
     log_every: int = 10
     checkpoint_every: int = 500
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not abs(value) < BEYOND_UPDATES:
+                raise InputError(f"{name}: expected a number below {BEYOND_UPDATES:g}, got {value}")
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0: linear warm-up, then a cosine down to `final_learning_rate`."""
@@ -91,13 +109,31 @@ def train(
     The trained parameters and the log are written to `folder`/result.safetensors. If that file exists, it is loaded and
     nothing is trained; else training goes on from the checkpoint in `folder`, if any. A damaged file is ignored with a
     warning, one with other milestones than those asked for silently. Raises InputError for one of another schedule and
-    for a batch that the processes cannot share evenly, RunError for a loss that is not finite; nothing is saved then.
+    for a batch that the processes cannot share evenly, RunError for a number that is not finite, when no update could
+    be made, and while another process trains in `folder`; nothing is saved then.
     """
     step = TrainingStep(objective, schedule, device)
+    result = _Result(step.parameters, schedule, milestones[2] if milestones else None, folder)
+    if (log := result.restore()) is None:
+        with locked(folder):
+            if (log := result.restore()) is None:  # another process may have trained meanwhile
+                log = _trained(step, objective, draw_batch, schedule, folder, milestones, title)
+                result.save(log)
+    step.free()
+    return log
+
+
+def _trained(
+    step: "TrainingStep",
+    objective: nn.Module,
+    draw_batch: Callable[[int, int, torch.Generator], dict[str, Tensor]],
+    schedule: Schedule,
+    folder: Path,
+    milestones: Milestones | None,
+    title: str,
+) -> list[dict]:
+    """Train from the checkpoint, or from the start, to the end; the rows of the log."""
     every, measure, measured = milestones or (0, None, None)
-    result = _Result(step.parameters, schedule, measured, folder)
-    if (log := result.restore()) is not None:
-        return log
     average = _Average(step, objective, schedule.ema_decay) if schedule.ema_decay else None
     state = _State(step, average, schedule, measured, folder)
     first_step, log = state.restore()
@@ -105,7 +141,7 @@ def train(
     if average:
         average.hand_over()
 
-    rows, main = own_rows(schedule.batch_size), processes.is_main()
+    rows, main, watch = own_rows(schedule.batch_size), processes.is_main(), _Watch(step)
     options = {"desc": title, "mininterval": 2, "file": sys.stdout, "ncols": 100, "disable": not main}
     progress = tqdm(total=schedule.steps, initial=first_step, **options)
     if every and first_step == 0:
@@ -116,7 +152,9 @@ def train(
         for part in range(schedule.gradient_accumulation):
             generator = step_generator(schedule.seed, update * schedule.gradient_accumulation + part)
             batch = draw_batch(update, schedule.batch_size, generator)
-            loss, scalars = step({name: tensor[rows] for name, tensor in batch.items()})
+            batch = {name: tensor[rows] for name, tensor in batch.items()}
+            loss, scalars = step(batch)
+            watch.see(loss, update + 1)
             images += schedule.batch_size
         if average:
             average.step()
@@ -125,7 +163,7 @@ def train(
         done = update + 1
         if done % schedule.log_every == 0 or done == schedule.steps:
             row = {"step": done, **step.over_processes({"loss": loss, **scalars})}
-            _check_loss(row["loss"], done)
+            watch.check_row(row, batch)
             seconds = time.perf_counter() - clock
             row |= {"learning_rate": schedule.learning_rate_at(update), "images_per_s": round(images / seconds, 2)}
             row |= {"peak_memory_mb": peak_memory_mb(step.device)}
@@ -133,16 +171,16 @@ def train(
             log.append(processes.agree(row))
             progress.set_postfix_str(f"loss {row['loss']:.4f}, {row['images_per_s']:.0f} images/s", refresh=False)
         if every and (done % every == 0 or done == schedule.steps):
+            watch.check()
             log.append({"step": done, **_measured(measure, done, average)})
             clock, images = time.perf_counter(), 0
         if done % schedule.checkpoint_every == 0 and done < schedule.steps:
+            watch.check()
             state.save(done, log)
     progress.close()
     if average:
         average.take_over()
-    _check_weights(step.parameters.values(), schedule.steps)
-    result.save(log)
-    step.free()
+    watch.check_end(schedule.steps)
     return log
 
 
@@ -170,6 +208,7 @@ class TrainingStep:
         half = torch.float16 in {self.autocast, *(p.dtype for p in self.parameters.values())}
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
         self.max_grad_norm = schedule.max_grad_norm
+        self.objective = objective
         self.model = self.accelerator.prepare_model(objective, device_placement=False)
 
     def __call__(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -198,7 +237,7 @@ class TrainingStep:
 
     def free(self) -> None:
         """Let go of the objective."""
-        self.model = None
+        self.model = self.objective = None
         self.accelerator.free_memory()
 
 
@@ -207,17 +246,32 @@ def _accelerator(schedule: Schedule, device: str | torch.device) -> Accelerator:
 
     Precision is ours: accelerate scales no loss of 16-bit weights, and none on a CPU.
     """
-    # a variable of the shell may have given it a precision, and an earlier step of this process another device
+    # an earlier step of this process may have had another device
     AcceleratorState._reset_state(reset_partial_state=processes.count() == 1)
     on_cpu = torch.device(device).type == "cpu"
     if processes.count() > 1:
         processes.connect(on_cpu)
-    return Accelerator(
-        mixed_precision="no",
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=schedule.gradient_accumulation),
-        dynamo_plugin=TorchDynamoPlugin(backend="NO"),
-        cpu=on_cpu,
-    )
+    with _without_variables():
+        return Accelerator(
+            mixed_precision="no",
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=schedule.gradient_accumulation),
+            dynamo_plugin=TorchDynamoPlugin(backend="NO"),
+            cpu=on_cpu,
+        )
+
+
+@contextmanager
+def _without_variables() -> Iterator[None]:
+    """Inside the block accelerate finds none of its variables, whoever left them in the shell.
+
+    One process alone finds no launcher's either: a single rank of eight would wait for the seven others.
+    """
+    prefixes = VARIABLES + (LAUNCHED if processes.count() == 1 else ())
+    left = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith(prefixes)}
+    try:
+        yield
+    finally:
+        os.environ.update(left)
 
 
 def _on(device: torch.device, tensor: Tensor) -> Tensor:
@@ -277,17 +331,69 @@ class _Average:
 def _measured(measure: Callable[[int], dict], step: int, average: _Average | None) -> dict:
     """The main process's `measure(step)` with the weights that training would return now."""
     with average.in_place() if average else nullcontext():
-        return processes.agree(measure(step))
+        found = processes.agree(measure(step))
+    for name, value in found.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise RunError(f"training stopped at step {step}: the measured {name} is {value}")
+    return found
 
 
-def _check_loss(loss: float, step: int) -> None:
-    if not math.isfinite(loss):
-        raise RunError(f"training stopped at step {step}: the loss is {loss}; a lower learning rate may help")
+class _Watch:
+    """Looks at the numbers of a training and stops it when they are no longer finite.
+
+    Every loss is looked at, on its device, which is not waited for: it is asked where a row is logged or a file saved.
+    """
+
+    def __init__(self, step: TrainingStep):
+        self.training = step
+        self.first = torch.zeros((), device=step.device)  # the first update whose loss is not finite; 0 is none
+
+    def see(self, loss: Tensor, update: int) -> None:
+        """Note an update's loss. What overflows in float16 is left out by the scaler, and is no fault."""
+        if not self.training.scaler.is_enabled():
+            self.first = torch.where((self.first == 0) & ~loss.isfinite(), update, self.first)
+
+    def check_row(self, row: dict[str, float], batch: dict[str, Tensor]) -> None:
+        """Raise RunError for numbers of the log that are not finite."""
+        self.check(batch)
+        for name, value in row.items():
+            if not math.isfinite(value):
+                named = "the loss" if name == "loss" else name
+                raise RunError(f"training stopped at step {row['step']}: {named} is {value}; {self._hint(batch)}")
+
+    def check(self, batch: dict[str, Tensor] | None = None) -> None:
+        """Raise RunError when the loss of an update was not finite, or when float16 has no scale left."""
+        if first := int(self.first):
+            raise RunError(f"training stopped at step {first}: the loss is not finite; {self._hint(batch or {})}")
+        scaler = self.training.scaler
+        if scaler.is_enabled() and scaler.get_scale() < LEAST_SCALE:
+            raise RunError(f"training stopped: gradients overflow float16 at every step; {BEYOND_HALF}")
+
+    def check_end(self, steps: int) -> None:
+        """Raise RunError when weights are not finite or no update was made; say it when many were left out."""
+        self.check()
+        training = self.training
+        _check_state({**training.masters, **training.parameters}, steps)
+        made = max((int(state["step"]) for state in training.adamw.state.values() if "step" in state), default=0)
+        left_out = f"{steps - made} of {steps} updates were left out, for their gradients overflow float16"
+        if made == 0 and steps > SCALING:
+            raise RunError(f"training stopped at step {steps}: {left_out}; {BEYOND_HALF}")
+        if steps - made > max(SCALING, steps / 2) and processes.is_main():
+            warnings.warn(f"{left_out}; {BEYOND_HALF}", stacklevel=4)
+
+    def _hint(self, batch: dict[str, Tensor]) -> str:
+        """What may help: whose numbers are not finite."""
+        if bad := not_finite({name: tensor for name, tensor in batch.items() if tensor.is_floating_point()}):
+            return f"the data's {', '.join(bad)} are not finite"
+        objective = self.training.objective
+        frozen = {name: p for name, p in objective.named_parameters() if not p.requires_grad}
+        if bad := not_finite(frozen):
+            return f"the frozen weights are not finite, the first is {bad[0]}"
+        return BEYOND_HALF if self.training.scaler.is_enabled() else "a lower learning rate or weight decay may help"
 
 
-def _check_weights(weights: Iterable[Tensor], step: int) -> None:
-    if not torch.stack([weight.isfinite().all() for weight in weights]).all():
-        raise RunError(f"training stopped at step {step}: weights are not finite; a lower learning rate may help")
+def _check_state(tensors: dict[str, Tensor], step: int) -> None:
+    check_finite(tensors, f"training stopped at step {step}", "a lower learning rate or weight decay may help")
 
 
 def peak_memory_mb(device: torch.device) -> float | None:
@@ -323,10 +429,31 @@ def _read(path: Path, schedule: Schedule, measured: str | None) -> tuple[dict[st
     except DamagedFileError as error:
         warnings.warn(f"{error}; training starts anew", stacklevel=5)
         return None
-    metadata = {key: json.loads(text) for key, text in texts.items()}
-    if metadata["schedule"] != repr(schedule):
-        raise InputError(f"{path} was made with other settings; delete it, or train into another folder")
-    return (tensors, metadata) if measured in (None, metadata["measured"]) else None
+    try:
+        metadata = {key: json.loads(text) for key, text in texts.items()}
+        made_with, made_for = metadata["schedule"], metadata["measured"]
+    except (ValueError, KeyError):
+        raise InputError(f"{path}: not of a training; delete it, or train into another folder") from None
+    if made_with != repr(schedule):
+        differs = _differences(made_with, repr(schedule))
+        raise InputError(f"{path} was made with other settings ({differs}); delete it, or train into another folder")
+    return (tensors, metadata) if measured in (None, made_for) else None
+
+
+def _differences(made_with: str, asked: str) -> str:
+    """The values in which two schedules differ, both of each."""
+    there, now = (dict(re.findall(r"(\w+)=('[^']*'|[^,()]+)", text)) for text in (made_with, asked))
+    names = [name for name in now if there.get(name) != now[name]]
+    return ", ".join(f"{name} {there.get(name, 'missing')}, asked {now[name]}" for name in names) or "another form"
+
+
+def _check_fit(path: Path, tensors: dict[str, Tensor], shapes: dict[str, torch.Size]) -> None:
+    """Raise InputError for a file that lacks a tensor or has one of another shape."""
+    for name, shape in shapes.items():
+        if name not in tensors or tensors[name].shape != shape:
+            there = f"has shape {tuple(tensors[name].shape)}" if name in tensors else "is missing"
+            said = f"{path} was made for another model: {name} {there}, expected {tuple(shape)}"
+            raise InputError(f"{said}; delete it, or train into another folder")
 
 
 @dataclass
@@ -354,10 +481,13 @@ class _Result:
         if (found := _restored(self.folder / RESULT, self.schedule, self.measured)) is None:
             return None
         tensors, metadata = found
+        _check_fit(self.folder / RESULT, tensors, {name: p.shape for name, p in self.parameters.items()})
         for name, p in self.parameters.items():
             p.copy_(tensors[name])
-        if processes.is_main():  # left if the process was killed between the two
-            (self.folder / CHECKPOINT).unlink(missing_ok=True)
+        checkpoint = self.folder / CHECKPOINT
+        if processes.is_main() and checkpoint.exists():  # left if the process was killed between the two
+            with suppress(OSError):  # a finished run may lie on a disk that is read only
+                checkpoint.unlink()
         return metadata["log"]
 
 
@@ -373,20 +503,25 @@ class _State:
 
     def save(self, step: int, log: list[dict]) -> None:
         """Write the checkpoint, in the main process alone. Raises ValueError for weights that are not finite."""
-        masters, adamw = self.training.masters, self.training.adamw
-        _check_weights(masters.values(), step)
+        tensors = self._state()
+        _check_state(tensors, step)
         if not processes.is_main():
             return
+        metadata = {"step": step, "schedule": repr(self.schedule), "measured": self.measured, "log": log}
+        metadata |= {"scaler": self.training.scaler.state_dict()}
+        save_tensors(self.folder / CHECKPOINT, tensors, {key: json.dumps(value) for key, value in metadata.items()})
+        _write_log(self.folder, log)
+
+    def _state(self) -> dict[str, Tensor]:
+        """The tensors of a checkpoint, by name."""
+        masters, adamw = self.training.masters, self.training.adamw
         tensors = {f"parameter.{name}": p for name, p in masters.items()}
         for name, p in masters.items():
             tensors |= {f"optimizer.{name}.{key}": value for key, value in adamw.kept(p).items()}
         if self.average:
             shadows = zip(masters, self.average.ema.shadow_params, strict=True)
             tensors |= {f"ema.{name}": shadow for name, shadow in shadows}
-        metadata = {"step": step, "schedule": repr(self.schedule), "measured": self.measured, "log": log}
-        metadata |= {"scaler": self.training.scaler.state_dict()}
-        save_tensors(self.folder / CHECKPOINT, tensors, {key: json.dumps(value) for key, value in metadata.items()})
-        _write_log(self.folder, log)
+        return tensors
 
     def restore(self) -> tuple[int, list[dict]]:
         """The number of steps done and the log so far: (0, []) without a checkpoint."""
@@ -399,6 +534,9 @@ class _State:
     @torch.no_grad()
     def _load(self, tensors: dict[str, Tensor], metadata: dict) -> None:
         masters, adamw = self.training.masters, self.training.adamw
+        shapes = {f"parameter.{name}": p.shape for name, p in masters.items()}
+        shapes |= {f"ema.{name}": p.shape for name, p in masters.items()} if self.average else {}
+        _check_fit(self.folder / CHECKPOINT, tensors, shapes)
         for name, p in masters.items():
             p.copy_(tensors[f"parameter.{name}"])
             prefix = f"optimizer.{name}."

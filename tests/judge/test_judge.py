@@ -126,7 +126,7 @@ def test_two_processes_make_one_half_each(tmp_path, monkeypatch):
 def test_a_spoilt_picture_is_named(tmp_path):
     pictures = kept_pictures(tmp_path, "key", 2, 2, grey)
     (tmp_path / "00001.png").write_bytes((tmp_path / "00001.png").read_bytes()[:40])
-    with pytest.raises(ValueError, match=r"00001\.png: no whole picture"):
+    with pytest.raises(ValueError, match=r"00001\.png: expected a whole picture; delete it"):
         pictures[:]
 
 

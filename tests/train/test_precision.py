@@ -11,6 +11,7 @@ from torch import nn
 
 from lora_distill.adapters import add_adapter
 from lora_distill.data.encoded import consistency_batches
+from lora_distill.errors import RunError
 from lora_distill.storage import load_tensors
 from lora_distill.train.loop import CHECKPOINT, RESULT, Schedule, train
 from lora_distill.train.objectives import ConsistencyDistillation, GuidanceDistillation
@@ -210,6 +211,6 @@ def test_variables_of_the_shell_change_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("log_every", "checkpoint_every"), [(1, 100), (100, 3), (100, 100)])
 def test_a_training_that_diverges_stops_in_one_line_and_saves_nothing(tmp_path, log_every, checkpoint_every):
     plan = replace(PLAN, learning_rate=1e30, log_every=log_every, checkpoint_every=checkpoint_every)
-    with pytest.raises(ValueError, match=r"^training stopped at step \d: .*(nan|inf|not finite).*learning rate.*$"):
+    with pytest.raises(RunError, match=r"^training stopped at step \d: .*(nan|inf|not finite).*learning rate.*$"):
         distilled(torch.float32, torch.float32, "no", tmp_path, plan=plan)
     assert not (tmp_path / RESULT).exists() and not (tmp_path / CHECKPOINT).exists()
