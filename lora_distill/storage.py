@@ -120,7 +120,24 @@ def save_tensors(
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = metadata or {}
     with whole_file(path, by_any=by_any) as temporary:
-        save_file(tensors, temporary, {**metadata, "digest": _seal(tensors, metadata)})
+        write_safetensors(temporary, tensors, {**metadata, "digest": seal(tensors, metadata)})
+
+
+def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file whose bytes depend on its contents alone: the metadata stand in the order of names.
+
+    safetensors itself writes them in random order.
+    """
+    save_file(tensors, path, metadata)
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) > size:
+            raise RunError(f"{path}: safetensors writes another header than it did")
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -134,7 +151,7 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise DamagedFileError(f"{path}: not a whole safetensors file ({error})") from None
-    if metadata.pop("digest", None) != _seal(tensors, metadata):
+    if metadata.pop("digest", None) != seal(tensors, metadata):
         raise DamagedFileError(f"{path}: contents do not match their digest")
     return tensors, metadata
 
@@ -148,7 +165,7 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
     return sha.hexdigest()
 
 
-def _seal(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
+def seal(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
     """The digest of a file: of its tensors and its metadata."""
     text = json.dumps(metadata, sort_keys=True)
     return hashlib.sha256((digest(tensors) + text).encode()).hexdigest()
