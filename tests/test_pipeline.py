@@ -10,7 +10,8 @@ from PIL import Image
 
 from lora_distill.adapters import add_adapter
 from lora_distill.fingerprint import fingerprint
-from lora_distill.pipeline import BUNDLED, PARTS, decode_latents, encode_prompts, load_pipeline, save_png, to_uint8
+from lora_distill.pipeline import BUNDLED, decode_latents, encode_prompts, load_pipeline, save_png, to_uint8
+from lora_distill.pipeline_files import PARTS
 
 LONG = "a lion " * 30
 

@@ -231,7 +231,7 @@ def pretrained_clip(source: str | Path) -> CLIPModel:
 
 def _pretrained(kind: type[PreTrainedModel], source: str | Path, example: str) -> PreTrainedModel:
     try:
-        found = AutoConfig.from_pretrained(source).model_type
+        found = AutoConfig.from_pretrained(source, trust_remote_code=False).model_type
         if found == kind.config_class.model_type:
             return kind.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError):
