@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterable
 from copy import deepcopy
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,9 @@ def _check_schedule(scheduler: Any, place: str) -> None:
     alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
     if alphas_cumprod is None:
         raise InputError(f"{place}: {type(scheduler).__name__} has no alphas_cumprod, as Stable Diffusion 1 and 2 have")
+    takes = list(signature(scheduler.step).parameters.values())[3:]  # after output, timestep and sample
+    if more := [one.name for one in takes if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]:
+        raise InputError(f"{place}: {type(scheduler).__name__} needs more than the UNet's output: {', '.join(more)}")
     falling = torch.as_tensor(alphas_cumprod).double()
     if not bool(falling.isfinite().all() and (falling.diff() <= 0).all() and falling[0] < 1 and falling[-1] >= 0):
         raise InputError(f"{place}: no noise schedule: alphas_cumprod does not fall from 1 towards 0")
