@@ -26,6 +26,7 @@ from lora_distill.finite import check_finite
 from lora_distill.storage import DamagedFileError, seal, whole_file, write_safetensors
 
 SEAL = "seal"  # the field with the digest of tensors and all other fields
+MADE_BY = "made_by"  # the field by which headers of this package are known
 KOHYA = "lora_unet_"  # before the names of layers in files of kohya-ss, where underscores stand for dots
 PREFIXES = ("base_model.model.", "unet.", "module.")  # of PEFT, diffusers and DistributedDataParallel
 PICKLES = {".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth"}
@@ -325,7 +326,7 @@ def _kohya_metadata(file: LoraFile, alpha: float) -> dict[str, str]:
     found = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
-        "ss_network_alpha": str(alpha),
+        "ss_network_alpha": str(float(alpha)),
         "ss_sd_model_name": ours.get("base"),
         "ss_steps": ours.get("trained_steps"),
         "modelspec.sai_model_spec": "1.0.0",

@@ -35,6 +35,7 @@ for library in (diffusers, transformers):
     library.utils.logging.disable_progress_bar()  # loading is short, and the bars would stay in notebooks
 
 PIXELS = 2**20  # decoded at a time
+FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}  # of pictures, by suffix
 LARGEST_LATENT = 1e4  # guidance of 7.5 makes latents up to 5, guidance of 1000 up to 108
 LARGEST_PIXEL = 1e3  # of a picture in [-1, 1]
 
@@ -170,6 +171,9 @@ def encoded_prompts(pipe: StableDiffusionPipeline, prompts: list[str], batch_siz
     """`encode_prompts` batch by batch, (b, tokens, dim) each, for more prompts than memory holds."""
     if not prompts:
         raise InputError("no prompts to encode")
+    for prompt in prompts:
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise InputError(f"prompt {prompt!r}: bytes that are no text in UTF-8")
     length = pipe.tokenizer.model_max_length
     cut = sum(len(ids) > length for ids in pipe.tokenizer(prompts).input_ids)
     if cut:
@@ -220,8 +224,19 @@ def to_uint8(images: Tensor) -> np.ndarray:
     return ((images.float() + 1) * 127.5).clamp(0, 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def save_png(images: np.ndarray, path: Path) -> None:
-    """Write images (n, h, w, 3) uint8 side by side as one PNG."""
+def save_picture(images: np.ndarray, path: Path) -> None:
+    """Write images (n, h, w, 3) uint8 side by side as one picture, in the format that the path's suffix says.
+
+    Raises InputError for a suffix that is none of `FORMATS`.
+    """
+    check_suffix(path)
     buffer = io.BytesIO()
-    Image.fromarray(np.concatenate(list(images), axis=1)).save(buffer, format="png")
+    picture = Image.fromarray(np.concatenate(list(images), axis=1))
+    picture.save(buffer, format=FORMATS[path.suffix.lower()], quality=95, lossless=True)
     atomic_write(path, buffer.getvalue())
+
+
+def check_suffix(path: Path) -> None:
+    """Raise InputError for a picture's path whose suffix names no format that is written."""
+    if path.suffix.lower() not in FORMATS:
+        raise InputError(f"{path}: expected a name that ends in {', '.join(FORMATS)}, got {path.suffix!r}")

@@ -97,7 +97,14 @@ def _scheduler_name(scheduler: SchedulerMixin) -> str:
 
 def step_generators(count: int, seed: int) -> list[torch.Generator]:
     """One generator per image for the noise that a scheduler adds in its steps: it does not depend on the batch."""
+    _check_seed(seed)
     return [torch.Generator().manual_seed(seed * 1_000_003 + index + 1) for index in range(count)]
+
+
+def _check_seed(seed: int) -> None:
+    """Raise InputError for a seed of more than 32 bits: PyTorch on a CPU would take the last 32."""
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed: expected 0 to {2**32 - 1}, got {seed}")
 
 
 def initial_noise(pipe: StableDiffusionPipeline, count: int, seed: int, resolution: int | None = None) -> Tensor:
@@ -107,6 +114,7 @@ def initial_noise(pipe: StableDiffusionPipeline, count: int, seed: int, resoluti
     ValueError when it is not a multiple of the VAE's scale factor, 8 for Stable Diffusion.
     """
     side = latent_side(pipe, resolution) if resolution is not None else pipe.unet.config.sample_size
+    _check_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(count, pipe.unet.config.in_channels, side, side, generator=generator)
     return noise.to(pipe.unet.device)

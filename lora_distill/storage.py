@@ -10,6 +10,7 @@ import secrets
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -103,6 +104,15 @@ def sweep(folder: Path) -> None:
     for left in folder.rglob(f".*{TEMPORARY}"):
         with suppress(OSError):
             left.unlink()
+
+
+def check_writable(path: Path) -> None:
+    """Raise OSError, in one line, where a file could not be written, before the work that would make it."""
+    if path.is_dir():
+        raise InputError(f"{path}: a folder; expected the name of a file")
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:

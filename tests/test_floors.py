@@ -16,7 +16,7 @@ FLOORS = [  # from the ground up
     {"sampling"},
     {"data"},
     {"judge", "train"},
-    {"pretrain", "memory", "deployment", "rehearsal"},
+    {"pretrain", "memory", "deployment", "drawing", "rehearsal"},
     {"publish"},
     {"__main__"},
 ]
