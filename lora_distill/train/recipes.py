@@ -62,7 +62,7 @@ def distil_lora(
     lora = {"rank": settings.lora_rank, "alpha": settings.lora_alpha, "targets": settings.lora_targets}
     plan = schedule(settings, settings.learning_rate)
     log = _distil("lora", pipe, pipe.unet, teacher, settings, plan, folder, milestones, **lora)
-    _save(pipe, name, folder, settings, "guided distillation", plan, data=_public(settings.data))
+    _save(pipe, name, folder, settings, "guided distillation", plan, {"data": _public(settings.data)})
     return log
 
 
@@ -118,7 +118,7 @@ def train_lcm_lora(
     plan = _plan(settings, settings.lcm_lora_learning_rate)
     key = _key(pipe, images, settings)
     log = fit(name, objective, draw_batch, pipe, plan, settings, folder, milestones, **key)
-    _save(pipe, name, folder, settings, "LCM-LoRA", plan, images=images.key)
+    _save(pipe, name, folder, settings, "LCM-LoRA", plan, {"images": images.key})
     return log
 
 
@@ -139,7 +139,7 @@ def mimic_lcm(
     plan = replace(_plan(settings, settings.lcm_lora_learning_rate), ema_decay=0.0)
     key = {**_key(pipe, images, settings), **weights, "lcm": digest(lcm_pipe.unet.state_dict())}
     log = fit(name, objective, draw_batch, pipe, plan, settings, folder, milestones, **key)
-    _save(pipe, name, folder, settings, "LCM mimicry", plan, images=images.key)
+    _save(pipe, name, folder, settings, "LCM mimicry", plan, {"images": images.key})
     return log
 
 
@@ -160,7 +160,7 @@ def finetune_lora(
     plan = replace(_plan(settings, settings.finetune_learning_rate), steps=settings.finetune_steps, ema_decay=0.0)
     key = {"pipeline": fingerprint(pipe), "images": images.key, "rank": rank, "targets": targets}
     log = fit(name, objective, draw_batch, pipe, plan, settings, folder, milestones, **key)
-    _save(pipe, name, folder, settings, "fine-tune", plan, images=images.key)
+    _save(pipe, name, folder, settings, "fine-tune", plan, {"images": images.key})
     return log
 
 
@@ -251,7 +251,13 @@ def schedule(settings: Settings, learning_rate: float) -> Schedule:
 
 
 def _save(
-    pipe: StableDiffusionPipeline, name: str, folder: Path, settings: Settings, method: str, plan: Schedule, **data: str
+    pipe: StableDiffusionPipeline,
+    name: str,
+    folder: Path,
+    settings: Settings,
+    method: str,
+    plan: Schedule,
+    data: dict[str, str],
 ) -> None:
     """Write the LoRA file of an adapter; when this returns, every process can read it."""
     header = _header(pipe, name, settings, method, plan) | data
