@@ -236,27 +236,44 @@ def train(
 @app.command(rich_help_panel=MODELS)
 def sample(
     prompts: Annotated[list[str], typer.Argument(help="one picture each")],
-    out: Annotated[Path, typer.Option(help="the PNG to write, pictures side by side")] = Path("sample.png"),
+    out: Annotated[Path, typer.Option(help="the PNG, JPEG or WebP to write, side by side")] = Path("sample.png"),
     pipeline: Annotated[str, typer.Option(help="bundled, a folder or a hub id")] = "bundled",
-    lora: Annotated[Path | None, typer.Option(help="a LoRA file; the student then samples")] = None,
-    guidance_scale: Annotated[float, typer.Option(min=1, help="1 is one pass a step")] = 1.0,
-    steps: Annotated[int, typer.Option(min=1, help="steps of the sampler")] = 25,
-    scheduler: Annotated[str, typer.Option(help="own, ddim, dpm++ or lcm: the last for an LCM-LoRA")] = "own",
-    resolution: Annotated[int | None, typer.Option(help="side in pixels; by default the UNet's own")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="seed of the starting noise")] = 0,
+    lora: Annotated[Path | None, typer.Option(help="a LoRA file, or a folder with one")] = None,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(min=1, help="w; 1 is one pass a step; by default 1 with a LoRA, else 3 for the bundle, 7.5"),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="steps of the sampler, by default 25")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="own, ddim, dpm++ or lcm: the last for an LCM-LoRA")] = None,
+    resolution: Annotated[
+        int | None, typer.Option(min=8, max=8192, help="side in pixels; by default the UNet's own")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="seed of the starting noise")] = 0,
 ) -> None:
-    """Draw prompts with a pipeline, with or without a LoRA."""
-    from lora_distill import adapters, sampling
-    from lora_distill import pipeline as pipelines
+    """Draw prompts with a pipeline, with or without a LoRA, whose own header says how it is sampled.
 
-    pipe = pipelines.load_pipeline(pipeline, pipelines.choose_device("auto"), resolution=resolution)
-    if lora:
-        adapters.load_adapter(pipe.unet, "student", lora)
-    sampler = sampling.Sampler(steps, guidance_scale, adapter="student" if lora else None, scheduler=scheduler)
-    noise = sampling.initial_noise(pipe, len(prompts), seed)
-    embeds, empty = pipelines.encode_prompts(pipe, prompts), pipelines.encode_prompts(pipe, [""])
-    latents = sampling.sample_in_batches(pipe, sampler, noise, embeds, empty, seed)
-    pipelines.save_png(pipelines.decode_latents(pipe, latents), out)
+    The bundled pipeline knows lion, frog, panda, pig, owl, octopus, butterfly, penguin, whale, apple, watermelon,
+    pineapple, burger, doughnut, car, bus, house, ball, umbrella, tree, cactus, mushroom, crown and gift, two a picture.
+    """
+    from lora_distill.drawing import Wishes, draw
+
+    draw(prompts, out, pipeline, lora, Wishes(steps, guidance_scale, scheduler, resolution, seed))
+    print(out)
+
+
+@app.command(rich_help_panel=MODELS)
+def export(
+    lora: Annotated[Path, typer.Argument(help="a LoRA file, or a folder with one")],
+    out: Annotated[Path, typer.Option(help="the .safetensors file to write")],
+) -> None:
+    """Write a LoRA in the form of kohya-ss, which ComfyUI, AUTOMATIC1111 and diffusers read."""
+    from lora_distill.lora_files import lora_path, read_lora, write_kohya
+
+    if out.suffix != ".safetensors":
+        raise InputError(f"{out}: expected a name that ends in .safetensors")
+    if out.resolve() == lora_path(lora).resolve():
+        raise InputError(f"{out}: the file that is read; give another name")
+    write_kohya(out, read_lora(lora))
     print(out)
 
 

@@ -1,27 +1,24 @@
-"""Roles on one W0: named LoRA adapters on a single frozen UNet, and the LoRA files that stock diffusers reads.
+"""Roles on one W0: named LoRA adapters on a single frozen UNet, saved to LoRA files and loaded from them.
 
 The teacher is the UNet with every adapter off; a student, a fine-tune or an LCM is the same UNet with one adapter on.
 """
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.configuration_utils import FrozenDict
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from lora_distill.errors import InputError
-from lora_distill.storage import DamagedFileError, digest, whole_file
+from lora_distill.finite import not_finite
+from lora_distill.lora_files import Layer, LoraFile, read_lora, write_kohya, write_lora
 
 TARGETS = {
     "attention": ["to_q", "to_k", "to_v", "to_out.0"],
@@ -226,65 +223,81 @@ def _with_weights(
 # ---------------------------------------------------------------------------------------------- files
 
 
-def save_adapter(unet: UNet2DConditionModel, name: str, path: Path, metadata: dict[str, str] | None = None) -> None:
+def save_adapter(unet: UNet2DConditionModel, name: str, path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write one adapter as a LoRA file for `StableDiffusionPipeline.load_lora_weights`.
 
     The keys are PEFT's and the metadata holds the adapter's config, so that alpha != rank and adapters on all layers
-    are kept. `metadata` is added.
+    are kept. `metadata` is added. The same adapter gives the same bytes. Raises RunError for weights that are not
+    finite, InputError for an adapter that the UNet does not carry.
     """
-    state = get_peft_model_state_dict(unet, adapter_name=name)
-    tensors = {f"unet.{key}": value.detach().cpu().contiguous() for key, value in state.items()}
+    file = _as_file(unet, name, path)
     config = {key: _jsonable(value) for key, value in unet.peft_config[name].to_dict().items()}
-    packed = json.dumps({f"unet.{key}": value for key, value in config.items()}, sort_keys=True)
-    fields = {"format": "pt", LORA_ADAPTER_METADATA_KEY: packed, "digest": digest(tensors)}
-    with whole_file(path) as temporary:
-        save_file(tensors, temporary, {**fields, **(metadata or {})})
+    write_lora(path, file.layers, config, metadata or {})
+
+
+def export_kohya(unet: UNet2DConditionModel, name: str, path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write one adapter in the format of kohya-ss, which ComfyUI, AUTOMATIC1111 and diffusers read."""
+    write_kohya(path, _as_file(unet, name, path, metadata or {}))
+
+
+def load_adapter(unet: UNet2DConditionModel, name: str, path: Path) -> dict[str, str]:
+    """Load a LoRA file, in any form that `lora_files.read_lora` reads, as the adapter `name`; return its metadata.
+
+    Raises InputError, in one line, for a file that is damaged, holds another kind of adapter or is made for another
+    architecture, and for a name that is taken; the UNet is then as it was.
+    """
+    file = _fitted(unet, read_lora(path))
+    if name in adapter_names(unet):
+        raise InputError(f"this UNet has an adapter {name!r} already; delete it or take another name")
+    with torch.random.fork_rng(devices=[]):  # PEFT draws first weights, which are then overwritten
+        unet.load_lora_adapter(file.state(), prefix=None, adapter_name=name, metadata=file.config())
+    loaded = {key: value for key, value in unet.named_parameters() if "lora_" in key and f".{name}." in key}
+    if not_finite(loaded):
+        unet.delete_adapters(name)
+        raise InputError(f"{file.path}: holds numbers that {unet.dtype} cannot; another dtype would do")
+    return file.metadata
+
+
+def _as_file(unet: UNet2DConditionModel, name: str, path: Path, metadata: Mapping[str, str] | None = None) -> LoraFile:
+    """An adapter's layers, with the alpha that PEFT really applies to each."""
+    _check_carried(unet, name)
+    layers = {}
+    for layer_name, layer in unet.named_modules():
+        if isinstance(layer, BaseTunerLayer) and name in layer.lora_A:
+            a, b = layer.lora_A[name].weight.detach().cpu(), layer.lora_B[name].weight.detach().cpu()
+            layers[layer_name] = Layer(a, b, layer.scaling[name] * layer.r[name])
+    return LoraFile(path, layers, dict(metadata or {}))
 
 
 def _jsonable(value):
     return sorted(value) if isinstance(value, set) else value
 
 
-def export_kohya(unet: UNet2DConditionModel, name: str, path: Path) -> None:
-    """Write one adapter in the format of kohya-ss, which ComfyUI, AUTOMATIC1111 and diffusers read."""
-    state = get_peft_model_state_dict(unet, adapter_name=name)
-    tensors = convert_state_dict_to_kohya({f"unet.{key}": value.detach().cpu() for key, value in state.items()})
-    alpha = torch.tensor(float(unet.peft_config[name].lora_alpha))  # the conversion writes the rank as alpha
-    tensors = {key: alpha.clone() if key.endswith(".alpha") else value for key, value in tensors.items()}
-    with whole_file(path) as temporary:
-        save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, {"format": "pt"})
+def _fitted(unet: UNet2DConditionModel, file: LoraFile) -> LoraFile:
+    """The file with the UNet's names for its layers. Raises InputError where a layer or its shape is not the UNet's."""
+    modules = {key.removesuffix(".weight"): value.shape for key, value in base_weights(unet).items()}
+    flat = {name.replace(".", "_"): name for name in modules}
+    layers = {}
+    for found, layer in file.layers.items():
+        name = found if found in modules else flat.get(found)
+        shape = modules.get(name, ())
+        if (layer.a.shape[1:], layer.b.shape[:1]) != (shape[1:], shape[:1]) or layer.b.shape[2:].numel() != 1:
+            raise InputError(f"{file.path}: made for another architecture: {_misfit(found, layer, shape)}")
+        if name in layers:
+            raise InputError(f"{file.path}: {name} is there twice, in two forms")
+        layers[name] = layer
+    return replace(file, layers=layers)
 
 
-def load_adapter(unet: UNet2DConditionModel, name: str, path: Path) -> dict[str, str]:
-    """Load a LoRA file as the adapter `name` and return the file's metadata.
-
-    Raises `DamagedFileError` for a file that is missing, unreadable or does not match its digest (files of
-    `save_adapter` have one, others need none); ValueError for a file made for another architecture.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-            metadata = file.metadata() or {}
-    except (SafetensorError, FileNotFoundError) as error:
-        raise DamagedFileError(f"{path}: not a readable LoRA file ({error})") from None
-    if metadata.get("digest") not in {None, digest(state)}:
-        raise DamagedFileError(f"{path}: contents do not match their digest")
-    if bad := [key for key, value in state.items() if not value.isfinite().all()]:
-        raise DamagedFileError(f"{path}: {len(bad)} of {len(state)} tensors are not finite, the first is {bad[0]}")
-    _check_architecture(unet, state, path)
-    config = json.loads(metadata[LORA_ADAPTER_METADATA_KEY]) if LORA_ADAPTER_METADATA_KEY in metadata else None
-    unet.load_lora_adapter(state, prefix="unet", adapter_name=name, metadata=config)
-    return metadata
-
-
-def _check_architecture(unet: UNet2DConditionModel, state: dict[str, torch.Tensor], path: Path) -> None:
-    modules = dict(unet.named_modules())
-    for key, value in state.items():
-        module_name, _, part = key.removeprefix("unet.").partition(".lora_")
-        module = modules.get(module_name)
-        weight = getattr(getattr(module, "base_layer", module), "weight", None)
-        axis = {"A.weight": 1, "B.weight": 0}.get(part)
-        if axis is None or weight is None or value.shape[axis] != weight.shape[axis]:
-            raise InputError(
-                f"{path}: made for another architecture: {key} {tuple(value.shape)} does not fit this UNet"
-            )
+def _misfit(name: str, layer: Layer, shape: Sequence[int]) -> str:
+    """Why a layer does not fit, and which Stable Diffusion it is for where that shows."""
+    if not shape:
+        return f"unet.{name}: this UNet has no such layer that could carry a LoRA"
+    width, kinds = (
+        layer.a.shape[1],
+        {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"},
+    )
+    if name.replace("_", ".").endswith(("attn2.to.k", "attn2.to.v")) and width in kinds:
+        return f"{kinds[width]}, whose prompts have {width} features; here they have {shape[1]} (unet.{name}.lora_A)"
+    sizes = f"lora_A {tuple(layer.a.shape)} and lora_B {tuple(layer.b.shape)}"
+    return f"unet.{name}: {sizes} do not fit a weight of {tuple(shape)}"

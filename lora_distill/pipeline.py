@@ -1,7 +1,6 @@
 """Stable Diffusion pipelines: load one, encode prompts, decode latents."""
 
 import io
-import json
 import warnings
 from collections.abc import Iterator
 from copy import copy
@@ -13,23 +12,32 @@ import torch
 import transformers.utils.logging
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import CLIPTokenizer
 
 from lora_distill.devices import choose_device, compiled, warn_of_emulation
-from lora_distill.diffusion import PREDICTION_TYPES
-from lora_distill.errors import InputError, MissingError, RunError
+from lora_distill.errors import InputError, MissingError, RunError, one_line
+from lora_distill.pipeline_files import (
+    WEIGHTS,
+    blame,
+    check_bundle,
+    check_folder,
+    check_kind,
+    check_loaded,
+    check_names,
+    weight_files,
+)
 from lora_distill.settings import Settings
 from lora_distill.shapes import BUNDLED, SD15_SHAPE, part_config, pipeline_source, stable_diffusion_15
-from lora_distill.storage import DamagedFileError, atomic_write
+from lora_distill.storage import atomic_write
 
 for library in (diffusers, transformers):
     library.utils.logging.disable_progress_bar()  # loading is short, and the bars would stay in notebooks
 
-PARTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
-WEIGHTS = ("text_encoder", "vae", "unet")  # the parts with weights
 PIXELS = 2**20  # decoded at a time
+FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}  # of pictures, by suffix
+LARGEST_LATENT = 1e4  # guidance of 7.5 makes latents up to 5, guidance of 1000 up to 108
+LARGEST_PIXEL = 1e3  # of a picture in [-1, 1]
 
 
 def pipeline_for(settings: Settings) -> StableDiffusionPipeline:
@@ -59,10 +67,13 @@ def load_pipeline(
         pipe = stable_diffusion_15(CLIPTokenizer.from_pretrained(BUNDLED / "tokenizer"), device, dtype)
     else:
         source = pipeline_source(name)
+        if name == "bundled":
+            check_bundle()
         if isinstance(source, Path):
-            _check_parts(source)
+            check_folder(source)
         _check_kind(source)
         pipe = _from_pretrained(source, dtype)
+        check_loaded(pipe, source)
     if resolution is not None:
         pipe.unet.register_to_config(sample_size=latent_side(pipe, resolution))
     return _prepared(pipe, device)
@@ -76,58 +87,10 @@ def latent_side(pipe: StableDiffusionPipeline, resolution: int) -> int:
     return side
 
 
-def _check_parts(folder: Path) -> None:
-    """Raise FileNotFoundError or ValueError for a folder with a part missing, without weights or with cut ones."""
-    if missing := [part for part in ("model_index.json", *PARTS) if not (folder / part).exists()]:
-        raise MissingError(f"{folder}: not a whole Stable Diffusion pipeline, {', '.join(missing)} missing")
-    for part in WEIGHTS:
-        files = _weights(folder / part)
-        for index in (folder / part).glob("*.safetensors.index.json"):
-            named = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files |= {folder / part / name for name in named.values()}
-        if not files and any((folder / part).glob("*.bin")):
-            raise MissingError(
-                f"{folder / part}: pickled weights (.bin) alone, which are not loaded; a .safetensors file is needed"
-            )
-        if not files:
-            raise MissingError(f"{folder / part}: no weights, a .safetensors file is missing")
-        for file in sorted(files):
-            _check_weights(file)
-
-
-def _weights(part: Path) -> set[Path]:
-    return {path for path in part.glob("*.safetensors") if not path.name.startswith(".")}
-
-
-def _check_weights(file: Path) -> None:
-    try:
-        with safe_open(file, framework="pt"):
-            pass
-    except FileNotFoundError:
-        raise MissingError(f"{file}: missing, though the index beside it names it") from None
-    except SafetensorError as error:
-        raise DamagedFileError(f"{file}: not a whole safetensors file ({error})") from None
-
-
 def _check_kind(source: Path | str) -> None:
-    """Raise ValueError for a pipeline that is not text-to-image on latents, or whose output we cannot read."""
     unet = part_config(UNet2DConditionModel, source, "unet")
     vae = part_config(AutoencoderKL, source, "vae")
-    scheduler = part_config(DDIMScheduler, source, "scheduler")
-    channels, latent = unet.get("in_channels", 4), vae.get("latent_channels", 4)
-    if channels != latent:
-        raise InputError(
-            f"{source}: its UNet takes {channels} channels and latents have {latent}: a pipeline for inpainting or "
-            "another edit; a text-to-image pipeline is needed"
-        )
-    if unet.get("addition_embed_type"):
-        raise InputError(
-            f"{source}: its UNet takes more than a prompt, as Stable Diffusion XL's does; 1 and 2 are read"
-        )
-    kind = scheduler.get("prediction_type", "epsilon")
-    if kind not in PREDICTION_TYPES:
-        known = " or ".join(PREDICTION_TYPES)
-        raise InputError(f"{source}: prediction_type: expected {known} in the scheduler's config, got {kind!r}")
+    check_kind(source, unet, vae, part_config(DDIMScheduler, source, "scheduler"))
 
 
 def _from_pretrained(source: Path | str, dtype: torch.dtype) -> StableDiffusionPipeline:
@@ -137,42 +100,23 @@ def _from_pretrained(source: Path | str, dtype: torch.dtype) -> StableDiffusionP
     reasons = []
     for variant in _variants(source):
         try:
-            pipe = StableDiffusionPipeline.from_pretrained(source, variant=variant, **options)
+            pipe = StableDiffusionPipeline.from_pretrained(source, variant=variant, trust_remote_code=False, **options)
         except Exception as error:  # of any kind: each loader below has its own
-            reasons.append(_one_line(error))
+            if isinstance(source, Path):
+                blame(source)
+            reasons.append(one_line(error))
             continue
         if isinstance(source, Path):
-            _check_whole(pipe, source, variant)
+            check_names(pipe, source, variant)
         return pipe
     raise (InputError if isinstance(source, Path) else MissingError)(f"{source}: cannot be loaded: {reasons[0]}")
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return "weights do not fit the config of their part" if "ignore_mismatched_sizes" in text else text[:300]
-
-
-def _check_whole(pipe: StableDiffusionPipeline, folder: Path, variant: str | None) -> None:
-    """Raise ValueError where files hold fewer tensors than a part has: the others would be random numbers.
-
-    Counted and not compared by name, for old files have other names.
-    """
-    for part in WEIGHTS:
-        every = _weights(folder / part)
-        of_variant = {file for file in every if f".{variant}." in file.name or f".{variant}-" in file.name}
-        files = of_variant or {file for file in every if ".fp16" not in file.name}  # a part may lack the variant
-        names = {name for file in files for name in safe_open(file, "pt").keys()}  # noqa: SIM118
-        there = len([name for name in names if "position_ids" not in name])
-        needed = len([key for key in getattr(pipe, part).state_dict() if "position_ids" not in key])
-        if there < needed:
-            raise InputError(f"{folder / part}: {needed - there} of {needed} tensors are missing from the weights")
 
 
 def _variants(source: Path | str) -> tuple[str | None, ...]:
     """The variants to try: of a folder the one it has, of a hub id first the plain files, then fp16."""
     if not isinstance(source, Path):
         return None, "fp16"
-    only_fp16 = any(all(".fp16" in file.name for file in _weights(source / part)) for part in WEIGHTS)
+    only_fp16 = any(all(".fp16" in file.name for file in weight_files(source / part)) for part in WEIGHTS)
     return ("fp16",) if only_fp16 else (None,)
 
 
@@ -227,6 +171,9 @@ def encoded_prompts(pipe: StableDiffusionPipeline, prompts: list[str], batch_siz
     """`encode_prompts` batch by batch, (b, tokens, dim) each, for more prompts than memory holds."""
     if not prompts:
         raise InputError("no prompts to encode")
+    for prompt in prompts:
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise InputError(f"prompt {prompt!r}: bytes that are no text in UTF-8")
     length = pipe.tokenizer.model_max_length
     cut = sum(len(ids) > length for ids in pipe.tokenizer(prompts).input_ids)
     if cut:
@@ -248,22 +195,28 @@ def decode_latents(pipe: StableDiffusionPipeline, latents: Tensor, batch_size: i
 
     At most `batch_size` at a time, and fewer of large ones: four of 512 x 512.
 
-    Raises RuntimeError for latents or images that are not finite: they would be black pictures.
+    Raises RunError for latents or images that are not finite or far from what a VAE knows: they would be black
+    pictures, or of one colour.
     """
-    _check_finite(latents, "latents", pipe.unet.dtype)
+    _check_sane(latents, "latents", pipe.unet.dtype, LARGEST_LATENT)
     pixels = latents.shape[-2] * latents.shape[-1] * pipe.vae_scale_factor**2
     parts = []
     for batch in latents.split(max(1, min(batch_size, PIXELS // pixels))):
         images = pipe.vae.decode(batch.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor).sample
-        _check_finite(images, "images", pipe.vae.dtype)
+        _check_sane(images, "images", pipe.vae.dtype, LARGEST_PIXEL)
         parts.append(to_uint8(images))
     return np.concatenate(parts)
 
 
-def _check_finite(values: Tensor, name: str, dtype: torch.dtype) -> None:
-    if bad := int((~values.flatten(1).isfinite().all(1)).sum()):
+def _check_sane(values: Tensor, name: str, dtype: torch.dtype, largest: float) -> None:
+    """Raise RunError where one of `values` (n, ...) is not finite or above `largest`."""
+    largest_each = values.detach().float().abs().flatten(1).amax(1)  # nan where one is nan
+    if bad := int((~largest_each.isfinite()).sum()):
         hint = "; float16 overflowed, try bfloat16 or float32" if dtype == torch.float16 else ""
         raise RunError(f"the {name} of {bad} of {len(values)} prompts are not finite{hint}")
+    if bad := int((largest_each > largest).sum()):
+        reached = f"{largest_each.max().item():.1e}"
+        raise RunError(f"the {name} of {bad} of {len(values)} prompts have left all bounds, they reach {reached}")
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
@@ -271,8 +224,19 @@ def to_uint8(images: Tensor) -> np.ndarray:
     return ((images.float() + 1) * 127.5).clamp(0, 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def save_png(images: np.ndarray, path: Path) -> None:
-    """Write images (n, h, w, 3) uint8 side by side as one PNG."""
+def save_picture(images: np.ndarray, path: Path) -> None:
+    """Write images (n, h, w, 3) uint8 side by side as one picture, in the format that the path's suffix says.
+
+    Raises InputError for a suffix that is none of `FORMATS`.
+    """
+    check_suffix(path)
     buffer = io.BytesIO()
-    Image.fromarray(np.concatenate(list(images), axis=1)).save(buffer, format="png")
+    picture = Image.fromarray(np.concatenate(list(images), axis=1))
+    picture.save(buffer, format=FORMATS[path.suffix.lower()], quality=95, lossless=True)
     atomic_write(path, buffer.getvalue())
+
+
+def check_suffix(path: Path) -> None:
+    """Raise InputError for a picture's path whose suffix names no format that is written."""
+    if path.suffix.lower() not in FORMATS:
+        raise InputError(f"{path}: expected a name that ends in {', '.join(FORMATS)}, got {path.suffix!r}")

@@ -1,5 +1,6 @@
 """Sampling in latent space with a diffusers scheduler: two UNet passes a step with guidance, one without."""
 
+import math
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any, Literal
@@ -7,10 +8,7 @@ from typing import Any, Literal
 import torch
 from diffusers import (
     DDIMScheduler,
-    DDPMScheduler,
     DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    KDPM2AncestralDiscreteScheduler,
     LCMScheduler,
     SchedulerMixin,
     StableDiffusionPipeline,
@@ -20,7 +18,7 @@ from tqdm import trange
 
 from lora_distill import diffusion
 from lora_distill.adapters import role
-from lora_distill.errors import InputError
+from lora_distill.errors import InputError, reading
 from lora_distill.pipeline import latent_side
 from lora_distill.settings import Settings
 
@@ -34,7 +32,6 @@ NAMED: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
     ),
     "lcm": (LCMScheduler, {"clip_sample": False, "thresholding": False}),
 }
-RANDOM = (LCMScheduler, DDPMScheduler, EulerAncestralDiscreteScheduler, KDPM2AncestralDiscreteScheduler)
 
 
 @dataclass(frozen=True)
@@ -73,15 +70,14 @@ def build_scheduler(pipe: StableDiffusionPipeline, name: str) -> SchedulerMixin:
 
 
 def _with_timesteps(pipe: StableDiffusionPipeline, sampler: Sampler, device: torch.device | None) -> SchedulerMixin:
-    """The sampler's scheduler, set to its steps. Raises ValueError for more steps than the schedule has."""
+    """The sampler's scheduler, set to its steps. Raises InputError for more or fewer steps than it can take."""
     scheduler = build_scheduler(pipe, sampler.scheduler)
-    try:
-        if sampler.steps > scheduler.config.num_train_timesteps:
-            raise InputError(f"the schedule has {scheduler.config.num_train_timesteps}")
+    most, name = scheduler.config.num_train_timesteps, _scheduler_name(scheduler)
+    if not 1 <= sampler.steps <= most:
+        few = "few" if sampler.steps < 1 else "many"
+        raise InputError(f"steps: {sampler.steps} is too {few} for {name}: the schedule has {most}")
+    with reading(f"steps: {sampler.steps}", f"a number that {name} can take"):
         scheduler.set_timesteps(sampler.steps, device=device)
-    except ValueError as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"steps: {sampler.steps} is too many for {_scheduler_name(scheduler)}: {reason}") from None
     return scheduler
 
 
@@ -101,7 +97,14 @@ def _scheduler_name(scheduler: SchedulerMixin) -> str:
 
 def step_generators(count: int, seed: int) -> list[torch.Generator]:
     """One generator per image for the noise that a scheduler adds in its steps: it does not depend on the batch."""
+    _check_seed(seed)
     return [torch.Generator().manual_seed(seed * 1_000_003 + index + 1) for index in range(count)]
+
+
+def _check_seed(seed: int) -> None:
+    """Raise InputError for a seed of more than 32 bits: PyTorch on a CPU would take the last 32."""
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed: expected 0 to {2**32 - 1}, got {seed}")
 
 
 def initial_noise(pipe: StableDiffusionPipeline, count: int, seed: int, resolution: int | None = None) -> Tensor:
@@ -111,6 +114,7 @@ def initial_noise(pipe: StableDiffusionPipeline, count: int, seed: int, resoluti
     ValueError when it is not a multiple of the VAE's scale factor, 8 for Stable Diffusion.
     """
     side = latent_side(pipe, resolution) if resolution is not None else pipe.unet.config.sample_size
+    _check_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(count, pipe.unet.config.in_channels, side, side, generator=generator)
     return noise.to(pipe.unet.device)
@@ -135,15 +139,17 @@ def sample(
 
     empty_embeds (1, tokens, dim), the embedding of "", is needed for guidance alone. The UNet computes in its dtype;
     guidance and the scheduler's steps are in float32 whatever that is. In float32 equal to the stock pipeline called
-    with the same `latents` and, where the scheduler draws noise, the same list as `generator`. Raises ValueError for
-    such a scheduler without generators, and when `embedded_guidance` is missing or the UNet does not take it.
+    with the same `latents` and, where the scheduler draws noise, the same list as `generator`. Raises InputError for
+    such a scheduler without generators, for a guidance scale that is no number, and when
+    `embedded_guidance` is missing or the UNet does not take it.
     """
+    if not math.isfinite(sampler.guidance_scale):
+        raise InputError(f"guidance_scale: expected a number, got {sampler.guidance_scale}")
     scheduler = _with_timesteps(pipe, sampler, noise.device)
-    if generators is None and _draws_noise(scheduler):
+    if generators is None and _draws_noise(pipe, sampler):
         name = _scheduler_name(scheduler)
         raise InputError(f"the {name} scheduler draws noise at its steps: give one generator an image")
-    takes_generator = "generator" in signature(scheduler.step).parameters
-    noisy_step = {"generator": generators} if takes_generator and generators else {}
+    options = _step_options(scheduler, generators)
     guided_steps = sampler.guided_steps(len(scheduler.timesteps))
     dtype = pipe.unet.dtype
     latents, prompt_embeds = noise.float() * scheduler.init_noise_sigma, prompt_embeds.to(dtype)
@@ -159,12 +165,24 @@ def sample(
             else:
                 x_t = scheduler.scale_model_input(latents, t)
                 output = pipe.unet(x_t.to(dtype), t, prompt_embeds, timestep_cond=timestep_cond).sample.float()
-            latents = scheduler.step(output, t, latents, **noisy_step).prev_sample
+            latents = scheduler.step(output, t, latents, **options).prev_sample
     return latents
 
 
-def _draws_noise(scheduler: SchedulerMixin) -> bool:
-    return isinstance(scheduler, RANDOM) or str(scheduler.config.get("algorithm_type")).startswith("sde")
+def _step_options(scheduler: SchedulerMixin, generators: list[torch.Generator] | None) -> dict[str, Any]:
+    """What stock diffusers hands to a scheduler's step: no noise beyond its own, and generators for that."""
+    offered = {"eta": 0.0, "generator": generators}
+    return {name: value for name, value in offered.items() if name in signature(scheduler.step).parameters}
+
+
+def _draws_noise(pipe: StableDiffusionPipeline, sampler: Sampler) -> bool:
+    """Whether a scheduler's steps draw from PyTorch's generator where they are given none: tried on one number."""
+    scheduler, x = _with_timesteps(pipe, sampler, torch.device("cpu")), torch.ones(1, 1, 1, 1)
+    with torch.random.fork_rng(devices=[]):
+        before = torch.get_rng_state()
+        for t in scheduler.timesteps:
+            x = scheduler.step(torch.zeros_like(x), t, x, **_step_options(scheduler, None)).prev_sample
+        return not torch.equal(torch.get_rng_state(), before)
 
 
 def _embedded_guidance(pipe: StableDiffusionPipeline, sampler: Sampler, count: int) -> Tensor | None:

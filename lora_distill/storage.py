@@ -12,6 +12,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -246,6 +247,15 @@ def sweep(folder: Path) -> None:
                         left.unlink()
 
 
+def check_writable(path: Path) -> None:
+    """Raise OSError, in one line, where a file could not be written, before the work that would make it."""
+    if path.is_dir():
+        raise InputError(f"{path}: a folder; expected the name of a file")
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+
+
 def atomic_write(path: Path, content: bytes | str) -> None:
     """Write a file whole, text as UTF-8. Raises WriteError as `whole_file` does."""
     with whole_file(path) as temporary:
@@ -261,7 +271,24 @@ def save_tensors(
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = metadata or {}
     with whole_file(path, by_any=by_any) as temporary:
-        save_file(tensors, temporary, {**metadata, "digest": _seal(tensors, metadata)})
+        write_safetensors(temporary, tensors, {**metadata, "digest": seal(tensors, metadata)})
+
+
+def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file whose bytes depend on its contents alone: the metadata stand in the order of names.
+
+    safetensors itself writes them in random order.
+    """
+    save_file(tensors, path, metadata)
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) > size:
+            raise RunError(f"{path}: safetensors writes another header than it did")
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -277,7 +304,7 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except SafetensorError as error:
             raise DamagedFileError(f"{path}: not a whole safetensors file ({error})") from None
-    if metadata.pop("digest", None) != _seal(tensors, metadata):
+    if metadata.pop("digest", None) != seal(tensors, metadata):
         raise DamagedFileError(f"{path}: contents do not match their digest")
     return tensors, metadata
 
@@ -291,7 +318,7 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
     return sha.hexdigest()
 
 
-def _seal(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
+def seal(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
     """The digest of a file: of its tensors and its metadata."""
     text = json.dumps(metadata, sort_keys=True)
     return hashlib.sha256((digest(tensors) + text).encode()).hexdigest()

@@ -176,8 +176,12 @@ def test_images_that_are_not_finite_are_an_error_and_no_black_pictures(bundle):
     latents[1, 0, 0, 0] = torch.nan
     with pytest.raises(RuntimeError, match="the latents of 1 of 3 prompts are not finite"):
         decode_latents(bundle, latents)
-    with pytest.raises(RuntimeError, match="the images of 2 of 2 prompts are not finite"):
+    with pytest.raises(RuntimeError, match=r"the latents of 2 of 2 prompts have left all bounds, they reach 3\.0e\+38"):
         decode_latents(bundle, torch.full((2, 4, 8, 8), 3e38))
+    for scale, said in ((1e30, "have left all bounds"), (torch.nan, "are not finite")):
+        bundle.vae.decoder.conv_out.weight.data.fill_(scale)
+        with pytest.raises(RuntimeError, match=f"the images of 2 of 2 prompts {said}"):
+            decode_latents(bundle, torch.ones(2, 4, 8, 8))
 
 
 def test_a_vae_that_asks_for_float32_gets_it_in_fp16(folder, old):

@@ -10,7 +10,8 @@ from PIL import Image
 
 from lora_distill.adapters import add_adapter
 from lora_distill.fingerprint import fingerprint
-from lora_distill.pipeline import BUNDLED, PARTS, decode_latents, encode_prompts, load_pipeline, save_png, to_uint8
+from lora_distill.pipeline import BUNDLED, decode_latents, encode_prompts, load_pipeline, save_picture, to_uint8
+from lora_distill.pipeline_files import PARTS
 
 LONG = "a lion " * 30
 
@@ -87,5 +88,17 @@ def test_decoding_undoes_encoding(bundle):
 
 def test_pictures_are_saved_side_by_side(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (3, 4, 5, 3), dtype=np.uint8)
-    save_png(images, tmp_path / "row.png")
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "row.png")), np.concatenate(list(images), axis=1))
+    for suffix, kind in ((".png", "PNG"), (".PNG", "PNG"), (".webp", "WEBP"), (".jpg", "JPEG"), (".jpeg", "JPEG")):
+        save_picture(images, tmp_path / f"row{suffix}")
+        with Image.open(tmp_path / f"row{suffix}") as picture:
+            assert picture.format == kind and picture.size == (15, 4)
+            exact = np.array_equal(np.asarray(picture), np.concatenate(list(images), axis=1))
+        assert exact or kind == "JPEG"
+    for name in ("row", "row.bmp", "row.txt"):
+        with pytest.raises(ValueError, match=r"expected a name that ends in \.png, \.jpg, \.jpeg, \.webp"):
+            save_picture(images, tmp_path / name)
+
+
+def test_a_prompt_that_is_no_text_is_refused(bundle):
+    with pytest.raises(ValueError, match=r"prompt 'a \\udce9': bytes that are no text in UTF-8"):
+        encode_prompts(bundle, ["a lion", "a \udce9"])

@@ -1,6 +1,8 @@
 """Sampling with the schedulers of diffusers, one by one: the latents of the stock pipeline, and the passes stated."""
 
+import diffusers
 import pytest
+import torch
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -9,8 +11,10 @@ from diffusers import (
     PNDMScheduler,
 )
 
+from lora_distill.errors import InputError
 from lora_distill.pipeline import encode_prompts
-from lora_distill.sampling import Sampler, initial_noise, sample, unet_passes
+from lora_distill.pipeline_files import check_loaded
+from lora_distill.sampling import Sampler, initial_noise, sample, step_generators, unet_passes
 
 PROMPTS = ["a lion left of a bus on a blue background"]
 GUIDED = Sampler(4, 3.0)
@@ -47,3 +51,59 @@ def test_the_unet_passes_are_those_that_are_stated(pipe):
     with pipe.unet.register_forward_pre_hook(lambda module, arguments: rows.append(len(arguments[0]))):
         sampled(pipe)
     assert sum(rows) == unet_passes(pipe, GUIDED)
+
+
+# Of all schedulers of diffusers those that can be made from Stable Diffusion's config and need no further package.
+EVERY = [
+    *("DDIM", "DDIMParallel", "DDPM", "DDPMParallel", "DEISMultistep", "DPMSolverMultistep", "DPMSolverSinglestep"),
+    *("EulerAncestralDiscrete", "EulerDiscrete", "HeunDiscrete", "KDPM2AncestralDiscrete", "KDPM2Discrete", "LCM"),
+    *("PNDM", "SASolver", "TCD", "UniPCMultistep"),
+]
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.filterwarnings("ignore")
+def test_a_seed_gives_one_picture_and_it_is_the_stock_pipeline_s(bundle, name):
+    """Or, without generators, a refusal: nothing is drawn from PyTorch's own generator."""
+    config = {**bundle.scheduler.config, "skip_prk_steps": True}
+    bundle.scheduler = getattr(diffusers, f"{name}Scheduler").from_config(config)
+    noise, embeds = initial_noise(bundle, 2, seed=1), encode_prompts(bundle, ["a lion", "an owl"])
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    once, again = (sample(bundle, Sampler(3), noise, embeds, None, step_generators(2, seed=4)) for _ in range(2))
+    assert torch.equal(once, again) and torch.equal(torch.get_rng_state(), state)
+    options = {"latents": noise, "guidance_scale": 1.0, "num_inference_steps": 3, "output_type": "latent"}
+    theirs = bundle(["a lion", "an owl"], generator=step_generators(2, seed=4), **options).images
+    assert (once - theirs).abs().max() <= 1e-4
+    torch.set_rng_state(state)
+    try:
+        without = sample(bundle, Sampler(3), noise, embeds, None)
+    except InputError as error:
+        assert "draws noise at its steps" in str(error)
+    else:
+        assert torch.equal(without, once) and torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("name", ["CogVideoXDPM", "RePaint", "FlowMatchEulerDiscrete", "EDMEuler"])
+def test_a_scheduler_of_another_kind_is_refused(bundle, name, tmp_path):
+    bundle.scheduler = getattr(diffusers, f"{name}Scheduler").from_config(dict(bundle.scheduler.config))
+    with pytest.raises(InputError, match=rf"scheduler: {name}Scheduler (needs more than|has no alphas_cumprod)"):
+        check_loaded(bundle, tmp_path)
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("steps", [0, 1, 2, 1000, 1001])
+@pytest.mark.filterwarnings("ignore")
+def test_steps_are_taken_or_refused(bundle, name, steps):
+    config = {**bundle.scheduler.config, "skip_prk_steps": True}
+    bundle.scheduler = getattr(diffusers, f"{name}Scheduler").from_config(config)
+    try:
+        assert unet_passes(bundle, Sampler(steps)) >= steps and 1 <= steps <= 1000
+    except InputError as error:
+        assert str(error).startswith(f"steps: {steps}") and "\n" not in str(error)
+
+
+@pytest.mark.parametrize("w", [float("nan"), float("inf")])
+def test_guidance_that_is_no_number_is_refused(bundle, w):
+    with pytest.raises(InputError, match="guidance_scale: expected a number, got"):
+        sample(bundle, Sampler(1, w), initial_noise(bundle, 1, 0), *2 * [encode_prompts(bundle, [""])])

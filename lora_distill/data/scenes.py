@@ -5,9 +5,12 @@ by synthesis, and may find none.
 """
 
 import hashlib
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
 from importlib.resources import files
+from itertools import chain
 
 import numpy as np
 import torch
@@ -143,6 +146,18 @@ def _sample_positions(axis: str, rng: np.random.Generator) -> tuple[tuple[int, i
 
 
 # ---------------------------------------------------------------------------------------------- captions
+
+
+def unknown_words(prompts: Iterable[str]) -> list[str]:
+    """The words of prompts that no caption of this world has, each once, in their order."""
+    templates = [template.format(a="a", rel="an", b="an", bg="") for style in STYLES for template in TEMPLATES[style]]
+    relations = [words for axis in AXES for side in RELATIONS[axis] for words in side]
+    known = {*_words(templates), *_words(relations), *_words(chain(*KINDS.values())), *_words(BACKGROUNDS)}
+    return list(dict.fromkeys(word for word in _words(prompts) if word not in known))
+
+
+def _words(texts: Iterable[str]) -> Iterator[str]:
+    return (word for text in texts for word in re.findall(r"\w+", text.lower()))
 
 
 def captions(scene: Scene, rng: np.random.Generator) -> list[str]:

@@ -19,13 +19,15 @@ from lora_distill.data.encoded import EncodedImages, consistency_batches, image_
 from lora_distill.data.teacher import noised_batches
 from lora_distill.devices import compiled, is_compiled
 from lora_distill.fingerprint import fingerprint
+from lora_distill.lora_files import MADE_BY
 from lora_distill.pipeline import adapter_dtype, encode_prompts, with_unet
-from lora_distill.settings import Settings
+from lora_distill.settings import PACKAGE, Settings
 from lora_distill.storage import cache_key, digest
 from lora_distill.train.loop import Milestones, Schedule, train
 from lora_distill.train.objectives import ConsistencyDistillation, ConsistencyMimicry, Denoising, GuidanceDistillation
 
 RECIPE = 2  # version of recipes, loop and objectives, part of the keys of trainings: raise it when a result changes
+LCM_SAMPLING_STEPS = 4  # of the few that it is trained for, what its LoRA file proposes
 W_EMBEDDING = 256  # features of w that a full LCM takes, as in the published LCM
 
 
@@ -60,7 +62,7 @@ def distil_lora(
     lora = {"rank": settings.lora_rank, "alpha": settings.lora_alpha, "targets": settings.lora_targets}
     plan = schedule(settings, settings.learning_rate)
     log = _distil("lora", pipe, pipe.unet, teacher, settings, plan, folder, milestones, **lora)
-    _save(pipe, name, folder)
+    _save(pipe, name, folder, settings, "guided distillation", plan, {"data": _public(settings.data)})
     return log
 
 
@@ -115,7 +117,9 @@ def train_lcm_lora(
     draw_batch = _batches(pipe, images, settings, settings.guidance_scale, settings.guidance_scale)
     plan = _plan(settings, settings.lcm_lora_learning_rate)
     key = _key(pipe, images, settings)
-    return _fit_adapter(name, objective, draw_batch, pipe, plan, settings, folder, milestones, **key)
+    log = fit(name, objective, draw_batch, pipe, plan, settings, folder, milestones, **key)
+    _save(pipe, name, folder, settings, "LCM-LoRA", plan, {"images": images.key})
+    return log
 
 
 def mimic_lcm(
@@ -134,7 +138,9 @@ def mimic_lcm(
     draw_batch = _batches(pipe, images, settings, settings.guidance_scale, settings.guidance_scale)
     plan = replace(_plan(settings, settings.lcm_lora_learning_rate), ema_decay=0.0)
     key = {**_key(pipe, images, settings), **weights, "lcm": digest(lcm_pipe.unet.state_dict())}
-    return _fit_adapter(name, objective, draw_batch, pipe, plan, settings, folder, milestones, **key)
+    log = fit(name, objective, draw_batch, pipe, plan, settings, folder, milestones, **key)
+    _save(pipe, name, folder, settings, "LCM mimicry", plan, {"images": images.key})
+    return log
 
 
 def finetune_lora(
@@ -153,7 +159,9 @@ def finetune_lora(
     draw_batch = image_batches(images, pipe.scheduler.config.num_train_timesteps)
     plan = replace(_plan(settings, settings.finetune_learning_rate), steps=settings.finetune_steps, ema_decay=0.0)
     key = {"pipeline": fingerprint(pipe), "images": images.key, "rank": rank, "targets": targets}
-    return _fit_adapter(name, objective, draw_batch, pipe, plan, settings, folder, milestones, **key)
+    log = fit(name, objective, draw_batch, pipe, plan, settings, folder, milestones, **key)
+    _save(pipe, name, folder, settings, "fine-tune", plan, {"images": images.key})
+    return log
 
 
 # ---------------------------------------------------------------------------------------------- what they share
@@ -242,26 +250,48 @@ def schedule(settings: Settings, learning_rate: float) -> Schedule:
     )
 
 
-def _fit_adapter(
-    name: str,
-    objective: nn.Module,
-    draw_batch: Callable[[int, int, torch.Generator], dict[str, torch.Tensor]],
+def _save(
     pipe: StableDiffusionPipeline,
-    plan: Schedule,
-    settings: Settings,
+    name: str,
     folder: Path,
-    milestones: Milestones | None,
-    **depends_on,
-) -> list[dict]:
-    log = fit(name, objective, draw_batch, pipe, plan, settings, folder, milestones, **depends_on)
-    _save(pipe, name, folder)
-    return log
-
-
-def _save(pipe: StableDiffusionPipeline, name: str, folder: Path) -> None:
+    settings: Settings,
+    method: str,
+    plan: Schedule,
+    data: dict[str, str],
+) -> None:
     """Write the LoRA file of an adapter; when this returns, every process can read it."""
-    save_adapter(pipe.unet, name, lora_file(folder, name))
+    header = _header(pipe, name, settings, method, plan) | data
+    save_adapter(pipe.unet, name, lora_file(folder, name), header)
     processes.wait()
+
+
+def _header(
+    pipe: StableDiffusionPipeline, name: str, settings: Settings, method: str, plan: Schedule
+) -> dict[str, str]:
+    """What a LoRA file says of itself: its base, how it was trained, and how it is sampled; nothing of this machine."""
+    config = pipe.unet.peft_config[name]
+    w = {} if method == "fine-tune" else {"w": settings.guidance_scale}  # distilled: in the weights, one pass a step
+    few = method.startswith("LCM")
+    said = {
+        MADE_BY: PACKAGE.name,
+        "base": _public(settings.pipeline),
+        "method": method,
+        "trained_steps": plan.steps,
+        "rank": config.r,
+        "alpha": config.lora_alpha,
+        "prediction_type": pipe.scheduler.config.prediction_type,
+        "guidance_scale": 1.0 if w else settings.guidance_scale,
+        "scheduler": "lcm" if few else settings.scheduler,
+        "steps": LCM_SAMPLING_STEPS if few else settings.sampling_steps,
+        "resolution": pipe.unet.config.sample_size * pipe.vae_scale_factor,
+        **w,
+    }
+    return {key: str(value) for key, value in said.items()}
+
+
+def _public(source: str) -> str:
+    """A source without the place that it has on this machine."""
+    return Path(source).name if Path(source).is_absolute() else source
 
 
 def _like(unet: UNet2DConditionModel, copy: UNet2DConditionModel) -> UNet2DConditionModel:

@@ -7,8 +7,10 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from lora_distill.adapters import adapter_names, add_adapter, merged_copy, parameter_counts, role
 from lora_distill.data.teacher import scene_prompts, teacher_set
+from lora_distill.drawing import Wishes, header_wishes
 from lora_distill.judge.judge import Judge, drawn, load_images
 from lora_distill.judge.timing import threads, time_samplers, time_unet
+from lora_distill.lora_files import read_lora
 from lora_distill.pipeline import encode_prompts, load_pipeline, with_unet
 from lora_distill.sampling import Sampler, initial_noise, sample
 from lora_distill.settings import Settings
@@ -46,6 +48,19 @@ def test_the_lora_run_holds_one_w0_and_the_conventional_run_four_more(bundle, te
     before = live_bytes()
     distil_full_copy(bundle, teacher, SETTINGS, tmp_path, milestones=(2, measure, "bytes"))
     assert 2.9 * w0 < max(taken) < 3.1 * w0
+
+
+def test_two_equal_runs_write_equal_bytes_that_say_what_they_are(bundle, teacher, tmp_path):
+    folders = tmp_path / "one", tmp_path / "two"
+    for folder in folders:
+        distil_lora(bundle, teacher, SETTINGS, folder)
+    assert len({(folder / "student.safetensors").read_bytes() for folder in folders}) == 1
+    metadata = read_lora(folders[0] / "student.safetensors").metadata
+    said = {"base": "bundled", "method": "guided distillation", "w": "3.0", "trained_steps": "4", "data": "scenes"}
+    said |= {"rank": "4", "alpha": "4", "scheduler": "own", "steps": "25", "guidance_scale": "1.0", "resolution": "64"}
+    assert metadata.items() >= said.items()
+    assert header_wishes(metadata, "student") == Wishes(25, 1.0, "own", 64)
+    assert str(tmp_path) not in str(metadata)
 
 
 def test_w0_is_untouched_and_at_most_5_percent_are_trained(bundle, teacher, tmp_path):

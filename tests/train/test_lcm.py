@@ -8,6 +8,8 @@ from diffusers import LCMScheduler
 from lora_distill.adapters import adapter_names, adapter_parameters
 from lora_distill.data.captioned import captioned_images
 from lora_distill.data.encoded import Framing, encode_images
+from lora_distill.drawing import Wishes, header_wishes
+from lora_distill.lora_files import read_lora
 from lora_distill.pipeline import encode_prompts, load_pipeline
 from lora_distill.sampling import Sampler, initial_noise, sample, step_generators
 from lora_distill.settings import Settings
@@ -63,7 +65,12 @@ def test_the_phases_put_their_adapters_on_one_w0(bundle, images, tmp_path):
     train_lcm_lora(bundle, images, SETTINGS, tmp_path)
     finetune_lora(bundle, images, SETTINGS, tmp_path, rank=2, targets="attention")
     assert adapter_names(bundle.unet) == ["finetune", "lcm_lora", "mimic"]
-    assert all(lora_file(tmp_path, name).is_file() for name in adapter_names(bundle.unet))
+    said = {name: read_lora(lora_file(tmp_path, name)).metadata for name in adapter_names(bundle.unet)}
+    assert {name: header["method"] for name, header in said.items()} == {
+        "finetune": "fine-tune", "lcm_lora": "LCM-LoRA", "mimic": "LCM mimicry"
+    }  # fmt: skip
+    assert header_wishes(said["lcm_lora"], "lcm") == header_wishes(said["mimic"], "mimic") == Wishes(4, 1.0, "lcm", 64)
+    assert header_wishes(said["finetune"], "finetune") == Wishes(25, 3.0, "own", 64) and "w" not in said["finetune"]
 
 
 def test_a_finished_training_is_read_back_and_another_w_is_another_training(bundle, images, tmp_path):

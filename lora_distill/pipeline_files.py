@@ -1,0 +1,278 @@
+"""Whether a pipeline is whole and one that we can read: its folder before it is loaded, its parts afterwards.
+
+diffusers and transformers fill what a folder lacks with random numbers or an empty vocabulary and go on; here it is
+refused, in one line that names the file.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable
+from copy import deepcopy
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase
+
+from lora_distill.diffusion import PREDICTION_TYPES
+from lora_distill.errors import InputError, MissingError, reading
+from lora_distill.finite import check_finite
+from lora_distill.shapes import BUNDLED
+from lora_distill.storage import DamagedFileError
+
+PARTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
+WEIGHTS = ("text_encoder", "vae", "unet")  # the parts with weights
+CONFIGS = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}  # of the others config.json
+KINDS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+# Pipelines of the same parts, told apart by how they are sampled.
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "LatentConsistencyModelPipeline")
+DIGESTS = BUNDLED.with_name("pipeline.sha256")  # of the bundled pipeline, as sha256sum writes them
+SPARE = re.compile(r"position_ids|text_projection|logit_scale")  # tensors of a text encoder that are not needed
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of a VAE's attention
+
+
+# ---------------------------------------------------------------------------------------------- before loading
+
+
+def check_folder(folder: Path) -> None:
+    """Raise InputError, in one line, for a folder with a file missing, cut, or that is no part of our pipelines."""
+    if missing := [part for part in ("model_index.json", *PARTS) if not (folder / part).exists()]:
+        raise MissingError(f"{folder}: not a whole Stable Diffusion pipeline, {', '.join(missing)} missing")
+    kind = json_table(folder / "model_index.json").get("_class_name")
+    if kind not in PIPELINES:
+        raise InputError(f"{folder / 'model_index.json'}: _class_name: expected {PIPELINES[0]}, got {kind!r}")
+    for part in PARTS:
+        config = json_table(folder / part / CONFIGS.get(part, "config.json"))
+        if part in ("unet", "vae") and config.get("_class_name", KINDS[part].__name__) != KINDS[part].__name__:
+            raise InputError(f"{folder / part}: expected a {KINDS[part].__name__}, got {config['_class_name']!r}")
+    _check_tokenizer(folder / "tokenizer")
+    for part in WEIGHTS:
+        _check_weights(folder / part)
+
+
+def json_table(path: Path) -> dict[str, Any]:
+    """A JSON file that holds a table. Raises InputError, in one line that names the file, for anything else."""
+    with reading(path, "a table in JSON"):
+        found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: expected a table in JSON, got {type(found).__name__}")
+    return found
+
+
+def _check_tokenizer(folder: Path) -> None:
+    """Raise InputError where the vocabulary is missing or damaged: transformers would take an empty one."""
+    if (folder / "tokenizer.json").exists():
+        model = json_table(folder / "tokenizer.json").get("model")
+        vocabulary = model.get("vocab") if isinstance(model, dict) else None
+        place = folder / "tokenizer.json"
+    elif not (folder / "vocab.json").exists() or not (folder / "merges.txt").exists():
+        raise MissingError(f"{folder}: tokenizer.json is missing, and so are vocab.json and merges.txt in its place")
+    else:
+        place, vocabulary = folder / "vocab.json", json_table(folder / "vocab.json")
+        with reading(folder / "merges.txt", "a text of merges in UTF-8"):
+            (folder / "merges.txt").read_text(encoding="utf-8")
+    if not isinstance(vocabulary, dict) or not vocabulary:
+        raise InputError(f"{place}: expected a vocabulary, found none")
+
+
+def weight_files(part: Path) -> set[Path]:
+    """The safetensors files of one part."""
+    return {path for path in part.glob("*.safetensors") if not path.name.startswith(".")}
+
+
+def _check_weights(part: Path) -> None:
+    files = weight_files(part)
+    for index in part.glob("*.safetensors.index.json"):
+        shards = json_table(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(_is_name(shard) for shard in shards.values()):
+            raise InputError(f"{index}: weight_map: expected names of tensors with the names of their files")
+        files |= {part / shard for shard in shards.values()}
+    if not files and any(part.glob("*.bin")):
+        raise MissingError(f"{part}: pickled weights (.bin) alone, which are not loaded; a .safetensors file is needed")
+    if not files:
+        raise MissingError(f"{part}: no weights, a .safetensors file is missing")
+    for file in sorted(files):
+        _check_tensors(file)
+
+
+def _is_name(shard: Any) -> bool:
+    return isinstance(shard, str) and Path(shard).name == shard
+
+
+def _check_tensors(file: Path) -> None:
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except FileNotFoundError:
+        raise MissingError(f"{file}: missing, though the index beside it names it") from None
+    except SafetensorError as error:
+        with file.open("rb") as opened:
+            if opened.read(40).startswith(b"version https://git-lfs"):
+                raise DamagedFileError(f"{file}: a pointer of Git LFS, not the weights: git lfs pull") from None
+        raise DamagedFileError(f"{file}: not a whole safetensors file ({error})") from None
+    except OSError as error:
+        raise DamagedFileError(f"{file}: cannot be read ({error.strerror or error})") from None
+
+
+def check_kind(place: Path | str, unet: dict[str, Any], vae: dict[str, Any], scheduler: dict[str, Any]) -> None:
+    """Raise InputError for a pipeline that is not text-to-image on latents, by the configs of three parts."""
+    channels, latent = unet.get("in_channels", 4), vae.get("latent_channels", 4)
+    if channels != latent:
+        raise InputError(
+            f"{place}: its UNet takes {channels} channels and latents have {latent}: a pipeline for inpainting or "
+            "another edit; a text-to-image pipeline is needed"
+        )
+    if (made := unet.get("out_channels", 4)) != latent:
+        raise InputError(f"{place}: its UNet makes {made} channels and latents have {latent}")
+    if unet.get("addition_embed_type"):
+        raise InputError(f"{place}: its UNet takes more than a prompt, as Stable Diffusion XL's does; 1 and 2 are read")
+    for key in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type"):
+        if unet.get(key):
+            raise InputError(f"{place}: its UNet takes more than a prompt ({key}); Stable Diffusion 1 and 2 are read")
+    kind = scheduler.get("prediction_type", "epsilon")
+    if kind not in PREDICTION_TYPES:
+        known = " or ".join(PREDICTION_TYPES)
+        raise InputError(f"{place}: prediction_type: expected {known} in the scheduler's config, got {kind!r}")
+    _check_betas(scheduler, _join(place, "scheduler"))
+
+
+def _check_betas(config: dict[str, Any], place: str) -> None:
+    """Raise InputError for numbers of which no scheduler can be made; what a config lacks has its default."""
+    count = config.get("num_train_timesteps", 1000)
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise InputError(f"{place}: num_train_timesteps: expected a whole number above 0, got {count!r}")
+    start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+    if config.get("trained_betas") is None and not (
+        _is_number(start) and _is_number(end) and 0 < start < 1 and start <= end < 1
+    ):
+        raise InputError(f"{place}: expected 0 < beta_start <= beta_end < 1, got {start!r} and {end!r}")
+
+
+def check_bundle() -> None:
+    """Raise `DamagedFileError` where a file of the bundled pipeline is not the one that this package came with."""
+    for line in DIGESTS.read_text(encoding="utf-8").splitlines():
+        expected, name = line.split("  ", 1)
+        path = BUNDLED / name
+        if not path.is_file():
+            raise MissingError(f"{path}: missing from the bundled pipeline; install the package again, or git checkout")
+        if _sha256(path) != expected:
+            raise DamagedFileError(f"{path}: altered since it was released; install the package again, or git checkout")
+
+
+def bundle_digests() -> str:
+    """The text of `DIGESTS` for the bundled pipeline as it is: of all files that decide its pictures."""
+    files = [BUNDLED / "model_index.json", *(path for path in BUNDLED.glob("*/*") if path.is_file())]
+    names = sorted(path.relative_to(BUNDLED).as_posix() for path in files)
+    return "".join(f"{_sha256(BUNDLED / name)}  {name}\n" for name in names)
+
+
+def _sha256(path: Path) -> str:
+    content = path.read_bytes()
+    if path.suffix == ".json":  # git may give it the line ends of Windows
+        content = content.replace(b"\r\n", b"\n")
+    return hashlib.sha256(content).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------- after loading
+
+
+def check_loaded(pipe: StableDiffusionPipeline, place: Path | str) -> None:
+    """Raise InputError, in one line, for parts that are of another kind, do not fit together or hold no numbers."""
+    for part, kind in KINDS.items():
+        if not isinstance(getattr(pipe, part), kind):
+            raise InputError(f"{place}: {part}: expected a {kind.__name__}, got {type(getattr(pipe, part)).__name__}")
+        hint = "another download may be whole"
+        check_finite(getattr(pipe, part).state_dict(), _join(place, part), hint, error=DamagedFileError)
+    text, unet, vae = pipe.text_encoder.config, pipe.unet.config, pipe.vae.config
+    if (dim := unet.cross_attention_dim) != text.hidden_size:
+        raise InputError(f"{place}: the UNet takes prompts of {dim} features and they have {text.hidden_size}")
+    scale = vae.scaling_factor
+    if not _is_number(scale) or scale <= 0:
+        raise InputError(f"{_join(place, 'vae')}: scaling_factor: expected a number above 0, got {scale!r}")
+    size = unet.sample_size
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise InputError(f"{_join(place, 'unet')}: sample_size: expected a whole number above 0, got {size!r}")
+    _check_vocabulary(pipe.tokenizer, text, _join(place, "tokenizer"))
+    _check_schedule(pipe.scheduler, _join(place, "scheduler"))
+
+
+def _join(place: Path | str, part: str) -> str:
+    return str(place / part) if isinstance(place, Path) else f"{place}: {part}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, text: CLIPTextConfig, place: str) -> None:
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise InputError(f"{place}: expected CLIP's tokenizer, got {type(tokenizer).__name__}")
+    length, most = tokenizer.model_max_length, text.max_position_embeddings
+    if not isinstance(length, int) or not 2 < length <= most:
+        raise InputError(f"{place}: model_max_length: expected 3 to {most}, as the text encoder takes, got {length!r}")
+    last = max(tokenizer.get_vocab().values(), default=-1)
+    if not 0 <= last < text.vocab_size:
+        raise InputError(
+            f"{place}: {last + 1} tokens where the text encoder has {text.vocab_size}: of another pipeline"
+        )
+    if tokenizer.pad_token_id is None:
+        raise InputError(f"{place}: no pad_token, which fills prompts up")
+
+
+def _check_schedule(scheduler: Any, place: str) -> None:
+    """Raise InputError for a noise schedule that is none: alpha_bar_t falls from almost 1 to almost 0."""
+    alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
+    if alphas_cumprod is None:
+        raise InputError(f"{place}: {type(scheduler).__name__} has no alphas_cumprod, as Stable Diffusion 1 and 2 have")
+    takes = list(signature(scheduler.step).parameters.values())[3:]  # after output, timestep and sample
+    if more := [one.name for one in takes if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]:
+        raise InputError(f"{place}: {type(scheduler).__name__} needs more than the UNet's output: {', '.join(more)}")
+    falling = torch.as_tensor(alphas_cumprod).double()
+    if not bool(falling.isfinite().all() and (falling.diff() <= 0).all() and falling[0] < 1 and falling[-1] >= 0):
+        raise InputError(f"{place}: no noise schedule: alphas_cumprod does not fall from 1 towards 0")
+    with reading(place, "a scheduler that gives timesteps"):
+        deepcopy(scheduler).set_timesteps(min(2, scheduler.config.num_train_timesteps))
+
+
+def blame(folder: Path) -> None:
+    """Raise InputError for the part whose config, or weights beside it, are why a folder cannot be loaded."""
+    for part, kind in KINDS.items():
+        path = folder / part / "config.json"
+        with reading(path, f"a config of {kind.__name__}"), torch.device("meta"):
+            config = json_table(path)
+            model = kind(CLIPTextConfig(**config)) if part == "text_encoder" else kind.from_config(config)
+        needed = {name.removeprefix("text_model."): value.shape for name, value in model.state_dict().items()}
+        for file in sorted(weight_files(folder / part)):
+            for name, value in load_file(file).items():
+                shape = needed.get(name.removeprefix("text_model."), value.shape)
+                if shape != value.shape:
+                    sizes = f"{name} is {tuple(value.shape)}, by config.json {tuple(shape)}"
+                    raise InputError(f"{file}: weights do not fit the config of their part: {sizes}")
+
+
+def check_names(pipe: StableDiffusionPipeline, folder: Path, variant: str | None) -> None:
+    """Raise InputError where files lack tensors that a part has, which would be random, or hold others."""
+    for part in WEIGHTS:
+        every = weight_files(folder / part)
+        of_variant = {file for file in every if f".{variant}." in file.name or f".{variant}-" in file.name}
+        files = of_variant or {file for file in every if ".fp16" not in file.name}  # a part may lack the variant
+        there = _names(name for file in files for name in safe_open(file, "pt").keys())  # noqa: SIM118
+        needed = _names(getattr(pipe, part).state_dict())
+        if lost := needed - there:
+            named = f"{len(lost)} of {len(needed)} tensors are missing from the weights, {min(lost)}"
+            raise InputError(f"{folder / part}: {named}")
+        if more := there - needed:
+            named = f"{len(more)} tensors that its config does not know, {min(more)}"
+            raise InputError(f"{folder / part}: weights and config are of two models: {named}")
+
+
+def _names(names: Iterable[str]) -> set[str]:
+    """Names of tensors in one way of writing, without those that are not needed."""
+    plain = (name.removeprefix("text_model.") for name in names if not SPARE.search(name))
+    return {".".join(OLD_NAMES.get(word, word) for word in name.split(".")) for name in plain}
