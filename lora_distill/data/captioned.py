@@ -25,6 +25,7 @@ from lora_distill.errors import InputError, MissingError
 from lora_distill.storage import cache_key
 
 SPLITS = ("train", "val", "test")
+ALL = "all"  # every image, whatever its split
 WORLD = 1  # version of the drawn scenes, part of the key of their cache: raise it when they change
 DESCRIPTION = {"id": Value("string"), "captions": List(Value("string")), "split": Value("string")}
 SCENE_FEATURES = Features({"image": Image(), **DESCRIPTION, "scene": Value("string")})
@@ -41,6 +42,9 @@ def captioned_images(
 ) -> Dataset:
     """One split (train, val or test) of a source, or its first images, the fraction `share` of them.
 
+    The split "all" is every image of the source, whatever its split: for training on pictures of one's own, where
+    nothing is judged. Its column `split` still says which one an image is in.
+
     A source is "scenes/<style>/<size>" (size 8k or 30k), a folder in a layout of `data.layouts` or with parquet
     files, or a hub id, optionally with a revision: "nlphuji/flickr30k@refs/convert/parquet". Where a source has no
     splits, `split_by_id` makes them; a set in parquet that is one single split, without a column for it, has none.
@@ -51,10 +55,11 @@ def captioned_images(
     `skip_unusable` they are left out with a warning, of two splits the earlier one) and for any other error in the
     source, FileNotFoundError when there is no such source.
     """
-    if split not in SPLITS:
-        raise InputError(f"no split {split!r}; there are {', '.join(SPLITS)}")
+    if split not in (*SPLITS, ALL):
+        raise InputError(f"no split {split!r}; there are {', '.join(SPLITS)}, and {ALL}")
     if bundled := bundled_scenes(source):
-        return scene_dataset(*bundled, split, seed=0, share=share, cache_dir=cache_dir)
+        parts = SPLITS if split == ALL else [split]
+        return concatenate_datasets([scene_dataset(*bundled, part, 0, share, cache_dir) for part in parts])
     dataset = _split_of(source, split, skip_unusable, cache_dir)
     if without and str(without) != str(source) and not bundled_scenes(without):
         dataset = _unseen(dataset, _split_of(without, "test", skip_unusable, cache_dir), source, without)
@@ -222,9 +227,9 @@ def _one_split(rows: list[Row], images: Dataset, split: str, source: str | Path,
     twice: dict[str, None] = {}  # the images that are in two splits
     unsplit = all(row.split is None for row in rows)
     for number, row in enumerate(rows):
-        if row.split is None and not unsplit:
+        if row.split is None and not unsplit and split != ALL:
             raise InputError(f"{row.place}: image {row.image} has no split, but other images have one")
-        if (other := splits.setdefault(row.image, row.split)) != row.split:
+        if (other := splits.setdefault(row.image, row.split)) != row.split and split != ALL:
             if not skip_unusable:
                 elsewhere = rows[first[row.image]].place
                 raise InputError(f"{row.place}: image {row.image} is in {row.split} and in {other} ({elsewhere})")
@@ -237,9 +242,8 @@ def _one_split(rows: list[Row], images: Dataset, split: str, source: str | Path,
         warnings.warn(
             f"{source}: {len(twice)} images are in two splits: {named}; left out of the earlier", stacklevel=4
         )
-    if unsplit:
-        splits = {image: split_by_id(image) for image in splits}
-    chosen = [number for image, number in first.items() if splits[image] == split]
+    splits = {image: own or split_by_id(image) for image, own in splits.items()}
+    chosen = [number for image, number in first.items() if split in (ALL, splits[image])]
     if not chosen:
         counts = {name: list(splits.values()).count(name) for name in SPLITS}
         raise InputError(f"{source}: no images in split {split!r}; there are {counts}")

@@ -339,6 +339,16 @@ class TestSplits:
         with pytest.raises(ValueError, match=r"no images in split 'val'; there are {'train': 1, 'val': 0, 'test': 0}"):
             captioned_images(folder, "val")
 
+    def test_all_is_every_image_whatever_its_split(self, own):
+        folder = own(*(record(name, split=HOME[name]) for name in NAMES))
+        found = captioned_images(folder, "all")
+        assert found["id"][:] == [f"images/{name}" for name in NAMES]
+        check({row["id"].removeprefix("images/"): row for row in found}, HOME)
+
+    def test_all_needs_no_splits_and_minds_none_that_overlap(self, own):
+        folder = own(record(NAMES[0], split="train"), record(NAMES[0], split="test"), record(NAMES[1]))
+        assert captioned_images(folder, "all")["captions"][:] == [CAPTIONS[NAMES[0]] * 2, CAPTIONS[NAMES[1]]]
+
     def test_by_id_has_the_proportions_of_flickr8k(self):
         splits = [split_by_id(f"{i}.jpg") for i in range(8000)]
         assert [round(splits.count(split) / 8000, 2) for split in SPLITS] == [0.75, 0.13, 0.12]
@@ -459,7 +469,7 @@ class TestBadFiles:
             captioned_images(tmp_path, "train")
 
     def test_a_split_that_does_not_exist(self, tmp_path):
-        with pytest.raises(ValueError, match="no split 'dev'; there are train, val, test"):
+        with pytest.raises(ValueError, match="no split 'dev'; there are train, val, test, and all"):
             captioned_images(tmp_path, "dev")
 
 
@@ -485,6 +495,11 @@ class TestScenes:
     def test_the_small_size_is_the_beginning_of_the_large_one(self):
         small, large = (split_scenes("fluent", size, "train", seed=0) for size in ("8k", "30k"))
         assert small == large[: len(small)]
+
+    def test_all_are_the_three_splits(self, monkeypatch, tmp_path):
+        monkeypatch.setitem(scenes.SPLIT_SIZES, "8k", {"train": 4, "val": 2, "test": 1})
+        found = captioned_images("scenes/fluent/8k", "all", cache_dir=tmp_path)
+        assert found["split"][:] == ["train"] * 4 + ["val"] * 2 + ["test"]
 
     def test_there_are_no_others(self):
         with pytest.raises(ValueError, match="no split 'train' of scenes/oil/8k; there are styles noto, fluent; sizes"):
