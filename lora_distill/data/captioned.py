@@ -181,7 +181,7 @@ def local_path(source: str | Path) -> Path | None:
     """The folder or file that a source is, absolute; None if there is none of that name."""
     try:
         path = Path(source).expanduser().absolute()
-        return path if path.exists() else None
+        return path if str(source) and path.exists() else None
     except (RuntimeError, OSError, ValueError):  # a home of nobody, a name too long, a NUL byte
         return None
 

@@ -45,6 +45,7 @@ NO_DATA = {"__macosx", "__pycache__", "@eadir", "#recycle", "$recycle.bin", "los
 IMAGE_FILE = re.compile(rf".+{IMAGE_SUFFIX}", re.IGNORECASE)
 SPLIT_WORD = re.compile(rf"(?:^|[._\- ])({'|'.join(SPLIT_NAMES)})(?=[._\- ]|$)", re.IGNORECASE)
 SPLIT_FILE = re.compile(r"(?:^|[._\-])(train|dev|val|test)(?:Images)?\.txt$", re.IGNORECASE)
+LEMMAS = 8  # rank of Flickr8k's captions in their dictionary forms
 KNOWN = "metadata.jsonl, metadata.csv, dataset.json, *.token, captions.txt, results.csv, a .txt beside each image"
 
 
@@ -75,9 +76,8 @@ def read_folder(
         rows = _with_splits(best, candidates, tree, skip_unusable, notes)
     missing = sorted(tree.images - tree.copies(best.covered))
     if missing:
-        said = (
-            f"{tree.root}: {len(missing)} of {len(tree.images)} images have no caption in {best.name}: {named(missing)}"
-        )
+        count = f"{len(missing)} of {len(tree.images)} images have no caption in {best.name}"
+        said = f"{tree.root}: {count}: {named(missing)}"
         if not skip_unusable:
             raise InputError(f"{said}; give them one, take them away, or set skip_unusable to leave them out")
         notes.append(f"{said}; left out")
@@ -288,8 +288,7 @@ def _kind(name: str) -> tuple[int, Reader, bool] | None:
     if suffix == ".json":
         return 2, json_file, re.fullmatch(r"dataset(_\w+)?\.json", base) is not None
     if "token" in base and suffix not in (".csv", ".tsv", ".py", ".model"):
-        lemmas = "lemma" in base  # Flickr8k's captions in their dictionary forms
-        return 8 if lemmas else 3, token_file, not lemmas
+        return (LEMMAS, token_file, False) if "lemma" in base else (3, token_file, True)
     if base == "captions.txt" or base == "results.csv":
         return 4, table_file, True
     if suffix in (".csv", ".tsv") or (suffix == ".txt" and "caption" in base):
@@ -452,14 +451,13 @@ def _rivals(best: Candidate, candidates: list[Candidate], tree: Tree) -> list[st
     notes = []
     mine = _said(best)
     for other in candidates:
-        if other is best or not other.known:
+        if other is best or other.rank == LEMMAS:
             continue
-        if other.error:
+        if other.error and other.known:
             notes.append(f"{one_line(other.error)}; {best.name} is read in its place")
-        elif len(other.covered) == len(best.covered) and best.covered and _said(other) != mine:
-            notes.append(
-                f"{tree.root}: {best.name} and {other.name} both have captions, and differ; {best.name} is read"
-            )
+        elif not other.error and len(other.covered) == len(best.covered) and best.covered and _said(other) != mine:
+            both = f"{best.name} and {other.name} have captions of the same images, and differ"
+            notes.append(f"{tree.root}: {both}; {best.name} is read")
     return notes
 
 
@@ -536,12 +534,7 @@ def _split_files(best: Candidate, tree: Tree, skip_unusable: bool, notes: list[s
 
 def _by_folders(rows: list[Row], tree: Tree) -> list[Row] | None:
     """The rows with the splits that the images' folders name; None if these name none, or one for all."""
-    words = [
-        next(
-            (SPLIT_NAMES[p.lower()] for p in (row.file or row.image).split("/")[:-1] if p.lower() in SPLIT_NAMES), None
-        )
-        for row in rows
-    ]
+    words = [_folder_word(folder_of(row.file or row.image)) for row in rows]
     if None in words and any(words):
         inside = next(row.image for row, word in zip(rows, words, strict=True) if word)
         outside = next(row.image for row, word in zip(rows, words, strict=True) if not word)

@@ -16,7 +16,7 @@ from lora_distill.data.readers import CAPTION_COLUMNS, Row, checked_captions, ch
 from lora_distill.errors import InputError, MissingError, one_line, reading
 from lora_distill.storage import cache_key
 
-HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")  # what a set on the hub can be called
+HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?(@[\w./-]{1,96})?")  # what a set on the hub can be called
 ID_COLUMNS = ("filename", "file_name", "image_id", "img_id", "id")
 IMAGE = Features({"image": Image()})
 AT_ONCE = 64  # rows that are read at a time
@@ -48,9 +48,8 @@ def read_parquet(tree: Tree, names: Sequence[str], cache_dir: Path | None) -> tu
     """
     words = [split_word(name) for name in names]
     if None in words and any(words):
-        inside, outside = (
-            next(n for n, w in zip(names, words, strict=True) if bool(w) is own) for own in (True, False)
-        )
+        inside = next(name for name, word in zip(names, words, strict=True) if word)
+        outside = names[words.index(None)]
         raise InputError(f"{tree.root}: {inside} is a split by its name, {outside} is not; rename one")
     if len(set(words)) < 2:
         words = [None] * len(names)

@@ -269,7 +269,7 @@ def table_file(path: Path) -> Iterator[Row]:
 def _delimiter(line: str) -> str:
     """What stands between the columns: what gives a name of an image, or of its column, in the first line."""
     for delimiter in (BARS, "|", "\t", ",", ";"):
-        cells = _split(line, delimiter)
+        cells = _split(line, delimiter) if delimiter in line else []
         heads = [_head(cell) for cell in cells]
         if len(cells) > 1 and (is_image_name(_unnumbered(cells[0])) or set(heads) & set(IMAGE_COLUMNS)):
             return delimiter
