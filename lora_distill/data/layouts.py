@@ -287,7 +287,7 @@ def _kind(name: str) -> tuple[int, Reader, bool] | None:
         return 1, parquet_records, base == "metadata.parquet"
     if suffix == ".json":
         return 2, json_file, re.fullmatch(r"dataset(_\w+)?\.json", base) is not None
-    if "token" in base and suffix not in (".csv", ".tsv", ".py", ".model"):
+    if suffix == ".token" or (suffix == ".txt" and "token" in base):
         return (LEMMAS, token_file, False) if "lemma" in base else (3, token_file, True)
     if base == "captions.txt" or base == "results.csv":
         return 4, table_file, True
