@@ -25,7 +25,7 @@ from lora_distill.data import scenes
 from lora_distill.data.layouts import Tree, has_captions, named, read_folder
 from lora_distill.data.parquet import HUB_NAME, image_digests, parquet_sets, read_hub_set, read_parquet
 from lora_distill.data.pictures import content_digest, gradients, problem, raw_images
-from lora_distill.data.readers import Row
+from lora_distill.data.readers import Row, is_text
 from lora_distill.errors import InputError, MissingError
 from lora_distill.settings import PACKAGE
 from lora_distill.storage import cache_key
@@ -71,6 +71,8 @@ def captioned_images(
     dataset = _split_of(source, split, skip_unusable, cache_dir, notes)
     if without and str(without) != str(source) and not bundled_scenes(without):
         dataset = _unseen(dataset, _split_of(without, "test", skip_unusable, cache_dir, notes), source, without)
+    if not len(dataset):
+        raise InputError(f"{source}: all images of split {split!r} are in the test split of {without}")
     dataset = _usable(dataset.select(range(ceil(share * len(dataset)))), source, skip_unusable, notes)
     for note in notes:
         warnings.warn(note, stacklevel=_callers_level())
@@ -214,6 +216,8 @@ def _read(
         return rows, images, {}
     notes += found.notes
     paths = [str(tree.paths[row.file] if row.file else folder / row.image) for row in found.rows]
+    if strange := next((one for one in paths if not is_text(one)), None):
+        raise InputError(f"{strange!a}: its name is not UTF-8; rename it")
     images = Dataset.from_dict({"image": paths}, features=Features({"image": Image()}))
     return found.rows, images, _copies({row.image: path for row, path in zip(found.rows, paths, strict=True)})
 

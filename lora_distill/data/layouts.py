@@ -32,6 +32,7 @@ from lora_distill.data.readers import (
     Reader,
     Row,
     captions_beside,
+    is_image_name,
     json_file,
     json_lines,
     lines_of,
@@ -45,6 +46,7 @@ NO_DATA = {"__macosx", "__pycache__", "@eadir", "#recycle", "$recycle.bin", "los
 IMAGE_FILE = re.compile(rf".+{IMAGE_SUFFIX}", re.IGNORECASE)
 SPLIT_WORD = re.compile(rf"(?:^|[._\- ])({'|'.join(SPLIT_NAMES)})(?=[._\- ]|$)", re.IGNORECASE)
 SPLIT_FILE = re.compile(r"(?:^|[._\-])(train|dev|val|test)(?:Images)?\.txt$", re.IGNORECASE)
+PACKED = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
 LEMMAS = 8  # rank of Flickr8k's captions in their dictionary forms
 KNOWN = "metadata.jsonl, metadata.csv, dataset.json, *.token, captions.txt, results.csv, a .txt beside each image"
 
@@ -72,12 +74,16 @@ def read_folder(
     if best is None:
         return None
     notes, rows = _rivals(best, candidates, tree), best.rows
+    if parquet:
+        notes.append(f"{tree.root}: {best.name} is read, {parquet} rows of pictures in parquet are not")
     if splits:
         rows = _with_splits(best, candidates, tree, skip_unusable, notes)
     missing = sorted(tree.images - tree.copies(best.covered))
     if missing:
         count = f"{len(missing)} of {len(tree.images)} images have no caption in {best.name}"
         said = f"{tree.root}: {count}: {named(missing)}"
+        if absent := list(dict.fromkeys(row.image for row in best.rows if not row.file)):
+            said += f"; {len(absent)} that it names are not there: {named(absent)}"
         if not skip_unusable:
             raise InputError(f"{said}; give them one, take them away, or set skip_unusable to leave them out")
         notes.append(f"{said}; left out")
@@ -86,7 +92,7 @@ def read_folder(
 
 def named(names: Iterable[str]) -> str:
     """The first five of some names."""
-    names = list(names)
+    names = [name.encode("utf-8", "backslashreplace").decode() for name in names]
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
@@ -150,6 +156,11 @@ class Tree:
         return _grouped(self.paths, lambda name: posixpath.basename(name).casefold())
 
     @cached_property
+    def _by_stem(self) -> dict[str, list[str]]:
+        """Images by their names without suffix, as some lists have them."""
+        return _grouped(self.images, lambda name: posixpath.splitext(posixpath.basename(name))[0])
+
+    @cached_property
     def _by_real_path(self) -> dict[str, str]:
         return {os.path.realpath(path): name for name, path in self.paths.items()}
 
@@ -183,6 +194,8 @@ class Tree:
             ]
             if same:
                 return self._one_of(same, near, name, place)
+        if not is_image_name(tail) and (same := self._by_stem.get(tail)):
+            return self._one_of(same, near, name, place)
         return next(filter(None, map(self._elsewhere, inside)), None)
 
     def _relative(self, name: str, place: str) -> str:
@@ -286,7 +299,7 @@ def _kind(name: str) -> tuple[int, Reader, bool] | None:
     if suffix == ".parquet":
         return 1, parquet_records, base == "metadata.parquet"
     if suffix == ".json":
-        return 2, json_file, re.fullmatch(r"dataset(_\w+)?\.json", base) is not None
+        return 2, json_file, re.fullmatch(r"dataset(_flickr\w+|_coco)?\.json", base) is not None
     if suffix == ".token" or (suffix == ".txt" and "token" in base):
         return (LEMMAS, token_file, False) if "lemma" in base else (3, token_file, True)
     if base == "captions.txt" or base == "results.csv":
@@ -348,12 +361,13 @@ def _is_token_file(path: Path) -> bool:
 def _is_beside(name: str, tree: Tree) -> bool:
     """Whether a text lies beside an image of its name."""
     stem, suffix = posixpath.splitext(name)
-    return suffix.lower() in (".txt", ".caption") and stem in tree.stems
+    return suffix.lower() in (".txt", ".caption") and (stem in tree.stems or stem in tree.images)
 
 
 def _beside(tree: Tree, suffix: str, rank: int) -> Candidate | None:
-    pairs = [(image, posixpath.splitext(image)[0] + suffix) for image in sorted(tree.images)]
-    pairs = [(image, text) for image, text in pairs if text in tree.paths]
+    texts = {stem: name for name in tree.paths for stem, end in [posixpath.splitext(name)] if end.lower() == suffix}
+    stems = ((image, (posixpath.splitext(image)[0], image)) for image in sorted(tree.images))
+    pairs = [(image, texts[stem]) for image, both in stems for stem in both if stem in texts]
     if not pairs:
         return None
     found = Candidate([text for _, text in pairs], rank, True)
@@ -429,6 +443,9 @@ def _best(candidates: list[Candidate], tree: Tree, parquet: int) -> Candidate | 
     if best is not None:
         return _one_id_a_file(best)
     tried = next((f"; {one_line(one.error)}" for one in candidates if one.error), "")
+    tried = next((f"; {one.name} names none of them" for one in candidates if not one.error), tried)
+    if packed := next((name for name in tree.paths if name.lower().endswith(PACKED)), None):
+        tried += f"; unpack {packed}"
     raise MissingError(f"{tree.root}: no captions for {len(tree.images)} images; expected {KNOWN} or *.parquet{tried}")
 
 
@@ -507,7 +524,7 @@ def _split_files(best: Candidate, tree: Tree, skip_unusable: bool, notes: list[s
     home: dict[str, tuple[str, str]] = {}
     strange: dict[str, list[str]] = {}
     for name in sorted(tree.paths):
-        found = SPLIT_FILE.search(name)
+        found = SPLIT_FILE.search(posixpath.basename(name))
         if not found or name in best.files or _is_beside(name, tree):
             continue
         for place, line in lines_of(tree.paths[name]):
@@ -516,8 +533,9 @@ def _split_files(best: Candidate, tree: Tree, skip_unusable: bool, notes: list[s
             if key not in best.covered and image not in ids:
                 strange.setdefault(name, []).append(image)
                 continue
-            other = home.setdefault(key, (SPLIT_NAMES[found[1].lower()], name))[1]
-            if other != name:
+            split = SPLIT_NAMES[found[1].lower()]
+            first, other = home.setdefault(key, (split, name))
+            if first != split:
                 raise InputError(
                     f"{place}: image {image} is also in {posixpath.basename(other)}; splits must not share images"
                 )

@@ -33,8 +33,11 @@ def parquet_sets(tree: Tree, only: str | None = None) -> tuple[list[str], int, l
             _caption_columns(schema.names, str(tree.paths[name]))
             if not (pa.types.is_struct(kind := schema.field("image").type) or _is_binary(kind)):
                 continue  # names of images: `layouts` reads them
+            rows = pq.read_metadata(tree.paths[name]).num_rows
+            if not rows:
+                raise InputError(f"{tree.paths[name]}: holds no rows")
             fitting.append(name)
-            count += pq.read_metadata(tree.paths[name]).num_rows
+            count += rows
         except InputError as error:
             problems.append(error)
     return fitting, count, problems

@@ -21,7 +21,7 @@ SPLIT_NAMES = {
     **dict.fromkeys(("test", "testing"), "test"),
 }
 IMAGE_COLUMNS = ("file_name", "filename", "image", "image_name", "image_path", "image_file", "path", "file", "img")
-CAPTION_COLUMNS = ("captions", "caption", "text", "comment", "sentence", "description")
+CAPTION_COLUMNS = ("captions", "caption", "text", "comment", "sentence", "description", "raw")
 NUMBERED_CAPTION = re.compile(r"caption_?\d+")
 IMAGE_SUFFIX = r"\.(jpe?g?|jfif|a?png|webp|gif|bmp|tiff?|avif|hei[cf]|jp2|jxl|p[bgnp]m|tga)"
 IMAGE_NAME = re.compile(rf".*{IMAGE_SUFFIX}(\.\d+)?", re.IGNORECASE | re.DOTALL)  # .jpg.1 is in Flickr8k
@@ -55,7 +55,7 @@ def checked_captions(captions: object, place: str) -> list[str]:
     Raises ValueError for anything else.
     """
     texts = [captions] if isinstance(captions, str) else captions
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+    if not isinstance(texts, list) or not all(isinstance(text, str) and is_text(text) for text in texts):
         raise InputError(f"{place}: expected captions, none of them empty, got {_short(captions)}")
     return [text.strip() for text in texts]
 
@@ -82,6 +82,11 @@ def lines_of(path: Path) -> Iterator[tuple[str, str]]:
     for number, line in enumerate(LINE_END.split(text_of(path)), 1):
         if line.strip():
             yield f"{path}, line {number}", line
+
+
+def is_text(text: str) -> bool:
+    """Whether a text has no half of a character, which JSON can say and UTF-8 cannot."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def is_image_name(name: str) -> bool:
@@ -118,7 +123,7 @@ RECORD = '{"file_name": ..., "captions": [...]} or {"file_name": ..., "text": ..
 def record_row(record: object, place: str) -> Row:
     """The row of one record: a name of an image, captions, and a split or none."""
     image, columns = columns_of(record, place) if isinstance(record, dict) else (None, [])
-    if image is None or not columns or not isinstance(record[image], str):
+    if image is None or not columns or not isinstance(record[image], str) or not is_text(record[image]):
         raise InputError(f"{place}: expected {RECORD}")
     values = [record[column] for column in columns if record[column] is not None]
     captions = [text for value in values for text in checked_captions(value, place)]
@@ -162,7 +167,10 @@ def json_file(path: Path) -> Iterator[Row]:
     elif isinstance(content, dict) and "images" in content:
         yield from _karpathy(content, path)
     elif isinstance(content, dict) and content and all(map(is_image_name, content)):
-        for image, captions in content.items():
+        for image, said in content.items():
+            captions = (
+                said.get("caption", said.get("text")) if isinstance(said, dict) else said
+            )  # kohya's meta_cap.json
             yield Row(place := f"{path}, image {image}", image, checked_captions(captions, place))
     else:
         raise InputError(f"{path}: expected {KARPATHY}")
@@ -175,7 +183,7 @@ def _karpathy(content: dict, path: Path) -> Iterator[Row]:
             for r in content["images"]
         ]
         texts = [[sentence["raw"] for sentence in sentences] for _, _, sentences in fields]
-        assert all(isinstance(image, str) for image, _, _ in fields)
+        assert all(isinstance(image, str) and is_text(image) for image, _, _ in fields)
     except (KeyError, TypeError, AttributeError, AssertionError):
         raise InputError(f"{path}: expected {KARPATHY}") from None
     for (image, split, _), captions in zip(fields, texts, strict=True):
@@ -188,7 +196,9 @@ def _coco(content: dict, path: Path) -> Iterator[Row]:
     try:
         names = {image["id"]: image["file_name"] for image in content["images"]}
         fields = [(names[one["image_id"]], one["caption"]) for one in content["annotations"]]
-        assert all(isinstance(image, str) for image in names.values()) and len(names) == len(content["images"])
+        assert all(isinstance(image, str) and is_text(image) for image in names.values()) and len(names) == len(
+            content["images"]
+        )
     except (KeyError, TypeError, AssertionError):
         raise InputError(f"{path}: expected {expected}") from None
     for image, caption in fields:
@@ -245,7 +255,7 @@ class _Columns:
     captions: list[int]
     split: int | None
     width: int
-    lists: bool = False  # the column is called captions: a cell may be a list in JSON
+    lists: bool = False  # the column is called captions or raw: a cell may be a list in JSON
 
 
 def table_file(path: Path) -> Iterator[Row]:
@@ -337,7 +347,7 @@ def _columns(records: list[tuple[str, str, list[str]]], path: Path, line: int) -
             raise InputError(f"{place}: two columns are called {twice[0]}")
         split = heads.index("split") if "split" in heads else None
         where = [heads.index(caption) for caption in captions]
-        return _Columns(heads.index(image), where, split, len(cells), captions == ["captions"]), True
+        return _Columns(heads.index(image), where, split, len(cells), captions in (["captions"], ["raw"])), True
     if len(cells) > 1 and is_image_name(_unnumbered(cells[0])):
         numbered = all(len(cells) > 2 and cells[1].strip().isdecimal() for _, _, cells in records)
         width = 3 if numbered else 2

@@ -190,6 +190,27 @@ class TestOwnPictures:
         (tmp_path / "set.zip").write_bytes(b"PK")
         refused(tmp_path / "set.zip", "set.zip: expected a folder, a parquet file or a file with captions")
 
+    @pytest.mark.parametrize("name", ["{stem}.TXT", "{stem}.jpg.txt", "{stem}.Caption"])
+    def test_a_text_beside_each_picture_by_other_names(self, tmp_path, name):
+        pictures(tmp_path)
+        for image in IMAGES:
+            text(tmp_path / name.format(stem=Path(image).stem), SAID[image])
+        assert everything(tmp_path) == ALL
+
+    def test_kohyas_json_and_the_hubs_table_of_flickr30k(self, tmp_path):
+        pictures(tmp_path)
+        path = tmp_path / "meta_cap.json"
+        path.write_text(json.dumps({image: {"caption": said} for image, said in SAID.items()}), encoding="utf-8")
+        assert everything(tmp_path) == ALL
+        path.unlink()
+        rows = (f'"[""{SAID[i]}""]","[1, 2]",{HOME[i]},{i},{n}' for n, i in enumerate(IMAGES))
+        text(tmp_path / "flickr_annotations_30k.csv", "raw,sentids,split,filename,img_id", *rows)
+        assert whole(tmp_path) == AT_HOME
+
+    def test_what_is_packed_is_named(self, tmp_path):
+        (tmp_path / "flickr8k.zip").write_bytes(b"PK")
+        refused(tmp_path, "no captions for 0 images; .*; unpack flickr8k.zip")
+
 
 class TestTelling:
     """Which files count is decided by the images that they name."""
@@ -445,6 +466,23 @@ class TestNothingLost:
         with pytest.warns(UserWarning, match="have no captions in captions.txt; left out"):
             assert whole(tmp_path, skip_unusable=True) == AT_HOME
 
+    @pytest.mark.parametrize("form", ["{stem}.jpg", "{stem}", "./images/{stem}.jpg", "images\\{stem}.jpg"])
+    def test_lists_of_splits_by_other_names(self, tmp_path, form):
+        """As Flickr30k Entities has them: train.txt, val.txt and test.txt, of names or numbers."""
+        pictures(tmp_path / "images")
+        text(tmp_path / "captions.txt", "image,caption", *(f'{image},"{SAID[image]}"' for image in IMAGES))
+        for split in SPLITS:
+            mine = [form.format(stem=Path(image).stem) for image in IMAGES if HOME[image] == split]
+            text(tmp_path / "lists" / f"{split}.txt", *mine)
+        assert whole(tmp_path) == AT_HOME
+
+    def test_one_list_in_two_folders(self, tmp_path):
+        pictures(tmp_path, IMAGES[:2])
+        text(tmp_path / "captions.txt", "g0.jpg,a", "g1.jpg,b")
+        for folder in "ab":
+            text(tmp_path / folder / "trainImages.txt", "g0.jpg", "g1.jpg")
+        assert whole(tmp_path) == {0: (["a"], "train"), 1: (["b"], "train")}
+
     def test_split_files_with_blanks_and_paths(self, tmp_path):
         picture(tmp_path / "images" / "my dog 1.jpg", 0), picture(tmp_path / "images" / "1.jpg", 1)
         text(tmp_path / "captions.txt", "my dog 1.jpg,a", "1.jpg,b")
@@ -677,6 +715,18 @@ class TestParquet:
         picture(tmp_path / "preview.png", 77)
         with pytest.warns(UserWarning, match=r"data/train.parquet is read, 1 images beside it are not: preview.png"):
             assert everything(tmp_path, cache_dir=tmp_path / "c") == ALL
+
+    def test_pictures_in_parquet_and_the_same_number_beside_it(self, tmp_path):
+        pictures(tmp_path / "images")
+        records(tmp_path / "metadata.jsonl", IMAGES)
+        self.table(tmp_path / "x.parquet", range(COUNT), said=str)
+        with pytest.warns(UserWarning, match="metadata.jsonl is read, 12 rows of pictures in parquet are not"):
+            assert everything(tmp_path) == ALL
+
+    def test_a_table_without_rows(self, tmp_path):
+        self.table(tmp_path / "x.parquet", [0])
+        pq.write_table(pq.read_table(tmp_path / "x.parquet").slice(0, 0), tmp_path / "x.parquet")
+        refused(tmp_path, "x.parquet: holds no rows")
 
     def test_a_file_written_anew_is_read_anew(self, tmp_path):
         path = self.table(tmp_path / "a.parquet", range(3))
