@@ -466,13 +466,14 @@ def _one_id_a_file(best: Candidate) -> Candidate:
 def _rivals(best: Candidate, candidates: list[Candidate], tree: Tree) -> list[str]:
     """A sentence for each other layout that fits as well and says something else, or that cannot be read."""
     notes = []
-    mine = _said(best)
     for other in candidates:
         if other is best or other.rank == LEMMAS:
             continue
         if other.error and other.known:
             notes.append(f"{one_line(other.error)}; {best.name} is read in its place")
-        elif not other.error and len(other.covered) == len(best.covered) and best.covered and _said(other) != mine:
+        elif (
+            not other.error and len(other.covered) == len(best.covered) and best.covered and _said(other) != _said(best)
+        ):
             both = f"{best.name} and {other.name} have captions of the same images, and differ"
             notes.append(f"{tree.root}: {both}; {best.name} is read")
     return notes

@@ -86,7 +86,11 @@ def lines_of(path: Path) -> Iterator[tuple[str, str]]:
 
 def is_text(text: str) -> bool:
     """Whether a text has no half of a character, which JSON can say and UTF-8 cannot."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def is_image_name(name: str) -> bool:
