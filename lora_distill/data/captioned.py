@@ -6,29 +6,36 @@ Every source gives a `datasets.Dataset` of one split with the columns `id` (text
 
 import hashlib
 import json
+import os
 import re
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from io import BytesIO
+from contextlib import suppress
+from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-import PIL.Image
-from datasets import Dataset, Features, Image, List, Value, concatenate_datasets, load_dataset
+from datasets import Dataset, Features, Image, List, Value, concatenate_datasets
 from datasets.config import HF_DATASETS_CACHE
 
 from lora_distill import processes
 from lora_distill.data import scenes
-from lora_distill.data.layouts import Row, checked_captions, checked_split, read_caption_file
+from lora_distill.data.layouts import Tree, has_captions, named, read_folder
+from lora_distill.data.parquet import HUB_NAME, image_digests, parquet_sets, read_hub_set, read_parquet
+from lora_distill.data.pictures import content_digest, gradients, problem, raw_images
+from lora_distill.data.readers import Row, is_text
 from lora_distill.errors import InputError, MissingError
+from lora_distill.settings import PACKAGE
 from lora_distill.storage import cache_key, cached_folder
 
 SPLITS = ("train", "val", "test")
 ALL = "all"  # every image, whatever its split
+__all__ = ["bundled_scenes", "captioned_images", "image_digests", "scene_dataset", "set_names", "split_by_id"]
 WORLD = 1  # version of the drawn scenes, part of the key of their cache: raise it when they change
 DESCRIPTION = {"id": Value("string"), "captions": List(Value("string")), "split": Value("string")}
 SCENE_FEATURES = Features({"image": Image(), **DESCRIPTION, "scene": Value("string")})
@@ -49,24 +56,38 @@ def captioned_images(
     nothing is judged. Its column `split` still says which one an image is in.
 
     A source is "scenes/<style>/<size>" (size 8k or 30k), a folder in a layout of `data.layouts` or with parquet
-    files, or a hub id, optionally with a revision: "nlphuji/flickr30k@refs/convert/parquet". Where a source has no
-    splits, `split_by_id` makes them; a set in parquet that is one single split, without a column for it, has none.
+    files, one such file, or a hub id, optionally with a revision: "nlphuji/flickr30k@refs/convert/parquet". Where a
+    source has no splits, `split_by_id` makes them; a set that is one single split, without a column for it, has none.
     `without` is another source, whose test split is judged: photographs that are in it are left out, and one line says
     how many (Flickr30k has all of Flickr8k).
 
-    Raises ValueError with number and names of images that are missing, cannot be decoded or are in two splits (with
-    `skip_unusable` they are left out with a warning, of two splits the earlier one) and for any other error in the
-    source, FileNotFoundError when there is no such source.
+    Raises ValueError with number and names of images that are missing, cannot be decoded, have no caption or are in
+    two splits (with `skip_unusable` they are left out with a warning, of two splits the earlier one) and for any other
+    error in the source, FileNotFoundError when there is no such source.
     """
     if split not in (*SPLITS, ALL):
         raise InputError(f"no split {split!r}; there are {', '.join(SPLITS)}, and {ALL}")
     if bundled := bundled_scenes(source):
         parts = SPLITS if split == ALL else [split]
         return concatenate_datasets([scene_dataset(*bundled, part, 0, share, cache_dir) for part in parts])
-    dataset = _split_of(source, split, skip_unusable, cache_dir)
+    notes: list[str] = []
+    dataset = _split_of(source, split, skip_unusable, cache_dir, notes)
     if without and str(without) != str(source) and not bundled_scenes(without):
-        dataset = _unseen(dataset, _split_of(without, "test", skip_unusable, cache_dir), source, without)
-    return _usable(dataset.select(range(ceil(share * len(dataset)))), source, skip_unusable)
+        dataset = _unseen(dataset, _split_of(without, "test", skip_unusable, cache_dir, notes), source, without)
+    if not len(dataset):
+        raise InputError(f"{source}: all images of split {split!r} are in the test split of {without}")
+    dataset = _usable(dataset.select(range(ceil(share * len(dataset)))), source, skip_unusable, notes)
+    for note in notes:
+        warnings.warn(note, stacklevel=_callers_level())
+    return dataset
+
+
+def _callers_level() -> int:
+    """The `stacklevel` by which a warning of the calling function names the line that called this package."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and Path(frame.f_code.co_filename).is_relative_to(PACKAGE):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def bundled_scenes(source: str | Path) -> tuple[str, str] | None:
@@ -88,24 +109,21 @@ def set_names(*sources: str) -> list[str]:
 def _set_name(source: str) -> str:
     if bundled := bundled_scenes(source):
         return bundled[1]
-    folder = Path(source).expanduser()
-    parts = [folder.name, *(path.name for path in folder.iterdir())] if folder.is_dir() else [source]
+    path = local_path(source)
+    parts = [path.stem if path and path.is_file() else path.name] if path else [source]
+    parts += [inside.name for inside in path.iterdir()] if path and path.is_dir() else []
     plain = [re.sub(r"[^a-z0-9]", "", part.lower()) for part in parts]
     for name, known in (("30k", r"flickr30k|results20130124"), ("8k", r"flicke?r8k")):
         if any(re.search(known, part) for part in plain):
             return name
-    return re.sub(r"\W+", "_", Path(source.partition("@")[0]).name).strip("_") or "images"
+    name = parts[0] if path else Path(source.partition("@")[0]).name
+    return re.sub(r"\W+", "_", name).strip("_") or "images"
 
 
-def _split_of(source: str | Path, split: str, skip_unusable: bool, cache_dir: Path | None) -> Dataset:
+def _split_of(source: str | Path, split: str, skip_unusable: bool, cache_dir: Path | None, notes: list[str]) -> Dataset:
     """One split of photographs, before it is looked at whether they can be decoded."""
-    folder = Path(source).expanduser()
-    if folder.is_dir() and not any(folder.rglob("*.parquet")):
-        rows, paths = read_caption_file(folder)
-        images = Dataset.from_dict({"image": [str(path) for path in paths]}, features=Features({"image": Image()}))
-    else:
-        rows, images = _read_hub_set(str(folder if folder.is_dir() else source), cache_dir)
-    return _one_split(rows, images, split, source, skip_unusable)
+    rows, images, copies = _read(source, split, skip_unusable, cache_dir, notes)
+    return _one_split(rows, images, copies, split, source, skip_unusable, notes)
 
 
 def split_by_id(image: str) -> str:
@@ -169,133 +187,180 @@ def split_scenes(style: str, size: str, split: str, seed: int) -> list[scenes.Sc
     return free[: sizes[split]]
 
 
-# ---------------------------------------------------------------------------------------------- sets in parquet
-
-ID_COLUMNS = ("filename", "file_name", "image_id", "img_id", "id")
-CAPTION_COLUMNS = ("captions", "caption", "text")
+# ---------------------------------------------------------------------------------------------- where the images are
 
 
-def _read_hub_set(source: str, cache_dir: Path | None) -> tuple[list[Row], Dataset]:
-    """The rows and images of a set in parquet, from a folder or the hub.
-
-    Its splits are those of the column `split` if there is one (nlphuji/flickr30k has all rows in the split "test", and
-    a column with the real ones), else those of the set if it has more than one.
-    """
-    name, _, revision = source.partition("@")
+def local_path(source: str | Path) -> Path | None:
+    """The folder or file that a source is, absolute; None if there is none of that name."""
     try:
-        parts = load_dataset(name, revision=revision or None, cache_dir=cache_dir and str(cache_dir))
-    except RuntimeError as error:
-        if "scripts are no longer supported" not in str(error):
-            raise
-        raise InputError(f"{name} is a loading script; its parquet copy is {name}@refs/convert/parquet") from None
-    except (FileNotFoundError, ConnectionError) as error:
-        raise MissingError(f"{source}: no such folder, nor a set on the hub that can be reached") from error
-    rows: list[Row] = []
-    for part, table in parts.items():
-        split = checked_split(part, source) if len(parts) > 1 else None
-        rows += _table_rows(table, f"{source}, {part}", split)
-    images = [table.select_columns("image").cast_column("image", Image()) for table in parts.values()]
-    return rows, concatenate_datasets(images)
+        path = Path(source).expanduser().absolute()
+        return path if str(source) and path.exists() else None
+    except (RuntimeError, OSError, ValueError):  # a home of nobody, a name too long, a NUL byte
+        return None
 
 
-def _table_rows(table: Dataset, place: str, split: str | None) -> Iterator[Row]:
-    """The rows of a table with the column image, and captions in caption_0, caption_1, ... or in one column."""
-    columns = table.column_names
-    caption_columns = sorted(name for name in columns if re.fullmatch(r"caption_\d+", name))
-    caption_columns = caption_columns or [name for name in CAPTION_COLUMNS if name in columns][:1]
-    if "image" not in columns or not caption_columns:
-        expected = f"image, and caption_0, caption_1, ... or one of {', '.join(CAPTION_COLUMNS)}"
-        raise InputError(f"{place}: expected the columns {expected}; it has {', '.join(columns)}")
-    id_column = next((name for name in ID_COLUMNS if name in columns), None)
-    texts = table.select_columns([name for name in columns if name in (*caption_columns, id_column, "split")])
-    ids = (str(text[id_column]) for text in texts) if id_column else image_digests(table)
-    for number, (image, text) in enumerate(zip(ids, texts, strict=True)):
-        row = f"{place}, row {number}"
-        captions = [text[name] for name in caption_columns if text[name] is not None]
-        captions = captions[0] if captions and isinstance(captions[0], list) else captions
-        own_split = checked_split(text["split"], row) if "split" in text else split
-        yield Row(row, image, checked_captions(captions, row), own_split)
+def _read(
+    source: str | Path, split: str, skip_unusable: bool, cache_dir: Path | None, notes: list[str]
+) -> tuple[list[Row], Dataset, dict[str, str]]:
+    """Rows and images of a source, and a digest of content for each image that may have a copy under another name."""
+    path = local_path(source)
+    if path is None:
+        if not HUB_NAME.fullmatch(str(source)):
+            raise MissingError(f"{source}: no such file or folder, and not the name of a set on the hub")
+        return *read_hub_set(str(source), cache_dir), {}
+    folder, only = (path, None) if path.is_dir() else (path.parent, path.name)
+    if only and not has_captions(only):
+        raise InputError(f"{path}: expected a folder, a parquet file or a file with captions")
+    tree = Tree(folder, only if only and only.endswith(".parquet") else None)
+    sets, count, problems = parquet_sets(tree, only)
+    try:
+        found = read_folder(tree, skip_unusable=skip_unusable, splits=split != ALL, only=only, parquet=count)
+    except MissingError:
+        if problems:
+            raise problems[0] from None
+        raise
+    if found is None:
+        rows, images = read_parquet(tree, sets, cache_dir)
+        if tree.images:
+            beside = f"{len(tree.images)} images beside it are not: {named(sorted(tree.images))}"
+            notes.append(f"{folder}: {sets[0]} is read, {beside}")
+        return rows, images, {}
+    notes += found.notes
+    paths = [str(tree.paths[row.file] if row.file else folder / row.image) for row in found.rows]
+    if strange := next((one for one in paths if not is_text(one)), None):
+        raise InputError(f"{strange!a}: its name is not UTF-8; rename it")
+    images = Dataset.from_dict({"image": paths}, features=Features({"image": Image()}))
+    return found.rows, images, _copies({row.image: path for row, path in zip(found.rows, paths, strict=True)})
 
 
-def image_digests(table: Dataset) -> Iterator[str]:
-    """A digest of the file of each image, in the order of the rows."""
-    for number, row in enumerate(table.select_columns("image").cast_column("image", Image(decode=False))):
-        if (image := row["image"]) is None:  # it is named later, with all that cannot be used
-            yield f"none at row {number}"
-            continue
-        content = Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
-        yield hashlib.sha256(content).hexdigest()[:16]
+def _copies(paths: dict[str, str]) -> dict[str, str]:
+    """A digest for each image whose file has the size of another one's: most files need not be read."""
+    sizes: dict[int, list[str]] = {}
+    for image, path in paths.items():
+        with suppress(OSError, ValueError):  # it is missing
+            sizes.setdefault(os.stat(path).st_size, []).append(image)
+    alike = [image for group in sizes.values() if len(group) > 1 for image in group]
+    digests = {image: content_digest({"bytes": None, "path": paths[image]}) for image in alike}
+    return {image: digest for image, digest in digests.items() if digest}
 
 
 # ---------------------------------------------------------------------------------------------- selection of a split
 
 
-def _one_split(rows: list[Row], images: Dataset, split: str, source: str | Path, skip_unusable: bool) -> Dataset:
-    """The images of a split with their captions; `rows` and `images` have the same order, and may repeat an image."""
-    captions: dict[str, list[str]] = {}
-    splits: dict[str, str | None] = {}
-    first: dict[str, int] = {}  # the first row of each image
-    twice: dict[str, None] = {}  # the images that are in two splits
-    unsplit = all(row.split is None for row in rows)
+@dataclass
+class _Picture:
+    """One image: its first row, its captions, and the splits that its rows say, with the place of each."""
+
+    first: int
+    captions: list[str]
+    places: dict[str | None, str]
+
+
+def _pictures(rows: list[Row], source: str | Path, skip_unusable: bool, notes: list[str]) -> dict[str, _Picture]:
+    """All images by their ids, without those that have no caption, which are an error unless they may be left out."""
+    pictures: dict[str, _Picture] = {}
+    blank: dict[str, Row] = {}
     for number, row in enumerate(rows):
-        if row.split is None and not unsplit and split != ALL:
-            raise InputError(f"{row.place}: image {row.image} has no split, but other images have one")
-        if (other := splits.setdefault(row.image, row.split)) != row.split and split != ALL:
-            if not skip_unusable:
-                elsewhere = rows[first[row.image]].place
-                raise InputError(f"{row.place}: image {row.image} is in {row.split} and in {other} ({elsewhere})")
-            twice[row.image] = None
-            splits[row.image] = max(row.split, other, key=SPLITS.index)  # what is judged is not trained on
-        captions.setdefault(row.image, []).extend(row.captions)
-        first.setdefault(row.image, number)
+        picture = pictures.setdefault(row.image, _Picture(number, [], {}))
+        picture.places.setdefault(row.split, row.place)
+        picture.captions += [caption for caption in row.captions if caption]
+        if not row.captions or not all(row.captions):
+            blank.setdefault(row.image, row)
+    if blank and not skip_unusable:
+        row, more = next(iter(blank.values())), f" (and {len(blank) - 1} more images)" if len(blank) > 1 else ""
+        raise InputError(f"{row.place}: expected captions, none of them empty, got {row.captions!r}{more}")
+    if blank:
+        notes.append(f"{source}: {len(blank)} images have an empty caption, which is left out: {named(blank)}")
+    return {image: picture for image, picture in pictures.items() if picture.captions}
+
+
+def _splits(
+    pictures: dict[str, _Picture], copies: dict[str, str], source: str | Path, skip_unusable: bool, notes: list[str]
+) -> dict[str, str]:
+    """The split of each image. Copies of a picture are in one split: the source's own may not part them.
+
+    What is in two splits is an error or, if it may be left out, in the later one alone: what is judged trains nothing.
+    """
+    homeless = next((image for image, picture in pictures.items() if None in picture.places), None)
+    alike: dict[str, list[str]] = {}
+    for image in pictures:
+        alike.setdefault(copies.get(image, f"id {image}"), []).append(image)
+    if homeless is not None:
+        if not all(list(picture.places) == [None] for picture in pictures.values()):
+            place = pictures[homeless].places[None]
+            raise InputError(f"{place}: image {homeless} has no split, but other images have one")
+        latest = {key: max(map(split_by_id, group), key=SPLITS.index) for key, group in alike.items()}
+        return {image: latest[key] for key, group in alike.items() for image in group}
+    twice: dict[str, None] = {}
+    splits: dict[str, str] = {}
+    for group in alike.values():
+        places = [(split, place, image) for image in group for split, place in pictures[image].places.items()]
+        last = max((split for split, _, _ in places), key=SPLITS.index)
+        for image in group:
+            if any(split != last for split in pictures[image].places):
+                twice[image] = None
+            if last in pictures[image].places:
+                splits[image] = last
+        if twice and not skip_unusable:
+            raise InputError(_leak(places))
     if twice:
-        named = ", ".join(list(twice)[:5]) + (", ..." if len(twice) > 5 else "")
-        warnings.warn(
-            f"{source}: {len(twice)} images are in two splits: {named}; left out of the earlier", stacklevel=4
-        )
-    splits = {image: own or split_by_id(image) for image, own in splits.items()}
-    chosen = [number for image, number in first.items() if split in (ALL, splits[image])]
+        notes.append(f"{source}: {len(twice)} images are in two splits: {named(twice)}; left out of the earlier")
+    return splits
+
+
+def _leak(places: list[tuple[str, str, str]]) -> str:
+    """What is said of a picture in two splits; `places` are (split, place, id)."""
+    places = sorted(places, key=lambda one: SPLITS.index(one[0]))
+    (split, place, image), (later, elsewhere, other) = places[0], places[-1]
+    same = "" if other == image else f", which is the same picture as {image},"
+    return f"{elsewhere}: image {other}{same} is in {later} and in {split} ({place})"
+
+
+def _one_split(
+    rows: list[Row],
+    images: Dataset,
+    copies: dict[str, str],
+    split: str,
+    source: str | Path,
+    skip_unusable: bool,
+    notes: list[str],
+) -> Dataset:
+    """The images of a split with their captions; `rows` and `images` have the same order, and may repeat an image."""
+    pictures = _pictures(rows, source, skip_unusable, notes)
+    if split == ALL:
+        splits = {image: next(filter(None, one.places), None) or split_by_id(image) for image, one in pictures.items()}
+    else:
+        splits = _splits(pictures, copies, source, skip_unusable, notes)
+    chosen = [image for image in pictures if image in splits and split in (ALL, splits[image])]
     if not chosen:
         counts = {name: list(splits.values()).count(name) for name in SPLITS}
         raise InputError(f"{source}: no images in split {split!r}; there are {counts}")
-    described = Dataset.from_list(
-        [{"id": row.image, "captions": captions[row.image], "split": splits[row.image]} for row in rows],
-        features=Features(DESCRIPTION),
-    )
+    described = [{"id": row.image, "captions": [], "split": ""} for row in rows]
+    for image in chosen:
+        described[pictures[image].first] = {
+            "id": image,
+            "captions": pictures[image].captions,
+            "split": splits[image],
+        }
     # joined first and selected then: joining a selection would copy its columns, gigabytes of images
-    return concatenate_datasets([images, described], axis=1).select(chosen)
+    columns = [images, Dataset.from_list(described, features=Features(DESCRIPTION))]
+    return concatenate_datasets(columns, axis=1).select([pictures[image].first for image in chosen])
 
 
-def _usable(dataset: Dataset, source: str | Path, skip_unusable: bool) -> Dataset:
+def _usable(dataset: Dataset, source: str | Path, skip_unusable: bool, notes: list[str]) -> Dataset:
     """The dataset without images that cannot be decoded. Raises ValueError for them without `skip_unusable`."""
     problems: list[str | None] = []
     with ThreadPoolExecutor() as pool:  # batch by batch: pool.map would read all rows at once
-        for batch in dataset.select_columns("image").cast_column("image", Image(decode=False)).iter(256):
-            problems += pool.map(_problem, batch["image"])
-    bad = [f"{image} ({problem})" for image, problem in zip(dataset["id"], problems, strict=True) if problem]
+        for batch in raw_images(dataset).iter(256):
+            problems += pool.map(problem, batch["image"])
+    bad = [f"{image} ({why})" for image, why in zip(dataset["id"], problems, strict=True) if why]
     if not bad:
         return dataset
-    named = ", ".join(bad[:5]) + (", ..." if len(bad) > 5 else "")
-    count = f"{source}: {len(bad)} of {len(dataset)} images are missing or unreadable: {named}"
+    count = f"{source}: {len(bad)} of {len(dataset)} images are missing or unreadable: {named(bad)}"
     if not skip_unusable or len(bad) == len(dataset):
         raise InputError(count)
-    warnings.warn(f"{count}; left out", stacklevel=3)
-    return dataset.select([i for i, problem in enumerate(problems) if not problem])
-
-
-def _problem(image: dict | None) -> str | None:
-    """Why an image cannot be used, None when it can."""
-    if image is None:
-        return "missing"
-    try:
-        with PIL.Image.open(image["path"] if image["bytes"] is None else BytesIO(image["bytes"])) as picture:
-            picture.draft(None, (1, 1))  # a JPEG is read to its end, but decoded at an eighth of its size
-            picture.load()
-    except FileNotFoundError:
-        return "missing"
-    except Exception as error:  # a decoder may raise anything
-        return "cannot identify image file" if isinstance(error, PIL.UnidentifiedImageError) else str(error)
-    return None
+    notes.append(f"{count}; left out")
+    return dataset.select([i for i, why in enumerate(problems) if not why])
 
 
 # ---------------------------------------------------------------------------------------------- what is judged too
@@ -326,21 +391,5 @@ def _unlike(dataset: Dataset, judged: Dataset) -> list[int]:
 
 def _all_gradients(dataset: Dataset) -> Iterator[np.ndarray | None]:
     with ThreadPoolExecutor() as pool:
-        for batch in dataset.select_columns("image").cast_column("image", Image(decode=False)).iter(256):
-            yield from pool.map(_gradients, batch["image"])
-
-
-def _gradients(image: dict | None) -> np.ndarray | None:
-    """A difference hash, (256,) bool: where a grey image of 17 x 16 pixels grows brighter to the right.
-
-    None of what cannot be decoded.
-    """
-    if image is None:
-        return None
-    try:
-        with PIL.Image.open(image["path"] if image["bytes"] is None else BytesIO(image["bytes"])) as picture:
-            picture.draft("L", (64, 64))
-            small = np.asarray(picture.convert("L").resize((17, 16), PIL.Image.Resampling.BOX), dtype=np.int16)
-    except Exception:  # a decoder may raise anything; `_usable` names the image
-        return None
-    return (small[:, 1:] > small[:, :-1]).ravel()
+        for batch in raw_images(dataset).iter(256):
+            yield from pool.map(gradients, batch["image"])

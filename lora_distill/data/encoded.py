@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 import torch
 from datasets import Dataset
 from diffusers import StableDiffusionPipeline
@@ -27,14 +26,16 @@ from tqdm import tqdm
 
 from lora_distill import processes
 from lora_distill.arrays import mapped_rows
-from lora_distill.data.captioned import image_digests
-from lora_distill.errors import InputError
+from lora_distill.data.parquet import image_digests
+from lora_distill.data.pictures import picture_reader, upright_rgb
+from lora_distill.errors import InputError, one_line
 from lora_distill.fingerprint import tokenizer_digest
 from lora_distill.pipeline import encoded_prompts
 from lora_distill.storage import cache_key, digest
 
 ENCODED = 2  # version of the encoded files, part of the keys of their caches: raise it when they change
 CAPTIONS = 128  # embedded at a time
+LONGEST = 32  # times the shorter side: of longer images the middle is used
 # Whole words, so not "bright" or "leftover". Where "left" is a verb, the image is not mirrored either: no loss.
 LEFT_OR_RIGHT = re.compile(r"\b(left|right)(most|wards?|hand|handed)?\b", re.IGNORECASE)
 
@@ -43,10 +44,11 @@ LEFT_OR_RIGHT = re.compile(r"\b(left|right)(most|wards?|hand|handed)?\b", re.IGN
 class Framing:
     """How an image of any shape becomes a square of `resolution` pixels.
 
-    The shorter side is resized to `resolution` (Lanczos). The square is the centre or, with `random_crops` = K, one of
-    K crops whose places are random but the same in every run; each of them is encoded. `mirror` allows left-right
-    mirroring when the caption has no word of `LEFT_OR_RIGHT`. It mirrors writing in photographs too. Do not use it for
-    the bundled scenes: their reader does not recognise mirrored objects.
+    The shorter side is resized to `resolution` (Lanczos); of an image longer than `LONGEST` times that, the middle. The
+    square is the centre or, with `random_crops` = K, one of K crops whose places are random but the same in every run;
+    each of them is encoded. `mirror` allows left-right mirroring when the caption has no word of `LEFT_OR_RIGHT`. It
+    mirrors writing in photographs too. Do not use it for the bundled scenes: their reader does not recognise mirrored
+    objects.
     """
 
     resolution: int
@@ -127,20 +129,23 @@ def _posteriors(
     pipe: StableDiffusionPipeline, dataset: Dataset, framing: Framing, parts: list[slice]
 ) -> Iterator[Tensor]:
     """Mean and log-variance of all views of each part's images: (b, crops, 1 or 2, 2, c, h, w)."""
+    read = picture_reader(dataset)
     bar = {"desc": "encoding images", "mininterval": 2, "leave": False, "disable": not processes.is_main()}
     for part in tqdm(parts, **bar):
-        pixels = torch.stack([_views_of(dataset, number, framing) for number in range(part.start, part.stop)])
+        pixels = torch.stack([_views_of(dataset, read, number, framing) for number in range(part.start, part.stop)])
         posterior = pipe.vae.encode(pixels.flatten(0, 2).to(pipe.vae.device, pipe.vae.dtype)).latent_dist
         yield torch.stack([posterior.mean, posterior.logvar], dim=1).unflatten(0, pixels.shape[:3])
 
 
-def _views_of(dataset: Dataset, number: int, framing: Framing) -> Tensor:
-    """`views` of an image of a split. Raises ValueError that names an image that cannot be read."""
+def _views_of(dataset: Dataset, read: Callable[[int], PIL.Image.Image], number: int, framing: Framing) -> Tensor:
+    """`views` of an image of a split. Raises ValueError that names an image that cannot be used."""
     try:
-        return views(dataset[number]["image"], framing, number)
+        return views(read(number), framing, number)
+    except InputError:
+        raise
     except Exception as error:  # a decoder may raise anything
         name = dataset.select_columns("id")[number]["id"]
-        raise InputError(f"image {name} cannot be read: {error}") from None
+        raise InputError(f"image {name} cannot be read: {one_line(error)}") from None
 
 
 def views(image: PIL.Image.Image, framing: Framing, number: int) -> Tensor:
@@ -148,7 +153,7 @@ def views(image: PIL.Image.Image, framing: Framing, number: int) -> Tensor:
 
     `number` is the image's number in the split, the seed of its random crops.
     """
-    image, resolution = upright_rgb(image), framing.resolution
+    image, resolution = _middle(upright_rgb(image)), framing.resolution
     scale = resolution / min(image.size)
     width, height = (round(scale * side) for side in image.size)
     image = image.resize((width, height), PIL.Image.Resampling.LANCZOS)
@@ -160,32 +165,12 @@ def views(image: PIL.Image.Image, framing: Framing, number: int) -> Tensor:
     return torch.stack([crops, crops.flip(-1)] if framing.mirror else [crops], dim=1)
 
 
-def upright_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """An image of any mode as one shows it: turned as its EXIF data says, alpha on white, 16 bits and floats scaled.
-
-    Raises ValueError for numbers in no known range.
-    """
-    image = PIL.ImageOps.exif_transpose(image)
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return _scaled(image).convert("RGB")
-    if image.has_transparency_data:
-        white = PIL.Image.new("RGBA", image.size, "white")
-        return PIL.Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    return image.convert("RGB")
-
-
-def _scaled(image: PIL.Image.Image) -> PIL.Image.Image:
-    """A grey image of 16 bits, 32 bits or floats, in 8 bits; Pillow's own conversion cuts all above 255 off.
-
-    Floats are in [0, 1]; floats and 32 bits are also in [0, 255] or [0, 65535].
-    """
-    values = np.asarray(image, dtype=np.float64)
-    low, high = values.min(), values.max()
-    if not (low >= 0 and high <= 65535):
-        raise InputError(f"its values lie between {low:g} and {high:g}, in none of the ranges 0 to 1, 255 and 65535")
-    eight_bits = 1 if image.mode == "F" and high <= 1 else 255
-    top = 65535 if image.mode.startswith("I;16") or high > 255 else eight_bits
-    return PIL.Image.fromarray((values * (255 / top)).round().astype(np.uint8))
+def _middle(image: PIL.Image.Image) -> PIL.Image.Image:
+    """An image without the ends beyond `LONGEST` times its shorter side: resized, 20,000 x 1 would take gigabytes."""
+    width, height = image.size
+    longest = LONGEST * min(width, height)
+    left, top = max(width - longest, 0) // 2, max(height - longest, 0) // 2
+    return image.crop((left, top, left + min(width, longest), top + min(height, longest)))
 
 
 def image_batches(

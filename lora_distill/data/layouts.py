@@ -1,171 +1,566 @@
-"""Readers of caption files: the layouts of Flickr8k, Flickr30k and a folder of one's own.
+"""A folder of captioned images: which files have the captions, where the images are, and which split each is in.
 
-| file, anywhere in the folder | source | splits |
+| layout | captions | splits |
 |---|---|---|
-| `metadata.jsonl` | one's own: {"file_name": ..., "captions": [...]} per line, optionally with "split" | its own |
-| `dataset_flickr8k.json`, `dataset_flickr30k.json` | Karpathy & Fei-Fei (2015) | its own |
-| `Flickr8k.token.txt` | the original Flickr8k: image.jpg#0, a tab, the caption | `Flickr_8k.*Images.txt` |
-| `results_20130124.token` | the original Flickr30k, in the same form | none |
-| `captions.txt`, `results.csv` | Kaggle: a header, then image, number or not, caption, between commas or "| " | none |
+| `metadata.jsonl`, `metadata.csv` | `file_name`, and `text`, `caption` or `captions` | `split`, or the folder |
+| a `.txt` or `.caption` beside each image (kohya) | each line of it that is not blank | the folder |
+| Kaggle: `captions.txt`, `results.csv`, any table with a header that names its columns | a row a caption | `split` |
+| `Flickr8k.token.txt`, `results_20130124.token`, any file called token | image.jpg#0, a tab, the caption | none |
+| Karpathy & Fei-Fei (2015): `dataset.json`, `dataset_flickr8k.json`, ... and other json | sentences | their own |
 
-The first of these files that is found is read. Images may lie anywhere in the folder, except that `metadata.jsonl`
-names them by their path relative to it. Files that end in `trainImages.txt`, `devImages.txt` or `testImages.txt` give
-the splits where the caption file has none (`metadata.jsonl` excepted); images in none of them (92 in Flickr8k) are
-left out.
+The images decide, not the names of files: of several layouts the one counts that has captions for the most images.
+Splits are, in this order: the source's own; the folders (or names) of its caption files; files like
+`Flickr_8k.trainImages.txt`; the images' folders, train/, validation/ and test/; those of another layout in the folder.
+
+Everything is read here and not by `datasets`' imagefolder, which reads the first layout alone, leaves images without
+captions out in silence, knows no line numbers and copies all images into a cache.
 """
 
-import csv
-import json
+import os
+import posixpath
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
+from unicodedata import normalize
 
-from lora_distill.errors import InputError, MissingError
+from lora_distill.data.readers import (
+    IMAGE_SUFFIX,
+    SPLIT_NAMES,
+    Reader,
+    Row,
+    captions_beside,
+    is_image_name,
+    json_file,
+    json_lines,
+    lines_of,
+    parquet_records,
+    table_file,
+    token_file,
+)
+from lora_distill.errors import InputError, MissingError, one_line
 
-SPLIT_NAMES = {"train": "train", "val": "val", "validation": "val", "dev": "val", "test": "test"}
+NO_DATA = {"__macosx", "__pycache__", "@eadir", "#recycle", "$recycle.bin", "lost+found", "node_modules"}
+IMAGE_FILE = re.compile(rf".+{IMAGE_SUFFIX}", re.IGNORECASE)
+SPLIT_WORD = re.compile(rf"(?:^|[._\- ])({'|'.join(SPLIT_NAMES)})(?=[._\- ]|$)", re.IGNORECASE)
+SPLIT_FILE = re.compile(r"(?:^|[._\-])(train|dev|val|test)(?:Images)?\.txt$", re.IGNORECASE)
+PACKED = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
+LEMMAS = 8  # rank of Flickr8k's captions in their dictionary forms
+KNOWN = "metadata.jsonl, metadata.csv, dataset.json, *.token, captions.txt, results.csv, a .txt beside each image"
 
 
 @dataclass(frozen=True)
-class Row:
-    """One record of a source: an image, some of its captions and its split, None if the source has none."""
+class Found:
+    """What a folder holds: rows with their files, and sentences about what was left out or chosen."""
 
-    place: str  # file and line, for error messages
-    image: str  # the image's file name, which is its id
-    captions: list[str]
-    split: str | None = None
+    rows: list[Row]
+    notes: list[str]
 
 
-def read_caption_file(folder: Path) -> tuple[list[Row], list[Path]]:
-    """The rows of the caption file in a folder, and the path of the image of each row, which need not exist.
+def read_folder(
+    tree: "Tree", *, skip_unusable: bool = False, splits: bool = True, only: str | None = None, parquet: int = 0
+) -> Found | None:
+    """The rows of the layout that fits the images of a folder; None if its `parquet` images are more than it has.
 
-    Raises FileNotFoundError when there is no caption file; ValueError, with file and line, for what cannot be read,
-    for a file without captions and for an image that is in two split files or has no caption.
+    `only` is the path, below the folder, of the one caption file that counts. Without `splits`, images of no split and
+    in doubtful folders are kept. Raises `MissingError` when there are no captions; ValueError, with file and line, for
+    what cannot be read, for images without captions (with `skip_unusable` they are left out and noted), for names that
+    lead out of the folder and for images in two split files.
     """
-    files: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*"), key=lambda path: (len(path.parts), path)):
-        files.setdefault(path.name, path)  # of files with the same name, the one nearest to the folder
-    found = next((name for name in READERS if name in files), None)
-    if found is None:
-        raise MissingError(f"{folder}: no captions; expected *.parquet or one of {', '.join(READERS)}")
-    path = files[found]
+    candidates = [c for c in _candidates(tree) if only is None or only in c.files]
+    best = _best(candidates, tree, parquet)
+    if best is None:
+        return None
+    notes, rows = _rivals(best, candidates, tree), best.rows
+    if parquet:
+        notes.append(f"{tree.root}: {best.name} is read, {parquet} rows of pictures in parquet are not")
+    if splits:
+        rows = _with_splits(best, candidates, tree, skip_unusable, notes)
+    missing = sorted(tree.images - tree.copies(best.covered))
+    if missing:
+        count = f"{len(missing)} of {len(tree.images)} images have no caption in {best.name}"
+        said = f"{tree.root}: {count}: {named(missing)}"
+        if absent := list(dict.fromkeys(row.image for row in best.rows if not row.file)):
+            said += f"; {len(absent)} that it names are not there: {named(absent)}"
+        if not skip_unusable:
+            raise InputError(f"{said}; give them one, take them away, or set skip_unusable to leave them out")
+        notes.append(f"{said}; left out")
+    return Found(rows, notes)
+
+
+def named(names: Iterable[str]) -> str:
+    """The first five of some names."""
+    names = [name.encode("utf-8", "backslashreplace").decode() for name in names]
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+# ---------------------------------------------------------------------------------------------- the files
+
+
+class Tree:
+    """The files below a folder, links followed, each real folder once; hidden files and caches are not there."""
+
+    def __init__(self, root: Path, only: str | None = None) -> None:
+        self.root = root
+        self.paths: dict[str, Path] = {}  # by their path below the folder, in NFC, with slashes
+        self.images: set[str] = set()
+        if only is not None:  # this file alone, in a folder that may hold anything
+            self.paths[only] = root / only
+            return
+        self._seen: set[tuple[int, int]] = set()
+        later: list[tuple[Path, str]] = []
+        self._walk(root, "", later)
+        while later:  # real folders first: a link to one that was read adds nothing
+            self._walk(*later.pop(0), later)
+        self.images = {name for name in self.paths if IMAGE_FILE.fullmatch(posixpath.basename(name))}
+
+    def _walk(self, folder: Path, below: str, later: list[tuple[Path, str]]) -> None:
+        try:
+            status = folder.stat()
+            if (status.st_dev, status.st_ino) in self._seen:
+                return
+            self._seen.add((status.st_dev, status.st_ino))
+            with os.scandir(folder) as entries:
+                entries = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            raise InputError(f"{folder}: cannot be read ({error.strerror})") from None
+        deeper = []
+        for entry in entries:
+            if entry.name.startswith(".") or entry.name.lower() in NO_DATA:
+                continue
+            name = below + normalize("NFC", entry.name)
+            try:
+                kind = "folder" if entry.is_dir() else "file" if entry.is_file() else ""
+            except OSError:  # a link to itself
+                continue
+            if kind == "file":
+                self.paths.setdefault(name, Path(entry.path))
+            elif kind == "folder":
+                (later if entry.is_symlink() else deeper).append((Path(entry.path), f"{name}/"))
+        for path, name in deeper:
+            self._walk(path, name, later)
+
+    @cached_property
+    def stems(self) -> set[str]:
+        """The paths of all images without their suffixes."""
+        return {posixpath.splitext(name)[0] for name in self.images}
+
+    @cached_property
+    def _by_name(self) -> dict[str, list[str]]:
+        return _grouped(self.paths, posixpath.basename)
+
+    @cached_property
+    def _by_fold(self) -> dict[str, list[str]]:
+        return _grouped(self.paths, lambda name: posixpath.basename(name).casefold())
+
+    @cached_property
+    def _by_stem(self) -> dict[str, list[str]]:
+        """Images by their names without suffix, as some lists have them."""
+        return _grouped(self.images, lambda name: posixpath.splitext(posixpath.basename(name))[0])
+
+    @cached_property
+    def _by_real_path(self) -> dict[str, str]:
+        return {os.path.realpath(path): name for name, path in self.paths.items()}
+
+    def find(self, name: str, near: str, place: str) -> str | None:
+        """The path below the folder of what a file in the folder `near` calls `name`; None if it is not there.
+
+        Raises ValueError for a name that leads out of the folder, and for one that two different files have.
+        """
+        name = normalize("NFC", name)
+        for spelled in dict.fromkeys((name, name.strip(), name.strip().replace("\\", "/"))):
+            if spelled and (found := self._find(spelled, near, place)):
+                return found
+        return None
+
+    def _find(self, name: str, near: str, place: str) -> str | None:
+        if posixpath.isabs(name) or re.match(r"[A-Za-z]:[\\/]", name):
+            name, near = self._relative(name, place), ""
+        parents = [near[: -len(rest)] if rest else near for rest in _ends(near)]
+        joined = [posixpath.normpath(posixpath.join(parent, name)) for parent in parents]
+        inside = [path for path in joined if path.partition("/")[0] != ".."]
+        if not inside:
+            raise InputError(f"{place}: image {name} leads out of the folder {self.root}; move it into the folder")
+        if found := next((path for path in inside if path in self.paths), None):
+            return found
+        tail = inside[0] if near == "" else posixpath.normpath(name)
+        for groups, fold in ((self._by_name, str), (self._by_fold, str.casefold)):
+            same = [
+                path
+                for path in groups.get(fold(posixpath.basename(tail)), [])
+                if f"/{fold(path)}".endswith(f"/{fold(tail)}")
+            ]
+            if same:
+                return self._one_of(same, near, name, place)
+        if not is_image_name(tail) and (same := self._by_stem.get(tail)):
+            return self._one_of(same, near, name, place)
+        return next(filter(None, map(self._elsewhere, inside)), None)
+
+    def _relative(self, name: str, place: str) -> str:
+        for root in (self.root, self.root.resolve()):
+            path = Path(os.path.normpath(name))
+            if path.is_absolute() and path.is_relative_to(root):
+                return path.relative_to(root).as_posix()
+        raise InputError(f"{place}: image {name} leads out of the folder {self.root}; move it into the folder")
+
+    def _one_of(self, paths: list[str], near: str, name: str, place: str) -> str:
+        """The one of several files of a name that is meant: the only one below `near`, or any if all are the same."""
+        below = [path for path in paths if path.startswith(near)] or paths
+        first, *others = below
+        if any(not _same_content(self.paths[first], self.paths[other]) for other in others):
+            raise InputError(f"{place}: image {name} could be {first} or {others[0]}; give its path")
+        return first
+
+    def _elsewhere(self, name: str) -> str | None:
+        """A file that was not listed: its name is hidden, or it is reached by a second link to its folder."""
+        path = self.root / name
+        try:
+            if not path.is_file():
+                return None
+        except (OSError, ValueError):  # too long, a NUL byte
+            return None
+        known = self._by_real_path.get(os.path.realpath(path))
+        if known is None:
+            self.paths[known := name] = path
+        return known
+
+    def copies(self, names: set[str]) -> set[str]:
+        """The names, and those of files of the same name and content in other folders."""
+        also = set()
+        for name in names:
+            for other in self._by_name.get(posixpath.basename(name), []):
+                if other not in names and _same_content(self.paths[name], self.paths[other]):
+                    also.add(other)
+        return names | also
+
+
+def _ends(folder: str) -> list[str]:
+    """What to cut off a folder's path "a/b/" to have itself and each that it lies in: "", "b/", "a/b/"."""
+    parts = folder.split("/")[:-1]
+    return ["".join(f"{part}/" for part in parts[len(parts) - count :]) for count in range(len(parts) + 1)]
+
+
+def _grouped(names: Iterable[str], key: Callable[[str], str]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for name in sorted(names, key=lambda name: (name.count("/"), name)):
+        groups.setdefault(key(name), []).append(name)
+    return groups
+
+
+def _same_content(one: Path, other: Path) -> bool:
     try:
-        rows = list(READERS[found](path))
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: expected text in UTF-8 ({error})") from None
+        return one.stat().st_size == other.stat().st_size and one.read_bytes() == other.read_bytes()
+    except OSError:
+        return False
+
+
+def folder_of(name: str) -> str:
+    """ "a/b/" of "a/b/c.jpg", "" of "c.jpg"."""
+    return name[: len(name) - len(posixpath.basename(name))]
+
+
+# ---------------------------------------------------------------------------------------------- which layout
+
+
+@dataclass
+class Candidate:
+    """Caption files of one kind that belong together; `error` is why they cannot be read."""
+
+    files: list[str]
+    rank: int  # of candidates that fit equally the lowest counts
+    known: bool  # by its name; of another name, what cannot be read is no caption file
+    rows: list[Row] = field(default_factory=list)
+    error: InputError | None = None
+
+    @cached_property
+    def covered(self) -> set[str]:
+        return {row.file for row in self.rows if row.file and any(row.captions)}
+
+    @property
+    def name(self) -> str:
+        return self.files[0] if len(self.files) == 1 else f"{self.files[0]} and {len(self.files) - 1} more"
+
+
+def has_captions(name: str) -> bool:
+    """Whether a file of this name may have captions."""
+    return _kind(name) is not None or name.lower().endswith(".parquet")
+
+
+def _kind(name: str) -> tuple[int, Reader, bool] | None:
+    """Rank, reader and whether the name is known, of a file that may have captions."""
+    base = posixpath.basename(name).lower()
+    suffix = posixpath.splitext(base)[1]
+    if suffix in (".jsonl", ".ndjson"):
+        return 0, json_lines, base == "metadata.jsonl"
+    if base in ("metadata.csv", "metadata.tsv"):
+        return 1, table_file, True
+    if suffix == ".parquet":
+        return 1, parquet_records, base == "metadata.parquet"
+    if suffix == ".json":
+        return 2, json_file, re.fullmatch(r"dataset(_flickr\w+|_coco)?\.json", base) is not None
+    if suffix == ".token" or (suffix == ".txt" and "token" in base):
+        return (LEMMAS, token_file, False) if "lemma" in base else (3, token_file, True)
+    if base == "captions.txt" or base == "results.csv":
+        return 4, table_file, True
+    if suffix in (".csv", ".tsv") or (suffix == ".txt" and "caption" in base):
+        return 5, table_file, False
+    return None
+
+
+def _candidates(tree: Tree) -> list[Candidate]:
+    groups: dict[tuple[int, str], list[Candidate]] = {}
+    for name in sorted(tree.paths, key=lambda name: (name.count("/"), name)):
+        kind = _kind(name)
+        if kind and not _is_beside(name, tree):
+            rank, reader, known = kind
+            one = Candidate([name], rank, known)
+            _read(one, lambda name=name, reader=reader: _rows_of(name, reader, tree))
+            groups.setdefault((rank, _without_split(name)), []).append(one)
+    found = [candidate for group in groups.values() for candidate in _merged(group)]
+    found += [beside for suffix, rank in ((".txt", 6), (".caption", 7)) if (beside := _beside(tree, suffix, rank))]
+    return sorted(found, key=lambda candidate: candidate.rank)
+
+
+def _read(candidate: Candidate, rows: Callable[[], list[Row]]) -> None:
+    try:
+        candidate.rows = rows()
+        if not candidate.rows:
+            raise InputError(f"{candidate.files[0]}: holds no captions")
+    except InputError as error:
+        candidate.error = error
+
+
+def _rows_of(name: str, reader: Reader, tree: Tree) -> list[Row]:
+    path = tree.paths[name]
+    if reader is table_file and _is_token_file(path):
+        reader = token_file
+    rows = list(reader(path))
     if not rows:
         raise InputError(f"{path}: holds no captions")
-    if found == "metadata.jsonl":
-        return rows, [path.parent / row.image for row in rows]
-    if all(row.split is None for row in rows):
-        rows = _split_by_files(rows, path, [path for name, path in files.items() if SPLIT_FILE.search(name)])
-    return rows, [files.get(row.image, folder / row.image) for row in rows]
+    found: dict[str, str | None] = {}
+    for row in rows:
+        if row.image not in found:
+            if not row.image.strip():
+                raise InputError(f"{row.place}: expected an image's name, got {row.image!r}")
+            found[row.image] = tree.find(row.image, folder_of(name), row.place)
+    return [replace(row, image=_id(row.image), file=found[row.image]) for row in rows]
 
 
-def checked_split(name: str, place: str) -> str:
-    """A split's name as train, val or test. Raises ValueError for a name that is not in `SPLIT_NAMES`."""
-    if name not in SPLIT_NAMES:
-        raise InputError(f"{place}: no split is called {name!r}; expected one of {', '.join(SPLIT_NAMES)}")
-    return SPLIT_NAMES[name]
+def _id(name: str) -> str:
+    """An image's name in one spelling: NFC, slashes, without "./"."""
+    return posixpath.normpath(normalize("NFC", name.strip()).replace("\\", "/"))
 
 
-def checked_captions(captions: object, place: str) -> list[str]:
-    """Captions without blanks around them. Raises ValueError unless it is a list of texts, none of them empty."""
-    if not isinstance(captions, list) or not captions or not all(isinstance(c, str) and c.strip() for c in captions):
-        raise InputError(f"{place}: expected captions, none of them empty, got {captions!r}")
-    return [caption.strip() for caption in captions]
+def _is_token_file(path: Path) -> bool:
+    place_and_line = next(lines_of(path), None)
+    return place_and_line is not None and re.match(r"[^\t]+#\d+\t", place_and_line[1]) is not None
 
 
-# ---------------------------------------------------------------------------------------------- split files
-
-SPLIT_FILE = re.compile(r"(train|dev|test)Images\.txt$")
-
-
-def _split_by_files(rows: list[Row], captions_file: Path, split_files: list[Path]) -> list[Row]:
-    """The rows of images that a split file names, with their splits; without split files, all rows unchanged."""
-    home: dict[str, Path] = {}
-    for path in sorted(split_files):
-        for image in path.read_text(encoding="utf-8-sig").split():
-            if home.setdefault(image, path) != path:
-                raise InputError(f"{path}: image {image} is also in {home[image].name}; splits must not share images")
-    uncaptioned = home.keys() - {row.image for row in rows}
-    if uncaptioned:
-        image = min(uncaptioned)
-        raise InputError(f"{home[image]}: image {image} has no captions in {captions_file.name}")
-    split_of = {path: SPLIT_NAMES[SPLIT_FILE.search(path.name)[1]] for path in split_files}
-    return [replace(row, split=split_of[home[row.image]]) for row in rows if row.image in home] if home else rows
+def _is_beside(name: str, tree: Tree) -> bool:
+    """Whether a text lies beside an image of its name."""
+    stem, suffix = posixpath.splitext(name)
+    return suffix.lower() in (".txt", ".caption") and (stem in tree.stems or stem in tree.images)
 
 
-# ---------------------------------------------------------------------------------------------- readers
+def _beside(tree: Tree, suffix: str, rank: int) -> Candidate | None:
+    texts = {stem: name for name in tree.paths for stem, end in [posixpath.splitext(name)] if end.lower() == suffix}
+    stems = ((image, (posixpath.splitext(image)[0], image)) for image in sorted(tree.images))
+    pairs = [(image, texts[stem]) for image, both in stems for stem in both if stem in texts]
+    if not pairs:
+        return None
+    found = Candidate([text for _, text in pairs], rank, True)
+
+    def rows() -> list[Row]:
+        rows = [captions_beside(image, tree.paths[text]) for image, text in pairs]
+        return [replace(row, file=row.image) for row in rows if row.captions]
+
+    _read(found, rows)
+    return found
 
 
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """(place, text) of every line that is not blank."""
-    with path.open(encoding="utf-8-sig") as file:
-        yield from ((f"{path}, line {number}", line) for number, line in enumerate(file, 1) if line.strip())
+def split_word(name: str) -> str | None:
+    """The split that a file's name or else one of its folders names: train.csv, test/metadata.jsonl."""
+    folders, _, base = name.rpartition("/")
+    stem = base.partition(".")[0]
+    words = {SPLIT_NAMES[word.lower()] for word in SPLIT_WORD.findall(stem)}
+    if len(words) == 1:
+        return words.pop()
+    return _folder_word(folders)
 
 
-def _metadata_rows(path: Path) -> Iterator[Row]:
-    for place, line in _lines(path):
+def _folder_word(folders: str) -> str | None:
+    return next((SPLIT_NAMES[part.lower()] for part in folders.split("/") if part.lower() in SPLIT_NAMES), None)
+
+
+def _without_split(name: str) -> str:
+    return SPLIT_WORD.sub("", posixpath.basename(name).lower())
+
+
+def _merged(group: list[Candidate]) -> list[Candidate]:
+    """Caption files of one name as one candidate if each is of a split, or has images of its own."""
+    if len(group) == 1:
+        return group
+    words = [split_word(one.files[0]) for one in group]
+    apart = sum(len(one.covered) for one in group) == len(set().union(*(one.covered for one in group)))
+    of_splits = all(words) and len(set(words)) > 1
+    if not (of_splits or (apart and all(one.covered for one in group))):
+        return group
+    merged = Candidate([one.files[0] for one in group], group[0].rank, any(one.known for one in group))
+    merged.error = next((one.error for one in group if one.error), None)
+    for one, word in zip(group, words, strict=True):
         try:
-            record = json.loads(line)
-            image, captions, split = record["file_name"], record["captions"], record.get("split")
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise InputError(f'{place}: expected {{"file_name": ..., "captions": [...]}}') from None
-        yield Row(place, image, checked_captions(captions, place), split and checked_split(split, place))
+            rows = [_in_split(row, word) for row in one.rows] if of_splits else one.rows
+        except InputError as error:
+            merged.error = merged.error or error
+            rows = []
+        merged.rows += [replace(row, image=row.file or folder_of(one.files[0]) + row.image) for row in rows]
+    return [merged]
 
 
-def _karpathy_rows(path: Path) -> Iterator[Row]:
-    try:
-        records = json.loads(path.read_text(encoding="utf-8-sig"))["images"]
-        fields = [(r["filename"], r["split"], [sentence["raw"] for sentence in r["sentences"]]) for r in records]
-    except (json.JSONDecodeError, KeyError, TypeError):
+def _in_split(row: Row, split: str) -> Row:
+    if row.split not in (None, split):
+        raise InputError(f"{row.place}: image {row.image} is in {row.split}, but its file is that of {split}")
+    return replace(row, split=split)
+
+
+def _best(candidates: list[Candidate], tree: Tree, parquet: int) -> Candidate | None:
+    """The candidate with captions for the most images; of equals, one with splits, then the lowest rank."""
+    readable = [one for one in candidates if not one.error]
+    best = max(
+        (one for one in readable if one.covered or one.known),
+        key=lambda one: (len(one.covered), any(row.split for row in one.rows), -one.rank),
+        default=None,
+    )
+    broken = [one for one in candidates if one.error and one.known]
+    if parquet and (best is None or len(best.covered) < parquet):
+        return None
+    if best is not None and best.covered and (not broken or best.covered >= tree.images):
+        return _one_id_a_file(best)
+    if broken:
+        raise broken[0].error
+    if best is not None:
+        return _one_id_a_file(best)
+    tried = next((f"; {one_line(one.error)}" for one in candidates if one.error), "")
+    tried = next((f"; {one.name} names none of them" for one in candidates if not one.error), tried)
+    if packed := next((name for name in tree.paths if name.lower().endswith(PACKED)), None):
+        tried += f"; unpack {packed}"
+    raise MissingError(f"{tree.root}: no captions for {len(tree.images)} images; expected {KNOWN} or *.parquet{tried}")
+
+
+def _one_id_a_file(best: Candidate) -> Candidate:
+    """One id for each file, however it was spelled; the path below the folder where two files have the same name."""
+    names: dict[str, set[str]] = {}
+    first: dict[str, str] = {}
+    for row in best.rows:
+        names.setdefault(row.image, set()).add(row.file or "")
+        first.setdefault(row.file or "", row.image)
+    best.rows = [
+        replace(row, image=first[row.file] if len(names[first[row.file]]) == 1 else row.file) if row.file else row
+        for row in best.rows
+    ]
+    return best
+
+
+def _rivals(best: Candidate, candidates: list[Candidate], tree: Tree) -> list[str]:
+    """A sentence for each other layout that fits as well and says something else, or that cannot be read."""
+    notes = []
+    for other in candidates:
+        if other is best or other.rank == LEMMAS:
+            continue
+        if other.error and other.known:
+            notes.append(f"{one_line(other.error)}; {best.name} is read in its place")
+        elif (
+            not other.error and len(other.covered) == len(best.covered) and best.covered and _said(other) != _said(best)
+        ):
+            both = f"{best.name} and {other.name} have captions of the same images, and differ"
+            notes.append(f"{tree.root}: {both}; {best.name} is read")
+    return notes
+
+
+def _said(candidate: Candidate) -> dict[str, Counter]:
+    said: dict[str, Counter] = {}
+    for row in candidate.rows:
+        if row.file:
+            said.setdefault(row.file, Counter()).update(" ".join(caption.split()) for caption in row.captions)
+    return said
+
+
+# ---------------------------------------------------------------------------------------------- splits
+
+
+def _with_splits(
+    best: Candidate, candidates: list[Candidate], tree: Tree, skip_unusable: bool, notes: list[str]
+) -> list[Row]:
+    """The rows with the splits that the folder has for them; unchanged if they have some, or there are none."""
+    if any(row.split for row in best.rows):
+        return best.rows
+    home = _split_files(best, tree, skip_unusable, notes)
+    if home:
+        return _at_home(best.rows, home, "split file", tree, notes)
+    rows = _by_folders(best.rows, tree)
+    if rows is not None:
+        return rows
+    for other in candidates:
+        home = {row.file: row.split for row in other.rows if row.split and row.file in best.covered}
+        if other is not best and 2 * len(home) >= len(best.covered) > 0:
+            return _at_home(best.rows, home, f"split of {other.name}", tree, notes)
+    return best.rows
+
+
+def _at_home(rows: list[Row], home: dict[str, str], what: str, tree: Tree, notes: list[str]) -> list[Row]:
+    """The rows whose image has a split in `home`, by its file or its id."""
+    split_of = {row.image: home.get(row.file) or home.get(row.image) for row in rows}
+    homeless = [image for image, split in split_of.items() if split is None]
+    if homeless:
+        count = f"{len(homeless)} of {len(split_of)} images are in no {what}"
+        notes.append(f"{tree.root}: {count}: {named(homeless)}; left out")
+    return [replace(row, split=split_of[row.image]) for row in rows if split_of[row.image]]
+
+
+def _split_files(best: Candidate, tree: Tree, skip_unusable: bool, notes: list[str]) -> dict[str, str]:
+    """The split of each image, by its file or else its id, that files like Flickr_8k.trainImages.txt name."""
+    ids = {row.image: row.file or row.image for row in best.rows}
+    home: dict[str, tuple[str, str]] = {}
+    strange: dict[str, list[str]] = {}
+    for name in sorted(tree.paths):
+        found = SPLIT_FILE.search(posixpath.basename(name))
+        if not found or name in best.files or _is_beside(name, tree):
+            continue
+        for place, line in lines_of(tree.paths[name]):
+            image = _id(line)
+            key = ids.get(image) or tree.find(image, folder_of(name), place) or image
+            if key not in best.covered and image not in ids:
+                strange.setdefault(name, []).append(image)
+                continue
+            split = SPLIT_NAMES[found[1].lower()]
+            first, other = home.setdefault(key, (split, name))
+            if first != split:
+                raise InputError(
+                    f"{place}: image {image} is also in {posixpath.basename(other)}; splits must not share images"
+                )
+    if not home and not any("Images" in name for name in strange):
+        return {}  # other texts with such a name
+    for name, images in strange.items():
+        count = f"image {images[0]} has" if len(images) == 1 else f"{len(images)} images ({named(images)}) have"
+        said = f"{tree.paths[name]}: {count} no captions in {best.name}"
+        if not skip_unusable:
+            raise InputError(f"{said}; set skip_unusable to leave out what cannot be used")
+        notes.append(f"{said}; left out")
+    return {key: split for key, (split, _) in home.items()}
+
+
+def _by_folders(rows: list[Row], tree: Tree) -> list[Row] | None:
+    """The rows with the splits that the images' folders name; None if these name none, or one for all."""
+    words = [_folder_word(folder_of(row.file or row.image)) for row in rows]
+    if None in words and any(words):
+        inside = next(row.image for row, word in zip(rows, words, strict=True) if word)
+        outside = next(row.image for row, word in zip(rows, words, strict=True) if not word)
         raise InputError(
-            f'{path}: expected {{"images": [{{"filename": ..., "split": ..., "sentences": [{{"raw": ...}}]}}]}}'
-        ) from None
-    for image, split, captions in fields:
-        place = f"{path}, image {image}"
-        yield Row(place, image, checked_captions(captions, place), checked_split(split, place))
-
-
-def _token_rows(path: Path) -> Iterator[Row]:
-    for place, line in _lines(path):
-        name, tab, caption = line.partition("\t")
-        image, hash_sign, number = name.rpartition("#")
-        if not (tab and hash_sign and number.isdecimal()):
-            raise InputError(f"{place}: expected image.jpg#0, a tab and a caption, got {line.strip()!r}")
-        yield Row(place, image, checked_captions([caption], place))
-
-
-def _table_rows(path: Path) -> Iterator[Row]:
-    """Rows of a table whose first column is the image and whose last is the caption.
-
-    With "| " between the columns there is no quoting. One line of Flickr30k's results.csv (2199200615.jpg) has blanks
-    between number and caption in place of the delimiter.
-    """
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        bars = "|" in file.readline()
-        file.seek(0)
-        form = {"delimiter": "|", "quoting": csv.QUOTE_NONE} if bars else {"delimiter": ","}
-        table = csv.reader(file, **form)
-        columns = len(next(table, []))
-        for cells in filter(None, table):
-            place = f"{path}, line {table.line_num}"
-            if len(cells) == columns - 1 and (merged := re.fullmatch(r"\s*(\d+)\s+(\S.*)", cells[-1])):
-                cells[-1:] = merged.groups()
-            if not 2 <= columns <= len(cells):
-                expected = "image, number, caption" if columns == 3 else "image, caption"
-                raise InputError(f"{place}: expected {expected}, got {cells}")
-            caption = form["delimiter"].join(cells[columns - 1 :])  # a caption may contain the delimiter, unquoted
-            yield Row(place, cells[0].strip(), checked_captions([caption], place))
-
-
-READERS = {
-    "metadata.jsonl": _metadata_rows,
-    "dataset_flickr8k.json": _karpathy_rows,
-    "dataset_flickr30k.json": _karpathy_rows,
-    "Flickr8k.token.txt": _token_rows,
-    "results_20130124.token": _token_rows,
-    "captions.txt": _table_rows,
-    "results.csv": _table_rows,
-}
+            f"{tree.root}: image {inside} lies in a folder of a split, image {outside} does not; "
+            "move all into train/, validation/ or test/, or rename the folder"
+        )
+    if len(set(words)) < 2:
+        return None
+    return [replace(row, split=word) for row, word in zip(rows, words, strict=True)]

@@ -17,6 +17,7 @@ from lora_distill import processes
 from lora_distill.data import scenes
 from lora_distill.data.captioned import bundled_scenes, captioned_images, image_digests
 from lora_distill.data.encoded import Framing, views
+from lora_distill.data.pictures import picture_reader
 from lora_distill.data.teacher import Prompts, captioned_prompts, scene_prompts
 from lora_distill.errors import MissingError, reading
 from lora_distill.fingerprint import fingerprint
@@ -273,10 +274,10 @@ def held_out(source: str, split: str, count: int, settings: Settings) -> tuple[P
         prompts = scene_prompts(style, split, count, settings.seed)
         return prompts, drawn(style, split, 1000, settings.seed + 1)
     images = captioned_images(source, split, skip_unusable=settings.skip_unusable)
-    framing = Framing(settings.resolution)
+    framing, picture = Framing(settings.resolution), picture_reader(images)
 
     def read(number: int) -> np.ndarray:
-        return to_uint8(views(images[number]["image"], framing, number)[0])[0]
+        return to_uint8(views(picture(number), framing, number)[0])[0]
 
     key = cache_key(images=list(image_digests(images)), framing=asdict(framing), pillow=PIL.__version__)
     return captioned_prompts(images, count, settings.seed), Pictures(len(images), read, key)

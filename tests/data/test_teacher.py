@@ -113,7 +113,7 @@ def test_captions_for_teacher_images_obey_what_the_settings_say_of_images(tmp_pa
     """A folder with a picture that cannot be read, of which the first half is used."""
     lines = ["image,caption"]
     for number in range(40):
-        PIL.Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.jpg")
+        PIL.Image.new("RGB", (8, 8), (6 * number, 0, 99)).save(tmp_path / f"{number}.jpg")
         lines.append(f"{number}.jpg,picture {number}")
     (tmp_path / "captions.txt").write_text("\n".join(lines))
     train = captioned_images(tmp_path, "train")["id"]
