@@ -30,7 +30,20 @@ Force = Annotated[
 SERIES, RESULTS, MODELS = "The series of notebooks", "Results of a run", "Without notebooks"
 Profile = Annotated[str, typer.Option(help="a name in params/, or the path of a YAML file")]
 # What the extra [series] installs, as far as a command imports it.
-NOTEBOOK_PACKAGES = {"bs4", "jinja2", "latex2mathml", "matplotlib", "nbclient", "nbconvert", "nbformat", "papermill"}
+NOTEBOOK_PACKAGES = set(
+    [
+        "bs4",
+        "ipykernel",
+        "jinja2",
+        "jupyter_client",
+        "latex2mathml",
+        "matplotlib",
+        "nbclient",
+        "nbconvert",
+        "nbformat",
+        "papermill",
+    ]
+)
 
 
 @app.callback()
@@ -329,8 +342,8 @@ def _said(error: Exception) -> str:
     """An error in one line: our own message, or where and how something else failed."""
     if isinstance(error, InputError | RunError):
         return getattr(error, "strerror", None) or str(error)
-    if isinstance(error, ModuleNotFoundError) and error.name in NOTEBOOK_PACKAGES:
-        return f"{error.name} is not installed: pip install 'lora_distill[series]'"
+    if isinstance(error, ModuleNotFoundError) and (package := str(error.name).partition(".")[0]) in NOTEBOOK_PACKAGES:
+        return f"{package} is not installed: pip install 'lora_distill[series]'"
     if isinstance(error, ModuleNotFoundError) and not error.name:  # ours, as raised where an extra is missing
         return str(error)
     place = [frame for frame in traceback.extract_tb(error.__traceback__) if "lora_distill" in frame.filename][-1]

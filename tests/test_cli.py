@@ -63,6 +63,7 @@ def test_a_run_that_is_not_finished_is_not_published(command, tmp_path):
     ("package", "arguments", "message"),
     [
         ("papermill", ["reproduce"], "papermill is not installed: pip install 'lora_distill[series]'\n"),
+        ("ipykernel", ["reproduce"], "ipykernel is not installed: pip install 'lora_distill[series]'\n"),
         ("nbconvert", ["report"], "nbconvert is not installed: pip install 'lora_distill[series]'\n"),
         ("matplotlib", ["figures"], "matplotlib is not installed: pip install 'lora_distill[series]'\n"),
     ],

@@ -8,7 +8,7 @@ import nbformat
 from nbformat import NotebookNode
 
 from lora_distill.errors import InputError
-from lora_distill.publish import claims, report, series
+from lora_distill.publish import claims, report, series, stamps
 from lora_distill.publish.figures import PROVENANCE, read_provenance, write_provenance
 from lora_distill.publish.series import SeriesError
 from lora_distill.settings import Settings, load_settings, repository_root, run_dir
@@ -43,7 +43,7 @@ def publish(profile: str | Path) -> list[Path]:
     paths = [
         path
         for path in series.all_notebooks()
-        if not path.name.startswith(pretraining) or series.read_stamp(folder, path.stem)
+        if not path.name.startswith(pretraining) or stamps.read(folder, path.stem)
     ]
     check_finished(paths, settings, folder)
     if settings.profile == IN_NOTEBOOKS:
@@ -51,7 +51,7 @@ def publish(profile: str | Path) -> list[Path]:
             write_outputs(path, folder / path.name)
         written = paths
     else:
-        outputs = {name for path in paths for name in series.read_stamp(folder, path.stem)["outputs"]}
+        outputs = {name for path in paths for name in stamps.read(folder, path.stem)["outputs"]}
         written = [copy_figures(folder / "figures", {Path(n).name for n in outputs if n.startswith("figures/")})]
     return [*written, write_readme()]
 
@@ -62,7 +62,7 @@ def check_finished(paths: list[Path], settings: Settings, folder: Path) -> None:
     for path in paths:
         if reason := series.why_stale(path, settings, folder):
             raise SeriesError(f"{path.stem} of profile {settings.profile}: {reason}; {again}")
-    commits = {path.stem: series.read_stamp(folder, path.stem)["commit"] for path in paths}
+    commits = {path.stem: stamps.read(folder, path.stem)["commit"] for path in paths}
     made = ", ".join(f"{name} at {series.short(commit)}" for name, commit in commits.items())
     if not all(commit and not commit.endswith("-dirty") for commit in commits.values()):
         raise SeriesError(f"not made by committed code: {made}; commit, then {again} --force")
@@ -72,7 +72,7 @@ def check_finished(paths: list[Path], settings: Settings, folder: Path) -> None:
 
 def only_measured(folder: Path) -> list[Path]:
     """What `measure` left in a run's folder in which no notebook has run; a profile of an architecture has no more."""
-    stamped = any(series.read_stamp(folder, path.stem) for path in series.all_notebooks())
+    stamped = any(stamps.read(folder, path.stem) for path in series.all_notebooks())
     return [] if stamped else sorted((folder / "figures").glob("01_measured_*.json"))
 
 

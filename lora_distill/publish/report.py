@@ -15,8 +15,8 @@ from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from nbformat import NotebookNode
 from nbformat.v4 import new_markdown_cell, new_notebook
 
-from lora_distill.errors import MissingError
-from lora_distill.publish import claims
+from lora_distill.errors import InputError, MissingError, reading
+from lora_distill.publish import claims, stamps
 from lora_distill.publish.plots import FIGURES
 from lora_distill.settings import PACKAGE
 from lora_distill.storage import atomic_write
@@ -29,12 +29,13 @@ def write(folder: Path) -> Path:
 
     Raises FileNotFoundError when there is none.
     """
-    # what has no stamp was left by a run that failed
-    names = sorted(stamp.name.removesuffix(".stamp.json") for stamp in folder.glob("*.stamp.json"))
-    if not names:
-        command = f"python -m lora_distill reproduce --profile {folder.name}"
+    command = f"python -m lora_distill reproduce --profile {folder.name}"
+    if not (names := stamps.names(folder)):  # what has no stamp was left by a run that failed
         raise MissingError(f"no finished notebook in {folder}; {command} makes them")
-    pages = {f"{name}.html": page(nbformat.read(folder / f"{name}.ipynb", 4), name) for name in names}
+    for name in names:
+        if why := stamps.why_changed(folder, stamps.read(folder, name) or {"outputs": {}}):
+            raise InputError(f"{name} of {folder}: {why}; {command}")
+    pages = {f"{name}.html": page(read_notebook(folder / f"{name}.ipynb"), name) for name in names}
     for file, content in pages.items():
         atomic_write(folder / "report" / file, content)
     results, verdicts = results_table(folder / "figures"), claims.as_table(claims.ledger(folder / "figures"))
@@ -46,6 +47,14 @@ def write(folder: Path) -> Path:
     index = folder / "report" / "index.html"
     atomic_write(index, page(new_notebook(cells=[new_markdown_cell(text)]), title))
     return index
+
+
+def read_notebook(path: Path) -> NotebookNode:
+    """A notebook. Raises `InputError`, in one line with the path, for a file that is none."""
+    with reading(path, "a notebook"):
+        notebook = nbformat.read(path, 4)
+        nbformat.validate(notebook)
+        return notebook
 
 
 def page(notebook: NotebookNode, name: str) -> str:
