@@ -3,6 +3,7 @@
 import os
 import sys
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +12,8 @@ import typer
 from lora_distill.errors import InputError, RunError, one_line
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from lora_distill.settings import Settings
 
 # Modules are imported by the command that needs them, so that --help does not wait for torch.
@@ -133,7 +136,8 @@ def claims(profile: Profile = "cpu") -> None:
     """Print what a profile's results say about every claim of the two works."""
     from lora_distill.publish import claims as ledger
 
-    print(ledger.as_text(ledger.ledger(_results(profile))))
+    ledger.check(folder := _results(profile))
+    print(ledger.as_text(ledger.ledger(folder)))
 
 
 @app.command(rich_help_panel=RESULTS)
@@ -148,8 +152,16 @@ def figures(
 
     from lora_distill.publish import figures as saved
 
-    for path in saved.redraw(_results(profile), pdf=pdf):
-        print(os.path.relpath(path))
+    with _held(folder := _results(profile)):
+        for path in saved.redraw(folder, pdf=pdf):
+            print(os.path.relpath(path))
+
+
+def _held(figures: Path) -> "AbstractContextManager[None]":
+    """A run that a command writes figures into, held meanwhile; a folder of the repository is not."""
+    from lora_distill.storage import locked
+
+    return locked(figures.parent) if figures.name == "figures" else nullcontext()
 
 
 @app.command(rich_help_panel=RESULTS)
@@ -157,8 +169,11 @@ def report(profile: Profile = "cpu") -> None:
     """Write the notebooks that ran, with their contents and results, as HTML that needs no network."""
     from lora_distill.publish import report as pages
     from lora_distill.settings import load_settings, run_dir
+    from lora_distill.storage import locked
 
-    print(os.path.relpath(pages.write(run_dir(load_settings(profile)))))
+    folder = run_dir(load_settings(profile))
+    with locked(folder) if folder.is_dir() else nullcontext():
+        print(os.path.relpath(pages.write(folder)))
 
 
 def _results(profile: str) -> Path:

@@ -2,17 +2,20 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import nbformat
 from nbformat import NotebookNode
+from pydantic import TypeAdapter
 
-from lora_distill.errors import InputError
+from lora_distill.errors import InputError, reading
 from lora_distill.publish import claims, report, series, stamps
-from lora_distill.publish.figures import PROVENANCE, read_provenance, write_provenance
+from lora_distill.publish.figures import provenance_text, read_provenance
 from lora_distill.publish.series import SeriesError
+from lora_distill.publish.stamps import PROVENANCE
 from lora_distill.settings import Settings, load_settings, repository_root, run_dir
-from lora_distill.storage import atomic_write
+from lora_distill.storage import atomic_write, locked, whole_file
 
 IN_NOTEBOOKS = "cpu"  # the profile whose outputs the committed notebooks hold
 IN_README = "full"  # the profile whose results the README states
@@ -30,15 +33,20 @@ def publish(profile: str | Path) -> list[Path]:
     or was not made by one clean commit.
     """
     settings = load_settings(profile)
-    if tables := only_measured(run_dir(settings)):
+    with locked(folder) if (folder := run_dir(settings)).is_dir() else nullcontext():  # it is read whole
+        return _publish(settings, folder)
+
+
+def _publish(settings: Settings, folder: Path) -> list[Path]:
+    """`publish` of a run that is held."""
+    if tables := only_measured(folder):
         check_measured(tables)
-        return [copy_figures(run_dir(settings) / "figures", set()), write_readme()]
+        return [copy_figures(folder / "figures", set()), write_readme()]
     if not settings.is_result:
         raise InputError(
             f"profile {settings.profile} shows that the code runs; its numbers, of {settings.eval_prompts} prompts, "
             "are no results"
         )
-    folder = run_dir(settings)
     pretraining = series.PRETRAINING
     paths = [
         path
@@ -79,7 +87,8 @@ def only_measured(folder: Path) -> list[Path]:
 def check_measured(manifests: list[Path]) -> None:
     """Raise `SeriesError` unless all that `measure` wrote was measured by committed code."""
     for path in manifests:
-        commits = json.loads(path.read_text(encoding="utf-8"))["commits"]
+        with reading(path, "what measured the tables, with its commits"):
+            commits = TypeAdapter(list[str]).validate_python(json.loads(path.read_bytes())["commits"], strict=True)
         if not commits or any(commit.endswith("-dirty") for commit in commits):
             raise SeriesError(f"{series.shown(path)}: not measured by committed code; delete the run's cache, commit")
 
@@ -89,8 +98,8 @@ def write_outputs(path: Path, executed: Path) -> None:
 
     Raises ValueError when the copy was made from other code.
     """
-    notebook = nbformat.read(path, 4)
-    ran = {cell.id: cell for cell in nbformat.read(executed, 4).cells}
+    notebook = report.read_notebook(path)
+    ran = {cell.id: cell for cell in report.read_notebook(executed).cells}
     for count, cell in enumerate(series.code_cells(notebook), start=1):
         if cell.id not in ran or ran[cell.id].source != cell.source:
             raise InputError(f"{series.shown(path)} changed after {series.shown(executed)} was made; run it again")
@@ -110,7 +119,7 @@ def write_outputs(path: Path, executed: Path) -> None:
 
 def stale_outputs(path: Path) -> bool:
     """Whether a committed notebook's outputs were made by other code than it now holds."""
-    notebook = nbformat.read(path, 4)
+    notebook = report.read_notebook(path)
     return notebook.metadata.get("lora_distill", {}).get("code") != series.code_digest(notebook)
 
 
@@ -124,17 +133,22 @@ def copy_figures(source: Path, names: set[str]) -> Path:
             path.unlink()
     for path in source.iterdir():
         if path.name in names | kept and path.suffix in KINDS:
-            shutil.copyfile(path, target / path.name)
+            with whole_file(target / path.name) as temporary:
+                shutil.copyfile(path, temporary)
     if (source / PROVENANCE).exists():
         provenance = read_provenance(source)
-        write_provenance(target, {name: made for name, made in provenance.items() if f"{name}.svg" in names | kept})
+        made = {name: made for name, made in provenance.items() if f"{name}.svg" in names | kept}
+        atomic_write(target / PROVENANCE, provenance_text(made))
+    stamps.write_sums(target)
     return target
 
 
 def write_readme() -> Path:
     """Put the results and verdicts of figures/full/ into the README; return its path."""
     path = repository_root() / "README.md"
-    atomic_write(path, with_results(path.read_text(), repository_root() / "figures" / IN_README))
+    with reading(path, "the README in UTF-8"):
+        text = path.read_text(encoding="utf-8")
+    atomic_write(path, with_results(text, repository_root() / "figures" / IN_README))
     return path
 
 

@@ -19,7 +19,8 @@ from lora_distill.errors import InputError, MissingError, WriteError, reading
 from lora_distill.storage import atomic_write
 
 STAMP = ".stamp.json"
-MANIFEST, PROVENANCE = "manifest.json", "provenance.json"  # shared by notebooks: in no stamp
+MANIFEST = "manifest.json"  # of a run: what made it
+PROVENANCE = "provenance.json"  # of its figures: what made each; shared by notebooks, as the manifest, and in no stamp
 PICTURES = "images/{}/*/*"  # the pictures of a notebook: a folder for each method and seed
 TRAINING = "result.safetensors"  # of train.loop, in the folder of each training
 SUMS = "SHA256SUMS"  # of committed tables; `sha256sum -c` reads it too
@@ -178,10 +179,14 @@ def sha256(path: Path) -> str:
 def check_tables(figures: Path) -> None:
     """Raise `InputError` or `MissingError` for the first table of a folder of results that is not as it was left.
 
-    In a run its stamps know, in the repository the file SHA256SUMS. What neither names is not checked.
+    In a run its stamps know, in the repository the file SHA256SUMS. What neither names is not checked. Raises
+    `MissingError` too where there is no table at all.
     """
-    if figures.name == "figures":  # settings.figures_dir
-        again = f"python -m lora_distill reproduce --profile {figures.parent.name}"
+    in_run = figures.name == "figures"  # settings.figures_dir
+    again = f"python -m lora_distill reproduce --profile {(figures.parent if in_run else figures).name}"
+    if not any(figures.glob("*.csv")):
+        raise MissingError(f"no tables in {figures}; {again} makes them")
+    if in_run:
         for notebook in names(figures.parent):
             digests = read(figures.parent, notebook).get("outputs", {})
             known = {file.removeprefix("figures/"): sha for file, sha in digests.items() if file.startswith("figures/")}

@@ -124,12 +124,17 @@ class TestTables:
         (figures / "02_x.csv").write_text("by hand")
         with pytest.raises(ValueError, match=r"figures/02_x\.csv was changed since 02_b ran; python -m lora_"):
             stamps.check_tables(figures)
-        (figures / "02_x.csv").unlink()
+        (figures / "02_x.csv").rename(figures / "02_y.csv")
         with pytest.raises(FileNotFoundError, match=r"figures/02_x.csv was removed since 02_b ran; "):
             stamps.check_tables(figures)
 
     def test_that_a_notebook_of_the_lab_wrote_are_not_judged(self, run):
         stamps.check_tables(run / "figures")
+
+    def test_there_are_none(self, run):
+        (run / "figures" / "02_x.csv").unlink()
+        with pytest.raises(FileNotFoundError, match=r"no tables in .*figures; python -m lora_distill reproduce --prof"):
+            stamps.check_tables(run / "figures")
 
     def test_of_the_repository_are_those_of_its_sums(self, tmp_path):
         folder = tmp_path / "full"
@@ -145,6 +150,7 @@ class TestTables:
 
     @pytest.mark.parametrize("content", [b"x", b"\xff\xfe\x00", b"00  a.csv\n", b"\n\n"])
     def test_sums_that_are_none(self, tmp_path, content):
+        (tmp_path / "02_x.csv").touch()
         (tmp_path / "SHA256SUMS").write_bytes(content)
         with pytest.raises(ValueError, match="SHA256SUMS: expected lines of a SHA-256 and a file's name"):
             stamps.check_tables(tmp_path)
