@@ -213,7 +213,7 @@ def as_table(verdicts: list[Verdict]) -> str:
     for work, title in WORKS.items():
         rows = [(v.claim.statement, v.claim.stated, v.here, v.verdict) for v in verdicts if v.claim.work == work]
         lines = ["| claim | stated | here | verdict |", "|---|---|---|---|"]
-        lines += ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows]
+        lines += ["| " + " | ".join(" ".join(cell.split()).replace("|", r"\|") for cell in row) + " |" for row in rows]
         parts.append(f"**{title}**\n\n" + "\n".join(lines))
     return "\n\n".join([*parts, summary(verdicts) + "."])
 
