@@ -173,8 +173,6 @@ def run(path: Path, settings: Settings, folder: Path, *, force: bool = False) ->
         print(f"{path.stem}: up to date, made at {short(before['commit'])}")
         return before
     print(f"{path.stem}: " + (f"runs again: {reason}" if before and reason else "running"), flush=True)
-    if before:
-        stamps.discard_changed(folder, before)
     stamps.remove(folder, path.stem)  # what a failed run leaves behind is nobody's result
     stamp = {"key": run_key(path, settings, folder), "commit": git_commit()}
     clock, found = time.perf_counter(), stamps.files(folder)

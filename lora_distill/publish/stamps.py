@@ -7,7 +7,6 @@ large, by a digest of their content too, which is only computed again when a nam
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -137,18 +136,6 @@ def _why_tree(path: Path, name: str, known: dict[str, Any]) -> str:
 def _lost(path: Path, known: dict[str, Any]) -> int:
     """How many files a tree has fewer than it had."""
     return max(0, known["files"] - len(_members(path)))
-
-
-def discard_changed(folder: Path, stamp: dict[str, Any]) -> None:
-    """Delete the sets of pictures that were altered since: what is there would be kept, so only its lack is mended."""
-    for name, known in stamp.get("trees", {}).items():
-        path = folder / name
-        if not path.is_dir() or _lost(path, known) or not _why_tree(path, name, known):
-            continue
-        if any(each.is_symlink() for each in (path, *path.parents[: len(Path(name).parents) - 1])):
-            raise InputError(f"{path} was changed since it was made, and lies behind a link: delete it by hand")
-        with deleting(path):
-            shutil.rmtree(path)
 
 
 def _members(path: Path) -> list[Path]:

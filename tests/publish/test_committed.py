@@ -251,6 +251,9 @@ def test_a_readme_in_another_encoding_is_one_line(checkout):
 
 def test_a_run_that_is_being_written_is_not_published(checkout, run):
     run("cpu")
-    with storage.locked(checkout / "runs" / "cpu"), pytest.raises(RuntimeError, match="another run writes there"):
+    with (
+        storage.locked(checkout / "runs" / "cpu"),
+        pytest.raises(RuntimeError, match="writes there"),
+    ):
         committed.publish("cpu")
     committed.publish("cpu")

@@ -72,26 +72,6 @@ def test_temporary_files_and_system_files_are_no_pictures(run, stamp):
     assert stamps.why_changed(run, stamp) == ""
 
 
-def test_altered_pictures_are_deleted_so_that_they_are_made_again_and_others_stay(run, stamp):
-    storage.atomic_write(run / "images/02_b/teacher/1/00000.png", "other")
-    stamp["trees"]["images/02_b/teacher/1"] = stamps.tree(run / "images/02_b/teacher/1")
-    (run / PICTURES / "00001.png").write_text("picture 7")
-    stamps.discard_changed(run, stamp)
-    assert not (run / PICTURES).exists() and (run / "images/02_b/teacher/1/00000.png").exists()
-    assert (run / TRAINING).exists()
-
-
-def test_nothing_is_deleted_through_a_link(run, stamp, tmp_path_factory):
-    elsewhere = tmp_path_factory.mktemp("disk") / "images"
-    shutil.move(run / "images", elsewhere)
-    (run / "images").symlink_to(elsewhere)
-    assert stamps.why_changed(run, stamp) == ""
-    (run / PICTURES / "00001.png").write_text("picture 7")
-    with pytest.raises(ValueError, match="lies behind a link: delete it by hand"):
-        stamps.discard_changed(run, stamp)
-    assert (run / PICTURES / "00001.png").exists()
-
-
 @pytest.mark.parametrize(
     "content",
     [
