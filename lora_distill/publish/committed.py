@@ -14,10 +14,11 @@ from lora_distill.publish import claims, report, series, stamps
 from lora_distill.publish.figures import provenance_text, read_provenance
 from lora_distill.publish.series import SeriesError
 from lora_distill.publish.stamps import PROVENANCE
-from lora_distill.settings import Settings, load_settings, repository_root, run_dir
+from lora_distill.settings import Settings, figures_dir, load_settings, repository_root, run_dir
 from lora_distill.storage import atomic_write, locked, whole_file
 
 IN_NOTEBOOKS = "cpu"  # the profile whose outputs the committed notebooks hold
+README = "README.md"
 IN_README = "full"  # the profile whose results the README states
 KINDS = {".svg", ".png", ".csv", ".json"}
 # What the commands `memory` and `measure` write, and no notebook.
@@ -39,6 +40,7 @@ def publish(profile: str | Path) -> list[Path]:
 
 def _publish(settings: Settings, folder: Path) -> list[Path]:
     """`publish` of a run that is held."""
+    with_results(_readme(), figures_dir(settings))  # fails where the README has no place for them
     if tables := only_measured(folder):
         check_measured(tables)
         return [copy_figures(folder / "figures", set()), write_readme()]
@@ -129,8 +131,9 @@ def copy_figures(source: Path, names: set[str]) -> Path:
     target.mkdir(parents=True, exist_ok=True)
     kept = {path.name for folder in (source, target) for pattern in OF_MEMORY for path in folder.glob(pattern)}
     for path in target.iterdir():
-        if path.name not in names | kept:
-            path.unlink()
+        if path.name not in names | kept and not path.is_dir():
+            with stamps.deleting(path):
+                path.unlink()
     for path in source.iterdir():
         if path.name in names | kept and path.suffix in KINDS:
             with whole_file(target / path.name) as temporary:
@@ -145,11 +148,14 @@ def copy_figures(source: Path, names: set[str]) -> Path:
 
 def write_readme() -> Path:
     """Put the results and verdicts of figures/full/ into the README; return its path."""
-    path = repository_root() / "README.md"
-    with reading(path, "the README in UTF-8"):
-        text = path.read_text(encoding="utf-8")
-    atomic_write(path, with_results(text, repository_root() / "figures" / IN_README))
+    path = repository_root() / README
+    atomic_write(path, with_results(_readme(), repository_root() / "figures" / IN_README))
     return path
+
+
+def _readme() -> str:
+    with reading(path := repository_root() / README, "the README in UTF-8"):
+        return path.read_text(encoding="utf-8")
 
 
 def with_results(readme: str, folder: Path) -> str:

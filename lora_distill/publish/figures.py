@@ -20,7 +20,7 @@ from lora_distill.publish.plots import FIGURES
 from lora_distill.publish.stamps import PROVENANCE, sha256
 from lora_distill.publish.style import grouped
 from lora_distill.settings import ENOUGH_PROMPTS, PACKAGE, Settings, figures_dir
-from lora_distill.storage import device_name, git_commit, read_table, table_text, whole_file
+from lora_distill.storage import atomic_write, device_name, git_commit, read_table, table_text, whole_file
 
 STYLE = PACKAGE / "assets" / "figures.mplstyle"
 THUMBNAIL = 128  # pixels, as a grid shows a picture at most an inch wide
@@ -82,6 +82,8 @@ def redraw(folder: Path, *, pdf: bool = False) -> list[Path]:
         with ExitStack() as stack:
             for file, content in drawn.items():
                 _write(stack, folder / file, content)
+    if _provenance(folder)[0] != provenance:
+        atomic_write(folder / PROVENANCE, provenance_text(provenance))
     return [folder / f"{name}.svg" for name in names]
 
 

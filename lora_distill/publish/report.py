@@ -4,6 +4,7 @@ import base64
 import html
 import json
 import re
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def write(folder: Path) -> Path:
     if not (names := stamps.names(folder)):  # what has no stamp was left by a run that failed
         raise MissingError(f"no finished notebook in {folder}; {command} makes them")
     for name in names:
-        if why := stamps.why_changed(folder, stamps.read(folder, name) or {"outputs": {}}):
+        if why := stamps.why_changed(folder, stamps.read(folder, name)):
             raise InputError(f"{name} of {folder}: {why}; {command}")
     pages = {f"{name}.html": page(read_notebook(folder / f"{name}.ipynb"), name) for name in names}
     for file, content in pages.items():
@@ -77,7 +78,9 @@ def picture(path: Path) -> str:
 def read_notebook(path: Path) -> NotebookNode:
     """A notebook. Raises `InputError`, in one line with the path, for a file that is none."""
     with reading(path, "a notebook"):
-        notebook = nbformat.read(path, 4)
+        with warnings.catch_warnings():  # of editors that write older forms of the format
+            warnings.simplefilter("ignore")
+            notebook = nbformat.v4.upgrade(nbformat.read(path, 4))
         nbformat.validate(notebook)
         return notebook
 

@@ -82,10 +82,15 @@ def _reproduce(paths: Sequence[Path], settings: Settings, folder: Path, *, force
     notebooks = {path.stem: run(path, settings, folder, force=force) for path in paths}
     account = manifest(settings, started=started, notebooks=notebooks)
     atomic_write(folder / MANIFEST, json.dumps(account, indent=2) + "\n")
+    try:
+        written = shown(report.write(folder))
+    except InputError as error:  # of a notebook that was not asked for
+        print(f"\nno verdicts and no report: {error}")
+        return
     print(report.results_table(figures_dir(settings)))
     print(f"\n{claims.summary(claims.ledger(figures_dir(settings)))}")
     print(f"each with its numbers: python -m lora_distill claims --profile {settings.profile}")
-    print(f"\nreport: {shown(report.write(folder))}\nfigures: {shown(figures_dir(settings))}")
+    print(f"\nreport: {written}\nfigures: {shown(figures_dir(settings))}")
 
 
 @contextmanager
@@ -283,6 +288,7 @@ def shown(path: Path) -> str:
 
 def _papermill(path: Path, output: Path, settings: Settings, **options) -> NotebookNode:
     """papermill with our ways: quiet, in the notebook's folder, every key given whether its cell declares it or not."""
+    report.read_notebook(path)  # says in one line what is wrong with it
     # papermill would warn of each key that a parameters cell leaves at its default
     logging.getLogger("papermill").setLevel(logging.ERROR)
     source, target = (str(each).replace("{", "{{").replace("}", "}}") for each in (path, output))  # it formats paths

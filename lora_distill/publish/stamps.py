@@ -21,6 +21,7 @@ STAMP = ".stamp.json"
 MANIFEST = "manifest.json"  # of a run: what made it
 PROVENANCE = "provenance.json"  # of its figures: what made each; shared by notebooks, as the manifest, and in no stamp
 PICTURES = "images/{}/*/*"  # the pictures of a notebook: a folder for each method and seed
+PICTURE = re.compile(r"\d+\.png|key\.txt")
 TRAINING = "result.safetensors"  # of train.loop, in the folder of each training
 SUMS = "SHA256SUMS"  # of committed tables; `sha256sum -c` reads it too
 TABLES = ("*.csv", "*.json", "*_images.png")  # what figures are drawn from and verdicts rest on
@@ -61,8 +62,9 @@ class _Stamp(BaseModel, strict=True):
 
 
 def names(folder: Path) -> list[str]:
-    """The notebooks that have a stamp in a run's folder, in their order."""
-    return sorted(path.name.removesuffix(STAMP) for path in folder.glob(f"[!.]*{STAMP}"))
+    """The notebooks that ran to their end in a run's folder, in their order."""
+    found = (path.name.removesuffix(STAMP) for path in folder.glob(f"[!.]*{STAMP}"))
+    return sorted(name for name in found if read(folder, name))
 
 
 def write(folder: Path, name: str, stamp: dict[str, Any]) -> None:
@@ -139,9 +141,9 @@ def _lost(path: Path, known: dict[str, Any]) -> int:
 
 
 def _members(path: Path) -> list[Path]:
-    """The files of a tree, without hidden ones."""
+    """The files of a tree: of a folder its pictures and their key, not what a file browser leaves there."""
     if path.is_dir():
-        return sorted(each for each in path.iterdir() if each.is_file() and each.name[0] != ".")
+        return sorted(each for each in path.iterdir() if each.is_file() and PICTURE.fullmatch(each.name))
     return [path] if path.is_file() else []
 
 

@@ -243,6 +243,21 @@ def test_the_readme_is_utf_8_whatever_the_locale(checkout, monkeypatch):
     assert (checkout / "README.md").read_bytes().startswith("# Fréchet → 東京\n".encode())
 
 
+def test_a_readme_without_a_place_for_results_stops_before_anything_is_written(checkout, run):
+    run("other")
+    (checkout / "README.md").write_text("# A title\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="no block from <!-- results -->"):
+        committed.publish("other")
+    assert not (checkout / "figures" / "other").exists()
+
+
+def test_a_folder_among_the_committed_figures_stays(checkout, run):
+    run("other")
+    storage.atomic_write(checkout / "figures" / "other" / "mine" / "notes.txt", "kept")
+    committed.publish("other")
+    assert (checkout / "figures" / "other" / "mine" / "notes.txt").exists()
+
+
 def test_a_readme_in_another_encoding_is_one_line(checkout):
     (checkout / "README.md").write_bytes(README.replace("A title", "Fréchet").encode("latin-1"))
     with pytest.raises(ValueError, match=r"README.md: expected the README in UTF-8"):

@@ -20,7 +20,7 @@ RESULTS = {"Memory": {"saved & <shared>": "36 %"}}
 def finish(folder: Path, name: str, text: str) -> None:
     folder.mkdir(exist_ok=True)
     (folder / f"{name}.ipynb").write_text(text)
-    (folder / f"{name}.stamp.json").write_text("{}")
+    stamps.write(folder, name, {"key": "", "commit": None, "outputs": {}})
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +200,22 @@ def test_the_index_says_how_many_claims_hold_and_shows_the_main_figures(tmp_path
     page = soup(tmp_path / "report" / "index.html")
     assert claims.summary(claims.ledger(tmp_path / "figures")) in [each.text for each in page.select("p")]
     assert [image["alt"] for image in page.select("main img")] == [FIGURES[name].caption for name in report.ON_INDEX]
+
+
+def test_a_notebook_whose_stamp_cannot_be_read_has_not_run(tmp_path):
+    for name in ("01_plain", "02_plain"):
+        finish(tmp_path, name, writes(new_notebook(cells=[new_markdown_cell("# A")])))
+    (tmp_path / "02_plain.stamp.json").write_bytes(b"\xff\xfe")
+    report.write(tmp_path)
+    assert not (tmp_path / "report" / "02_plain.html").exists()
+
+
+def test_a_notebook_of_an_older_form_is_read(tmp_path):
+    """As editors write it that know no ids of cells."""
+    plain = {"cell_type": "code", "execution_count": None, "metadata": {}, "outputs": [], "source": "1"}
+    content = {"cells": [plain], "metadata": {}, "nbformat": 4, "nbformat_minor": 2}
+    (tmp_path / "a.ipynb").write_text(json.dumps(content), encoding="utf-8")
+    assert report.read_notebook(tmp_path / "a.ipynb").cells[0].id
 
 
 def test_nothing_has_run(tmp_path):

@@ -18,10 +18,11 @@ import lora_distill
 from lora_distill import __main__ as cli
 from lora_distill import settings, storage
 from lora_distill.errors import InputError, RunError
-from lora_distill.publish import series, stamps
+from lora_distill.publish import report, series, stamps
 from lora_distill.publish.series import SeriesError
 from lora_distill.settings import Settings, SettingsError
 
+WRITE_REPORT = report.write  # `checkout` puts something else in its place
 PARAMETERS = "profile: str = 'cpu'\nseed: int = 0"
 
 
@@ -273,7 +274,7 @@ DRIVER = """
 import sys
 from pathlib import Path
 from lora_distill import __main__, settings
-from lora_distill.publish import series, stamps
+from lora_distill.publish import report, series, stamps
 settings.PACKAGE = Path.cwd() / "lora_distill"
 series.report.write = lambda folder: folder / "report" / "index.html"
 sys.argv = ["lora_distill", "reproduce"]
@@ -428,11 +429,23 @@ class TestWhatIsLost:
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff\xfe{\x00}\x00", b'{"cells": 3}'])
-def test_a_notebook_of_the_checkout_that_is_damaged_is_one_line(checkout, content):
+@pytest.mark.parametrize("command", [series.reproduce, series.prepare])
+def test_a_notebook_of_the_checkout_that_is_damaged_is_one_line(checkout, content, command):
     (checkout / "notebooks" / "01_first.ipynb").write_bytes(content)
     with pytest.raises(InputError, match=r"01_first.ipynb: expected a notebook") as error:
-        series.reproduce("cpu")
+        command("cpu")
     assert "\n" not in str(error.value)
+
+
+def test_without_the_files_of_another_notebook_there_is_no_report(executed, checkout, monkeypatch, capsys):
+    monkeypatch.setattr(series.report, "write", WRITE_REPORT)
+    rerun(executed)
+    (checkout / "runs" / "cpu" / "figures" / "02_table.csv").unlink()
+    capsys.readouterr()
+    assert rerun(executed, names=["01_first"]) == []
+    said = capsys.readouterr().out
+    assert re.search(r"no verdicts and no report: 02_second of .*: figures/02_table.csv is missing; python -m", said)
+    assert "27 claims" not in said
 
 
 class TestForce:

@@ -68,7 +68,8 @@ def test_a_copy_of_a_run_is_as_good_as_the_run(run, stamp):
 
 def test_temporary_files_and_system_files_are_no_pictures(run, stamp):
     storage.atomic_write(run / PICTURES / ".00009.png.0123.tmp", "left")
-    storage.atomic_write(run / PICTURES / ".DS_Store", "left")
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini", "montage.png"):
+        storage.atomic_write(run / PICTURES / name, "left")
     assert stamps.why_changed(run, stamp) == ""
 
 
