@@ -3,6 +3,7 @@
 import os
 import sys
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +12,8 @@ import typer
 from lora_distill.errors import InputError, RunError, one_line
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from lora_distill.settings import Settings
 
 # Modules are imported by the command that needs them, so that --help does not wait for torch.
@@ -30,7 +33,20 @@ Force = Annotated[
 SERIES, RESULTS, MODELS = "The series of notebooks", "Results of a run", "Without notebooks"
 Profile = Annotated[str, typer.Option(help="a name in params/, or the path of a YAML file")]
 # What the extra [series] installs, as far as a command imports it.
-NOTEBOOK_PACKAGES = {"bs4", "jinja2", "latex2mathml", "matplotlib", "nbclient", "nbconvert", "nbformat", "papermill"}
+NOTEBOOK_PACKAGES = set(
+    [
+        "bs4",
+        "ipykernel",
+        "jinja2",
+        "jupyter_client",
+        "latex2mathml",
+        "matplotlib",
+        "nbclient",
+        "nbconvert",
+        "nbformat",
+        "papermill",
+    ]
+)
 
 
 @app.callback()
@@ -131,7 +147,8 @@ def claims(profile: Profile = "cpu") -> None:
     """Print what a profile's results say about every claim of the two works."""
     from lora_distill.publish import claims as ledger
 
-    print(ledger.as_text(ledger.ledger(_results(profile))))
+    ledger.check(folder := _results(profile))
+    print(ledger.as_text(ledger.ledger(folder)))
 
 
 @app.command(rich_help_panel=RESULTS)
@@ -146,8 +163,16 @@ def figures(
 
     from lora_distill.publish import figures as saved
 
-    for path in saved.redraw(_results(profile), pdf=pdf):
-        print(os.path.relpath(path))
+    with _held(folder := _results(profile)):
+        for path in saved.redraw(folder, pdf=pdf):
+            print(os.path.relpath(path))
+
+
+def _held(figures: Path) -> "AbstractContextManager[None]":
+    """A run that a command writes figures into, held meanwhile; a folder of the repository is not."""
+    from lora_distill.storage import locked
+
+    return locked(figures.parent) if figures.name == "figures" else nullcontext()
 
 
 @app.command(rich_help_panel=RESULTS)
@@ -155,8 +180,11 @@ def report(profile: Profile = "cpu") -> None:
     """Write the notebooks that ran, with their contents and results, as HTML that needs no network."""
     from lora_distill.publish import report as pages
     from lora_distill.settings import load_settings, run_dir
+    from lora_distill.storage import locked
 
-    print(os.path.relpath(pages.write(run_dir(load_settings(profile)))))
+    folder = run_dir(load_settings(profile))
+    with locked(folder) if folder.is_dir() else nullcontext():
+        print(os.path.relpath(pages.write(folder)))
 
 
 def _results(profile: str) -> Path:
@@ -421,8 +449,8 @@ def _said(error: Exception) -> str:
     """An error in one line: our own message, or where and how something else failed."""
     if isinstance(error, InputError | RunError):
         return getattr(error, "strerror", None) or str(error)
-    if isinstance(error, ModuleNotFoundError) and error.name in NOTEBOOK_PACKAGES:
-        return f"{error.name} is not installed: pip install 'lora_distill[series]'"
+    if isinstance(error, ModuleNotFoundError) and (package := str(error.name).partition(".")[0]) in NOTEBOOK_PACKAGES:
+        return f"{package} is not installed: pip install 'lora_distill[series]'"
     if isinstance(error, ModuleNotFoundError) and not error.name:  # ours, as raised where an extra is missing
         return str(error)
     place = [frame for frame in traceback.extract_tb(error.__traceback__) if "lora_distill" in frame.filename][-1]

@@ -6,7 +6,6 @@ for what differs between them and the bundled pipeline is what breaks. Weights a
 
 import hashlib
 import json
-import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -25,10 +24,10 @@ from lora_distill import processes
 from lora_distill.data.captioned import split_by_id
 from lora_distill.errors import InputError
 from lora_distill.settings import Settings, load_settings
+from lora_distill.storage import locked
 
 SEED = 0
-
-VERSION_FILE = "version"
+VERSION_FILE = "version.json"  # in the inputs: the code that made them, and a digest of every file
 
 
 def settings(dtype: str = "bfloat16") -> Settings:
@@ -45,37 +44,56 @@ def settings(dtype: str = "bfloat16") -> Settings:
 def write_inputs(folder: Path) -> Path:
     """Write what profile `rehearsal` names: sd15, flickr8k, flickr30k and clip; return the folder.
 
-    A folder that this code has made is left as it is. Of several processes the main one makes it, the others wait.
-    Raises TimeoutError where they do not see it.
+    A folder that this code has made is left as it is, unless a file of it is lost or altered. Of several processes the
+    main one makes it, the others wait. Raises RunError where they do not see it, RunError where another run makes
+    it.
     """
-    version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     if not processes.is_main():
-        _wait_for(folder, version)
-    elif _version(folder) != version:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-            made = Path(temporary) / folder.name
-            write_pipeline(made / "sd15")
-            write_photographs(made / "flickr8k", "flickr8k")
-            write_photographs(made / "flickr30k", "flickr30k")
-            write_clip(made / "clip")
-            (made / VERSION_FILE).write_text(version, encoding="utf-8")
-            shutil.rmtree(folder, ignore_errors=True)
-            made.rename(folder)
+        _wait_for(folder)
+    elif not _is_whole(folder):
+        with locked(folder.parent):
+            _make_inputs(folder)
     return folder
 
 
-def _version(folder: Path) -> str | None:
-    path = folder / VERSION_FILE
-    return path.read_text(encoding="utf-8") if path.is_file() else None
+def _make_inputs(folder: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        made = Path(temporary) / "inputs"
+        write_pipeline(made / "sd15")
+        write_photographs(made / "flickr8k", "flickr8k")
+        write_photographs(made / "flickr30k", "flickr30k")
+        write_clip(made / "clip")
+        _write_json(made / VERSION_FILE, {"code": _digest(Path(__file__)), "files": _digests(made)})
+        if folder.is_symlink() or folder.is_file():
+            folder.unlink()
+        elif folder.exists():
+            folder.rename(Path(temporary) / "old")
+        made.rename(folder)
 
 
-def _wait_for(folder: Path, version: str, seconds: int = 120) -> None:
+def _is_whole(folder: Path) -> bool:
+    """Whether this code has made a folder, and every file of it is there as it was."""
+    try:
+        version = json.loads((folder / VERSION_FILE).read_bytes())
+        return version["code"] == _digest(Path(__file__)) and version["files"].items() <= _digests(folder).items()
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return False
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    return {path.relative_to(folder).as_posix(): _digest(path) for path in folder.rglob("*") if path.is_file()}
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _wait_for(folder: Path, seconds: int = 120) -> None:
     for _ in range(10 * seconds):
-        if _version(folder) == version:
+        if _is_whole(folder):
             return
         time.sleep(0.1)
-    raise TimeoutError(f"{folder}: made by another process and not seen by this one; they must share runs/")
+    raise RunError(f"{folder}: made by another process and not seen by this one; they must share runs/")
 
 
 # ---------------------------------------------------------------------------------------------- the pipeline

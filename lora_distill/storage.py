@@ -1,5 +1,6 @@
 """Files that are written whole or not at all, keys of caches, and the provenance of a result."""
 
+import csv
 import ctypes
 import errno
 import hashlib
@@ -335,13 +336,31 @@ def table_text(rows: list[dict]) -> str:
 
 
 def read_table(path: Path) -> list[dict]:
-    """The rows of a CSV file: numbers and booleans as such, an empty cell as None."""
-    empty = {"keep_default_na": False, "na_values": [""]}
-    table = pandas.read_csv(path, dtype_backend="numpy_nullable", **empty)
+    """The rows of a CSV file: numbers and booleans as such, an empty cell as None. Raises as `read_frame`."""
+    table = read_frame(path, dtype_backend="numpy_nullable", keep_default_na=False, na_values=[""])
     return [
         {name: None if value is pandas.NA else value for name, value in row.items()}
         for row in table.astype(object).to_dict("records")
     ]
+
+
+def read_frame(path: Path, **options: Any) -> pandas.DataFrame:
+    """A CSV file as a table; `options` are those of pandas.read_csv.
+
+    Raises `MissingError`, or in one line with the file and the line `InputError`, when it is not CSV in UTF-8, is cut
+    or names a column twice.
+    """
+    with reading(path, "a table, CSV in UTF-8"):
+        if "\0" in (text := path.read_text(encoding="utf-8-sig")):
+            raise ValueError("it holds binary zeros")
+        lines = csv.reader(io.StringIO(text), strict=True)
+        columns = next(lines, [])
+        if not any(columns) or len(set(columns)) < len(columns):
+            raise InputError(f"{path}, line 1: expected the names of columns, each once")
+        for values in lines:
+            if values and len(values) != len(columns):
+                raise InputError(f"{path}, line {lines.line_num}: {len(values)} values for {len(columns)} columns")
+        return pandas.read_csv(io.StringIO(text), **options)
 
 
 # ---------------------------------------------------------------------------------------------- caches

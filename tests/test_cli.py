@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from lora_distill import sampling as teacher_sampling
 from lora_distill.deployment import deployed
 from lora_distill.pipeline import load_pipeline
 from lora_distill.publish import series
+from lora_distill.settings import repository_root
 
 
 @pytest.fixture
@@ -109,6 +111,18 @@ def test_a_profile_that_never_ran_is_one_line(command, tmp_path, name):
     assert err.startswith("no results in runs/never/figures nor in figures/never; ")
 
 
+def test_verdicts_are_not_printed_from_tables_that_were_edited(command, tmp_path, monkeypatch):
+    folder = tmp_path / "full"
+    shutil.copytree(repository_root() / "figures" / "full", folder)
+    monkeypatch.setattr("lora_distill.settings.results_dir", lambda _: folder)
+    assert command("claims", "--profile", "full")[0] == 0
+    path = folder / "02_quality.csv"
+    path.write_text(path.read_text(encoding="utf-8").replace("1", "2"), encoding="utf-8")
+    code, out, err = command("claims", "--profile", "full")
+    assert code == 2 and "claims:" not in out
+    assert err == f"{path} was changed since it was committed; git checkout restores it\n"
+
+
 def test_a_run_that_is_not_finished_is_not_published(command, tmp_path):
     (tmp_path / "never.yaml").write_text("profile: never\n", encoding="utf-8")
     code, _, err = command("publish", "--profile", str(tmp_path / "never.yaml"))
@@ -119,6 +133,7 @@ def test_a_run_that_is_not_finished_is_not_published(command, tmp_path):
     ("package", "arguments", "message"),
     [
         ("papermill", ["reproduce"], "papermill is not installed: pip install 'lora_distill[series]'\n"),
+        ("ipykernel", ["reproduce"], "ipykernel is not installed: pip install 'lora_distill[series]'\n"),
         ("nbconvert", ["report"], "nbconvert is not installed: pip install 'lora_distill[series]'\n"),
         ("matplotlib", ["figures"], "matplotlib is not installed: pip install 'lora_distill[series]'\n"),
     ],

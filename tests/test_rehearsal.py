@@ -1,6 +1,8 @@
 """What a rehearsal runs on: it has the files and quirks of the originals, and is the same every time."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from lora_distill import rehearsal
 from lora_distill.data.captioned import captioned_images
 from lora_distill.judge.features import load_extractor
 from lora_distill.pipeline import load_pipeline
-from lora_distill.storage import digest
+from lora_distill.storage import digest, locked
 
 LATER_KEYS = {"time_cond_proj_dim", "scaling_factor", "prediction_type", "timestep_spacing", "force_upcast"}
 
@@ -18,6 +20,29 @@ LATER_KEYS = {"time_cond_proj_dim", "scaling_factor", "prediction_type", "timest
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     return rehearsal.write_inputs(tmp_path_factory.mktemp("rehearsal") / "inputs")
+
+
+@pytest.fixture
+def small_inputs(tmp_path, monkeypatch) -> Path:
+    """Where to write inputs that are made in no time: a file for each model and set."""
+
+    def write(folder, *_):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(folder.name, encoding="utf-8")
+
+    def write_photographs(folder, layout):
+        write(folder)
+        write(folder / "Flickr8k_text")
+        (folder / "Flickr8k_text" / "Flickr8k.token.txt").write_text(layout, encoding="utf-8")
+
+    def write_pipeline(folder):
+        write(folder)
+        write(folder / "unet")
+
+    monkeypatch.setattr(rehearsal, "write_pipeline", write_pipeline)
+    monkeypatch.setattr(rehearsal, "write_photographs", write_photographs)
+    monkeypatch.setattr(rehearsal, "write_clip", write)
+    return tmp_path / "inputs"
 
 
 def config(folder, part, name="config"):
@@ -91,9 +116,42 @@ def test_inputs_are_made_once_and_again_when_the_code_changed(tmp_path, monkeypa
     folder = rehearsal.write_inputs(tmp_path / "inputs")
     (folder / "flickr8k" / "mine").write_text("")
     assert (rehearsal.write_inputs(folder) / "flickr8k" / "mine").exists()
-    (folder / "version").write_text("of older code")
+    monkeypatch.setattr(rehearsal, "_digest", lambda path, known=rehearsal._digest: f"new {known(path)}")
     assert not (rehearsal.write_inputs(folder) / "flickr8k" / "mine").exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["inputs"]
+    assert [path.name for path in tmp_path.iterdir() if path.name[0] != "."] == ["inputs"]
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("sd15/unet/config.json", Path.unlink),
+        ("flickr8k/Flickr8k_text/Flickr8k.token.txt", lambda path: path.write_text("", encoding="utf-8")),
+        ("clip", shutil.rmtree),
+        ("version.json", lambda path: path.write_text("[]", encoding="utf-8")),
+        ("version.json", lambda path: path.write_bytes(b"\xff\xfe")),
+        (".", lambda path: (shutil.rmtree(path), path.write_text("a file", encoding="utf-8"))),
+        (".", lambda path: (path.rename(path.with_name("kept")), path.symlink_to(path.with_name("kept")))),
+    ],
+)
+def test_inputs_that_are_lost_or_altered_are_made_again(small_inputs, name, damage):
+    folder = rehearsal.write_inputs(small_inputs)
+    before = rehearsal._digests(folder)
+    damage(folder / name)
+    assert rehearsal._digests(rehearsal.write_inputs(folder)) == before
+
+
+def test_inputs_behind_a_link_stay_there(small_inputs):
+    folder = rehearsal.write_inputs(small_inputs)
+    elsewhere = folder.rename(folder.with_name("elsewhere"))
+    folder.symlink_to(elsewhere)
+    (folder / "clip" / "config.json").unlink()
+    rehearsal.write_inputs(folder)
+    assert (elsewhere / "sd15" / "config.json").exists() and not (elsewhere / "clip" / "config.json").exists()
+
+
+def test_of_two_that_make_the_inputs_one_is_refused(small_inputs):
+    with locked(small_inputs.parent), pytest.raises(RuntimeError, match="writes there"):
+        rehearsal.write_inputs(small_inputs)
 
 
 def test_a_process_beside_the_main_one_waits_for_them(tmp_path, monkeypatch):

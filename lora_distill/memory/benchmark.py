@@ -233,9 +233,12 @@ def read(profile: str, name: str) -> Rows:
     for folder in results_folders(profile):
         if (path := folder / f"{name}.csv").exists():
             try:
-                return storage.read_table(path)
+                rows = storage.read_table(path)
             except ValueError:
                 raise InputError(f"{path} is no table; delete it, and measure writes it again") from None
+            if lost := [column for column in ("device", "resolution") if rows and column not in rows[0]]:
+                raise InputError(f"{path} has no column {lost[0]!r}; delete it, and measure writes it again")
+            return rows
     return []
 
 

@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -21,6 +22,9 @@ import nbformat
 from lora_distill import processes
 from lora_distill.settings import Settings
 
+# Progress is plain text in a committed notebook: widgets leave megabytes that code hosts do not show.
+QUIET = {"PYTHONWARNINGS": "ignore:IProgress not found", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+CODE = Path(__file__).parents[2]  # the folder of this package, which the processes of a notebook are to import
 # What makes a process a member of a group.
 MEMBERSHIP = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK",
               "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"}  # fmt: skip
@@ -40,7 +44,9 @@ def environment(path: Path, made_by: int) -> dict[str, str]:
     `made_by` so many processes are the trainings that it reads. A group needs a port that no earlier notebook's group
     has, and a store that is not the launcher's.
     """
-    known = dict(os.environ) | {processes.IN_SERIES: str(made_by)}
+    known = QUIET | os.environ | {processes.IN_SERIES: str(made_by)}
+    if CODE.name != "site-packages":  # an installed package is found; another checkout's could be, too
+        known["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CODE), known.get("PYTHONPATH")]))
     if processes.count() == 1:
         return known
     if is_alone(path):
@@ -51,13 +57,17 @@ def environment(path: Path, made_by: int) -> dict[str, str]:
 
 @contextmanager
 def in_environment(path: Path, made_by: int) -> Iterator[None]:
-    """`environment` as this process's own for the time of a block: a kernel inherits it."""
+    """`environment` as this process's own for the time of a block: a kernel inherits it.
+
+    A user's IPython profile, whose startup files would run first in each kernel, is left out.
+    """
     before = dict(os.environ)
-    try:
-        _replace_environment(environment(path, made_by))
-        yield
-    finally:
-        _replace_environment(before)
+    with tempfile.TemporaryDirectory(prefix="ipython-", ignore_cleanup_errors=True) as profile:
+        try:
+            _replace_environment(environment(path, made_by) | {"IPYTHONDIR": profile})
+            yield
+        finally:
+            _replace_environment(before)
 
 
 def _replace_environment(variables: dict[str, str]) -> None:

@@ -3,6 +3,7 @@
 The claims are data, assets/claims.yaml, whose head explains the keys; how each is ruled stands in `rules`.
 """
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -13,9 +14,11 @@ import pandas
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from lora_distill.errors import InputError
+from lora_distill.errors import InputError, MissingError
+from lora_distill.publish import stamps
 from lora_distill.publish.rules import NOT_REPRODUCED, PARTLY, REPRODUCED, RULES, UNTOLD
 from lora_distill.settings import PACKAGE, results_folders
+from lora_distill.storage import read_frame
 
 CLAIMS = PACKAGE / "assets" / "claims.yaml"
 NOT_TESTABLE = "not testable here"
@@ -155,13 +158,11 @@ def measure(quantity: Quantity, folder: Path) -> float | list[float]:
         raise ClaimsError(f"{path} has no column {min(unknown)!r}; it has {', '.join(map(str, table.columns))}")
     if quantity.column not in table.columns:  # of photographs there is no reader's verdict, and without CLIP no cosine
         raise Missing(f"no {quantity.column} in {path.name}")
-    for column, value in quantity.where.items():
-        table = table[table[column] == value]
+    table = _rows(quantity, path, table)
     place = ", ".join(f"{column} {value}" for column, value in quantity.where.items())
-    try:
-        values = pandas.to_numeric(table[quantity.column]).dropna()
-    except (ValueError, TypeError):
-        raise ClaimsError(f"{path}: {quantity.column}, {place}: expected numbers") from None
+    values = _numbers(table[quantity.column], f"{path}: {quantity.column}, {place}").dropna()
+    if values.abs().max() == math.inf:
+        raise ClaimsError(f"{path}: {quantity.column}, {place}: expected finite numbers")
     if values.empty:
         raise Missing(f"no {quantity.column} in {path.name} for {place}")
     if quantity.take == "each":
@@ -178,11 +179,10 @@ def conditions(claim: Claim, folder: Path) -> str:
     those that `measure` writes."""
     found: dict[str, set[str]] = {kind: set() for kind in CONDITIONS}
     for quantity in claim.measured.values():
-        _, table = _read(quantity, folder)
+        path, table = _read(quantity, folder)
         if "machine" not in table.columns:
             continue
-        for column, value in quantity.where.items():
-            table = table[table[column] == value]
+        table = _rows(quantity, path, table)
         for kind, columns in CONDITIONS.items():
             for column in set(columns) & set(table.columns):
                 found[kind] |= {str(value) for value in table[column]}
@@ -191,6 +191,14 @@ def conditions(claim: Claim, folder: Path) -> str:
     }
     parts = [CONDITION_TEXTS.get(kind, "{}").format(text) for kind, text in texts.items()]
     return f" [{'; '.join(parts)}]" if parts else ""
+
+
+def check(folder: Path) -> None:
+    """Raise `InputError` for a table that verdicts would rest on and that was changed after it was made."""
+    others = {quantity.profile for claim in load() for quantity in claim.measured.values()} - {""}
+    found = [[each for each in results_folders(profile) if each.is_dir()] for profile in sorted(others)]
+    for each in (folder, *(first for first, *_ in filter(None, found))):
+        stamps.check_tables(each)
 
 
 def summary(verdicts: list[Verdict]) -> str:
@@ -205,7 +213,7 @@ def as_table(verdicts: list[Verdict]) -> str:
     for work, title in WORKS.items():
         rows = [(v.claim.statement, v.claim.stated, v.here, v.verdict) for v in verdicts if v.claim.work == work]
         lines = ["| claim | stated | here | verdict |", "|---|---|---|---|"]
-        lines += ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows]
+        lines += ["| " + " | ".join(" ".join(cell.split()).replace("|", r"\|") for cell in row) + " |" for row in rows]
         parts.append(f"**{title}**\n\n" + "\n".join(lines))
     return "\n\n".join([*parts, summary(verdicts) + "."])
 
@@ -244,13 +252,30 @@ def _read(quantity: Quantity, folder: Path) -> tuple[Path, pandas.DataFrame]:
     folders = results_folders(quantity.profile) if quantity.profile else (folder,)
     for path in (each / f"{quantity.table}.csv" for each in folders):
         try:
-            return path, pandas.read_csv(path)
-        except FileNotFoundError:
+            return path, read_frame(path)
+        except MissingError:
             continue
-        except ValueError as error:
-            raise ClaimsError(f"{path} is no table: {' '.join(str(error).split())}") from None
+        except InputError as error:
+            raise ClaimsError(f"{path} is no table: {str(error).removeprefix(str(path)).lstrip(':, ')}") from None
     of_profile = f" of profile {quantity.profile}" if quantity.profile else ""
     raise Missing(f"no {quantity.table}.csv{of_profile} yet")
+
+
+def _rows(quantity: Quantity, path: Path, table: pandas.DataFrame) -> pandas.DataFrame:
+    """The rows of a quantity's table in which other columns have the values of its `where`."""
+    for column, value in quantity.where.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        found = _numbers(table[column], f"{path}: {column}") if is_number else table[column]
+        table = table[found == value]
+    return table
+
+
+def _numbers(column: pandas.Series, place: str) -> pandas.Series:
+    """A column as numbers. Raises `ClaimsError` for one that holds text."""
+    try:
+        return pandas.to_numeric(column).astype(float)
+    except (ValueError, TypeError):
+        raise ClaimsError(f"{place}: expected numbers") from None
 
 
 def _explain(error: dict[str, Any]) -> str:

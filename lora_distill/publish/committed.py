@@ -2,19 +2,23 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import nbformat
 from nbformat import NotebookNode
+from pydantic import TypeAdapter
 
-from lora_distill.errors import InputError
-from lora_distill.publish import claims, report, series
-from lora_distill.publish.figures import PROVENANCE, read_provenance, write_provenance
+from lora_distill.errors import InputError, reading
+from lora_distill.publish import claims, report, series, stamps
+from lora_distill.publish.figures import provenance_text, read_provenance
 from lora_distill.publish.series import SeriesError
-from lora_distill.settings import Settings, load_settings, repository_root, run_dir
-from lora_distill.storage import atomic_write
+from lora_distill.publish.stamps import PROVENANCE
+from lora_distill.settings import Settings, figures_dir, load_settings, repository_root, run_dir
+from lora_distill.storage import atomic_write, locked, whole_file
 
 IN_NOTEBOOKS = "cpu"  # the profile whose outputs the committed notebooks hold
+README = "README.md"
 IN_README = "full"  # the profile whose results the README states
 KINDS = {".svg", ".png", ".csv", ".json"}
 # What the commands `memory` and `measure` write, and no notebook.
@@ -30,20 +34,26 @@ def publish(profile: str | Path) -> list[Path]:
     or was not made by one clean commit.
     """
     settings = load_settings(profile)
-    if tables := only_measured(run_dir(settings)):
+    with locked(folder) if (folder := run_dir(settings)).is_dir() else nullcontext():  # it is read whole
+        return _publish(settings, folder)
+
+
+def _publish(settings: Settings, folder: Path) -> list[Path]:
+    """`publish` of a run that is held."""
+    with_results(_readme(), figures_dir(settings))  # fails where the README has no place for them
+    if tables := only_measured(folder):
         check_measured(tables)
-        return [copy_figures(run_dir(settings) / "figures", set()), write_readme()]
+        return [copy_figures(folder / "figures", set()), write_readme()]
     if not settings.is_result:
         raise InputError(
             f"profile {settings.profile} shows that the code runs; its numbers, of {settings.eval_prompts} prompts, "
             "are no results"
         )
-    folder = run_dir(settings)
     pretraining = series.PRETRAINING
     paths = [
         path
         for path in series.all_notebooks()
-        if not path.name.startswith(pretraining) or series.read_stamp(folder, path.stem)
+        if not path.name.startswith(pretraining) or stamps.read(folder, path.stem)
     ]
     check_finished(paths, settings, folder)
     if settings.profile == IN_NOTEBOOKS:
@@ -51,7 +61,7 @@ def publish(profile: str | Path) -> list[Path]:
             write_outputs(path, folder / path.name)
         written = paths
     else:
-        outputs = {name for path in paths for name in series.read_stamp(folder, path.stem)["outputs"]}
+        outputs = {name for path in paths for name in stamps.read(folder, path.stem)["outputs"]}
         written = [copy_figures(folder / "figures", {Path(n).name for n in outputs if n.startswith("figures/")})]
     return [*written, write_readme()]
 
@@ -62,7 +72,7 @@ def check_finished(paths: list[Path], settings: Settings, folder: Path) -> None:
     for path in paths:
         if reason := series.why_stale(path, settings, folder):
             raise SeriesError(f"{path.stem} of profile {settings.profile}: {reason}; {again}")
-    commits = {path.stem: series.read_stamp(folder, path.stem)["commit"] for path in paths}
+    commits = {path.stem: stamps.read(folder, path.stem)["commit"] for path in paths}
     made = ", ".join(f"{name} at {series.short(commit)}" for name, commit in commits.items())
     if not all(commit and not commit.endswith("-dirty") for commit in commits.values()):
         raise SeriesError(f"not made by committed code: {made}; commit, then {again} --force")
@@ -72,14 +82,15 @@ def check_finished(paths: list[Path], settings: Settings, folder: Path) -> None:
 
 def only_measured(folder: Path) -> list[Path]:
     """What `measure` left in a run's folder in which no notebook has run; a profile of an architecture has no more."""
-    stamped = any(series.read_stamp(folder, path.stem) for path in series.all_notebooks())
+    stamped = any(stamps.read(folder, path.stem) for path in series.all_notebooks())
     return [] if stamped else sorted((folder / "figures").glob("01_measured_*.json"))
 
 
 def check_measured(manifests: list[Path]) -> None:
     """Raise `SeriesError` unless all that `measure` wrote was measured by committed code."""
     for path in manifests:
-        commits = json.loads(path.read_text(encoding="utf-8"))["commits"]
+        with reading(path, "what measured the tables, with its commits"):
+            commits = TypeAdapter(list[str]).validate_python(json.loads(path.read_bytes())["commits"], strict=True)
         if not commits or any(commit.endswith("-dirty") for commit in commits):
             raise SeriesError(f"{series.shown(path)}: not measured by committed code; delete the run's cache, commit")
 
@@ -89,8 +100,8 @@ def write_outputs(path: Path, executed: Path) -> None:
 
     Raises ValueError when the copy was made from other code.
     """
-    notebook = nbformat.read(path, 4)
-    ran = {cell.id: cell for cell in nbformat.read(executed, 4).cells}
+    notebook = report.read_notebook(path)
+    ran = {cell.id: cell for cell in report.read_notebook(executed).cells}
     for count, cell in enumerate(series.code_cells(notebook), start=1):
         if cell.id not in ran or ran[cell.id].source != cell.source:
             raise InputError(f"{series.shown(path)} changed after {series.shown(executed)} was made; run it again")
@@ -110,7 +121,7 @@ def write_outputs(path: Path, executed: Path) -> None:
 
 def stale_outputs(path: Path) -> bool:
     """Whether a committed notebook's outputs were made by other code than it now holds."""
-    notebook = nbformat.read(path, 4)
+    notebook = report.read_notebook(path)
     return notebook.metadata.get("lora_distill", {}).get("code") != series.code_digest(notebook)
 
 
@@ -120,22 +131,31 @@ def copy_figures(source: Path, names: set[str]) -> Path:
     target.mkdir(parents=True, exist_ok=True)
     kept = {path.name for folder in (source, target) for pattern in OF_MEMORY for path in folder.glob(pattern)}
     for path in target.iterdir():
-        if path.name not in names | kept:
-            path.unlink()
+        if path.name not in names | kept and not path.is_dir():
+            with stamps.deleting(path):
+                path.unlink()
     for path in source.iterdir():
         if path.name in names | kept and path.suffix in KINDS:
-            shutil.copyfile(path, target / path.name)
+            with whole_file(target / path.name) as temporary:
+                shutil.copyfile(path, temporary)
     if (source / PROVENANCE).exists():
         provenance = read_provenance(source)
-        write_provenance(target, {name: made for name, made in provenance.items() if f"{name}.svg" in names | kept})
+        made = {name: made for name, made in provenance.items() if f"{name}.svg" in names | kept}
+        atomic_write(target / PROVENANCE, provenance_text(made))
+    stamps.write_sums(target)
     return target
 
 
 def write_readme() -> Path:
     """Put the results and verdicts of figures/full/ into the README; return its path."""
-    path = repository_root() / "README.md"
-    atomic_write(path, with_results(path.read_text(encoding="utf-8"), repository_root() / "figures" / IN_README))
+    path = repository_root() / README
+    atomic_write(path, with_results(_readme(), repository_root() / "figures" / IN_README))
     return path
+
+
+def _readme() -> str:
+    with reading(path := repository_root() / README, "the README in UTF-8"):
+        return path.read_text(encoding="utf-8")
 
 
 def with_results(readme: str, folder: Path) -> str:

@@ -3,24 +3,27 @@
 import hashlib
 import io
 import json
+import warnings
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
+from pydantic import BaseModel, Field, TypeAdapter
 
 from lora_distill import processes
-from lora_distill.errors import InputError, MissingError
+from lora_distill.errors import InputError, MissingError, reading
 from lora_distill.publish.plots import FIGURES
+from lora_distill.publish.stamps import PROVENANCE, sha256
 from lora_distill.publish.style import grouped
 from lora_distill.settings import ENOUGH_PROMPTS, PACKAGE, Settings, figures_dir
-from lora_distill.storage import atomic_write, device_name, git_commit, read_table, table_text
+from lora_distill.storage import atomic_write, device_name, git_commit, read_table, table_text, whole_file
 
 STYLE = PACKAGE / "assets" / "figures.mplstyle"
 THUMBNAIL = 128  # pixels, as a grid shows a picture at most an inch wide
-PROVENANCE = "provenance.json"  # of a profile's figures: what made the results that they show
 NO_DATES = {"pdf": {"CreationDate": None, "Creator": None, "Producer": None}, "svg": {"Date": None, "Creator": None}}
 
 
@@ -40,8 +43,6 @@ def save(name: str, settings: Settings, rows: list[dict], images: np.ndarray | N
     data = {f"{name}.csv": table_text(rows).encode()}
     if images is not None:
         data[f"{name}_images.png"] = image_sheet(images, lines=len(grouped(rows, "row")))
-    for file, content in data.items():
-        atomic_write(folder / file, content)
     source = {
         "profile": settings.profile,
         "eval_prompts": settings.eval_prompts,
@@ -50,9 +51,20 @@ def save(name: str, settings: Settings, rows: list[dict], images: np.ndarray | N
         "device": device_name(settings.device),
         "sha256": {file: hashlib.sha256(content).hexdigest() for file, content in data.items()},
     }
-    known = read_provenance(folder) if (folder / PROVENANCE).exists() else {}
-    write_provenance(folder, known | {name: source})
-    return draw(name, folder, source)
+    known = _known(folder)
+    with ExitStack() as stack:  # all of a figure or nothing: no new table beside an old picture
+        places = {file: _write(stack, folder / file, content) for file, content in data.items()}
+        figure, drawn = render(name, folder, source, places=places)
+        for file, content in (drawn | {PROVENANCE: provenance_text(known | {name: source})}).items():
+            _write(stack, folder / file, content)
+    return figure
+
+
+def _write(stack: ExitStack, path: Path, content: bytes) -> Path:
+    """Write a file that gets its name when the stack ends well; return its place until then."""
+    temporary = stack.enter_context(whole_file(path))
+    temporary.write_bytes(content)
+    return temporary
 
 
 def redraw(folder: Path, *, pdf: bool = False) -> list[Path]:
@@ -61,25 +73,37 @@ def redraw(folder: Path, *, pdf: bool = False) -> list[Path]:
     Raises ValueError or FileNotFoundError, in one line that names the file, when one is missing or has changed.
     """
     provenance = read_provenance(folder)
-    names = [name for name in FIGURES if name in provenance]
+    if not (names := [name for name in FIGURES if name in provenance]):
+        raise MissingError(f"no figures in {folder}; python -m lora_distill reproduce makes them")
     for name in names:
         check(folder, provenance[name]["sha256"])
     for name in names:
-        draw(name, folder, provenance[name], pdf=pdf)
+        _, drawn = render(name, folder, provenance[name], pdf=pdf)
+        with ExitStack() as stack:
+            for file, content in drawn.items():
+                _write(stack, folder / file, content)
+    if _provenance(folder)[0] != provenance:
+        atomic_write(folder / PROVENANCE, provenance_text(provenance))
     return [folder / f"{name}.svg" for name in names]
 
 
-def draw(name: str, folder: Path, source: dict[str, Any], *, pdf: bool = False) -> Figure:
-    """Draw one figure from its saved rows and images and write it as SVG and PNG, `source` in their metadata."""
-    plot = FIGURES[name]
-    rows = read_table(folder / f"{name}.csv")
-    sheet = folder / f"{name}_images.png"
-    images = [read_images(sheet, rows)] if sheet.name in source["sha256"] else []
+def render(
+    name: str, folder: Path, source: dict[str, Any], *, pdf: bool = False, places: dict[str, Path] | None = None
+) -> tuple[Figure, dict[str, bytes]]:
+    """Draw one figure from its saved rows and images: the figure, and as SVG and PNG with `source` in their metadata.
+
+    `places` says where files lie that have no name in the folder yet.
+    """
+    plot, places = FIGURES[name], places or {}
+    table, sheet = f"{name}.csv", f"{name}_images.png"
+    rows = read_table(places.get(table, folder / table))
     with plt.style.context(STYLE, after_reset=True):  # neither a matplotlibrc nor a notebook changes the bytes
-        try:
-            figure = plot.draw(rows, *images)
-        except KeyError as column:
-            raise InputError(f"{folder / name}.csv has no column {column}; run its notebook again") from None
+        with reading(folder / table, f"what figure {name} shows; run its notebook again"):
+            images = [read_images(places.get(sheet, folder / sheet), rows)] if sheet in source["sha256"] else []
+            try:
+                figure = plot.draw(rows, *images)
+            except KeyError as column:
+                raise InputError(f"{folder / table} has no column {column}; run its notebook again") from None
         if (prompts := source.get("eval_prompts", ENOUGH_PROMPTS)) < ENOUGH_PROMPTS:
             mark = f"{prompts} prompts: not a result"
             figure.text(0.5, 0.5, mark, color="#bbbbbb", fontsize=20, ha="center", rotation=20)
@@ -90,37 +114,90 @@ def draw(name: str, folder: Path, source: dict[str, Any], *, pdf: bool = False) 
         }
         if pdf:
             metadata["pdf"] = {"Title": plot.caption, "Keywords": comment, **NO_DATES["pdf"]}
-        for kind, fields in metadata.items():
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format=kind, metadata=fields)
-            atomic_write(folder / f"{name}.{kind}", buffer.getvalue())
+        drawn = {f"{name}.{kind}": _saved(figure, kind, fields) for kind, fields in metadata.items()}
     plt.close(figure)
-    return figure
+    return figure, drawn
+
+
+def _saved(figure: Figure, kind: str, metadata: dict[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=kind, metadata=metadata)
+    return buffer.getvalue()
 
 
 def check(folder: Path, digests: dict[str, str]) -> None:
     """Raise FileNotFoundError or ValueError for the first file of a figure that is missing or was changed."""
     for file, digest in digests.items():
-        if not (folder / file).exists():
+        if not (folder / file).is_file():
             raise MissingError(f"{folder / file} is missing; run its notebook again")
-        if hashlib.sha256((folder / file).read_bytes()).hexdigest() != digest:
+        if sha256(folder / file) != digest:
             raise InputError(f"{folder / file} is damaged or was changed by hand; run its notebook again")
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
-    """What made the results of each figure of a folder. Raises FileNotFoundError, or ValueError for a damaged file."""
+    """What made the results of each figure of a folder; empty where there is no figure.
+
+    What the file lacks, or all of it when it cannot be read, is taken from the pictures, which hold it too; a warning
+    says so. Raises `InputError` where neither says it.
+    """
+    known, problem = _provenance(folder)
+    lost = [name for name in FIGURES if name not in known and (folder / f"{name}.csv").is_file()]
+    restored = {name: _from_picture(folder, name) for name in lost if (folder / f"{name}.png").is_file()}
+    if restored:
+        why = problem or f"{folder / PROVENANCE} lacks {next(iter(restored))}"
+        warnings.warn(f"{why}; made again from the pictures", stacklevel=2)
+    elif problem and (folder / PROVENANCE).exists():
+        raise InputError(f"{folder / PROVENANCE} is damaged; delete it, and run the notebooks again")
+    return known | restored
+
+
+def _provenance(folder: Path) -> tuple[dict[str, Any], str]:
+    """What provenance.json says, and why it says nothing."""
     path = folder / PROVENANCE
-    if not path.exists():
-        raise MissingError(f"no figures in {folder}; python -m lora_distill reproduce makes them")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is damaged: {error}") from None
+        with reading(path, "what made each figure"):
+            known = TypeAdapter(dict[str, dict[str, Any]]).validate_json(path.read_bytes(), strict=True)
+            for name in known.keys() & FIGURES.keys():
+                Source.model_validate(known[name])
+            return known, ""
+    except InputError as error:
+        return {}, str(error)
 
 
-def write_provenance(folder: Path, provenance: dict[str, Any]) -> None:
-    """Write what made the results of each figure of a folder, in the order of their names."""
-    atomic_write(folder / PROVENANCE, json.dumps(dict(sorted(provenance.items())), indent=1) + "\n")
+def _known(folder: Path) -> dict[str, Any]:
+    """`read_provenance` where a figure is about to be written: what cannot be known does not hinder it."""
+    if not folder.is_dir():
+        return {}
+    try:
+        return read_provenance(folder)
+    except InputError as error:
+        warnings.warn(f"{error}; begun anew", stacklevel=3)
+        return {}
+
+
+def _from_picture(folder: Path, name: str) -> dict[str, Any]:
+    """What made a figure, as its PNG says. Raises `InputError` for one that does not."""
+    path = folder / f"{name}.png"
+    with reading(path, "a figure that says what made it; run its notebook again"):
+        with Image.open(path) as picture:
+            source = json.loads(picture.text["Comment"])
+        source.pop("claims")
+        files = [file for file in (f"{name}.csv", f"{name}_images.png") if (folder / file).is_file()]
+        restored = source | {"sha256": {file: sha256(folder / file) for file in files}}
+        Source.model_validate(restored)
+        return restored
+
+
+class Source(BaseModel, extra="allow", strict=True):
+    """What made the results of one figure, as far as it is read; `sha256` has the files that it is drawn from."""
+
+    eval_prompts: int = ENOUGH_PROMPTS
+    sha256: dict[Annotated[str, Field(pattern=r"^[\w-]+\.(csv|png)$")], str]
+
+
+def provenance_text(provenance: dict[str, Any]) -> bytes:
+    """What made the results of each figure of a folder, in the order of their names, as the content of a file."""
+    return (json.dumps(dict(sorted(provenance.items())), indent=1) + "\n").encode()
 
 
 def grid_rows(labels: list[str], captions: list[str]) -> list[dict]:

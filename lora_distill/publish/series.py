@@ -4,35 +4,52 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import nbformat
 import papermill
+from ipykernel.kernelspec import get_kernel_dict
+from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import KernelSpec
 from nbclient.exceptions import DeadKernelError
 from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 
 from lora_distill import processes
-from lora_distill.errors import InputError, MissingError, RunError
-from lora_distill.publish import beside, claims, report
-from lora_distill.publish.figures import PROVENANCE
+from lora_distill.errors import InputError, MissingError, RunError, one_line
+from lora_distill.publish import beside, claims, report, stamps
+from lora_distill.publish.stamps import MANIFEST, STAMP, deleting
 from lora_distill.settings import Settings, check_paths, figures_dir, load_settings, repository_root, run_dir
-from lora_distill.storage import atomic_write, git_commit, manifest, now, resident_peak_mb
+from lora_distill.storage import (
+    atomic_write,
+    git_commit,
+    locked,
+    manifest,
+    now,
+    resident_peak_mb,
+    whole_file,
+)
 
 RESULTS = 1  # version of the tables and figures that the module makes for the notebooks: raise it when they change
 READS = {"04": ("01", "02", "03")}  # the notebooks whose files a notebook reads, itself or through the module
 PRETRAINING = "00"  # makes the bundled pipeline: not part of a run, which reads the committed one
-TRAINING_FILES = ("result.safetensors", "checkpoint.safetensors")  # of train.loop, in the folder of each training
-MANIFEST, STAMP = "manifest.json", ".stamp.json"
-# Progress is plain text in a committed notebook: widgets leave megabytes that code hosts do not show.
-KERNEL_ENVIRONMENT = {"PYTHONWARNINGS": "ignore:IProgress not found", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+TRAINING_FILES = ("result.safetensors", "checkpoint.safetensors", "log.jsonl")  # of train.loop, a folder a training
+NOT_TRAININGS = ("cache", "inputs", "figures", "images", "report")  # folders of a run, in which no training lies
 # Kernels announce their transport at the start, and as an error the interrupt that comes before their shutdown.
 KERNEL = {"kernel_name": "python3", "extra_arguments": ["--log-level=CRITICAL"]}
+
+
+class ThisPython(AsyncKernelManager):
+    """Kernels of this interpreter, whatever a kernelspec on the machine calls python3."""
+
+    @property
+    def kernel_spec(self) -> KernelSpec:
+        return KernelSpec(**get_kernel_dict())
 
 
 class SeriesError(RunError):
@@ -49,21 +66,41 @@ def reproduce(profile: str | Path | Settings, *, force: bool = False, names: Seq
     """
     settings = profile if isinstance(profile, Settings) else load_settings(profile)
     check_paths(settings)
-    folder = run_dir(settings)
-    if processes.count() > 1:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that a kernel ends with its process
-    if not processes.is_main():
-        return follow(select(all_notebooks(), names), settings, folder, force=force)
+    folder, paths = run_dir(settings), select(all_notebooks(), names)
+    with ended_in_order():
+        if not processes.is_main():
+            return follow(paths, settings, folder, force=force)
+        with locked(folder):
+            _reproduce(paths, settings, folder, force=force)
+
+
+def _reproduce(paths: Sequence[Path], settings: Settings, folder: Path, *, force: bool) -> None:
+    """`reproduce` of a run that is held."""
     if force:
         delete_trainings(folder)
     started = now()
-    notebooks = {path.stem: run(path, settings, folder, force=force) for path in select(all_notebooks(), names)}
+    notebooks = {path.stem: run(path, settings, folder, force=force) for path in paths}
     account = manifest(settings, started=started, notebooks=notebooks)
     atomic_write(folder / MANIFEST, json.dumps(account, indent=2) + "\n")
+    try:
+        written = shown(report.write(folder))
+    except InputError as error:  # of a notebook that was not asked for
+        print(f"\nno verdicts and no report: {error}")
+        return
     print(report.results_table(figures_dir(settings)))
     print(f"\n{claims.summary(claims.ledger(figures_dir(settings)))}")
     print(f"each with its numbers: python -m lora_distill claims --profile {settings.profile}")
-    print(f"\nreport: {shown(report.write(folder))}\nfigures: {shown(figures_dir(settings))}")
+    print(f"\nreport: {written}\nfigures: {shown(figures_dir(settings))}")
+
+
+@contextmanager
+def ended_in_order() -> Iterator[None]:
+    """SIGTERM ends a block as an error does, so that a kernel ends with its process."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def follow(paths: Iterable[Path], settings: Settings, folder: Path, *, force: bool) -> None:
@@ -81,20 +118,36 @@ def follow(paths: Iterable[Path], settings: Settings, folder: Path, *, force: bo
 
 
 def delete_trainings(folder: Path) -> None:
-    """Delete the folders of trainings, finished and not, anywhere in a run's folder."""
-    for name in TRAINING_FILES:
-        for path in list(folder.rglob(name)):
-            shutil.rmtree(path.parent)
+    """Delete trainings, finished and not, anywhere in a run's folder; of one behind a link the link alone.
+
+    Nothing else that lies beside is deleted. Raises OSError that names what could not be deleted.
+    """
+    for place, folders, names in os.walk(folder):
+        here = Path(place)
+        folders[:] = [name for name in folders if here != folder or name not in NOT_TRAININGS]
+        for link in (here / name for name in folders if (here / name).is_symlink()):
+            if any((link / name).exists() for name in TRAINING_FILES):
+                with deleting(link):
+                    link.unlink()
+        if here == folder or not set(TRAINING_FILES[:2]) & set(names):
+            continue
+        for path in (here / name for name in TRAINING_FILES if name in names):
+            with deleting(path):
+                path.unlink()
+        with suppress(OSError):  # something else lies there
+            here.rmdir()
 
 
 def prepare(profile: str | Path) -> Path:
     """Write every notebook with a profile's settings put in, not run, into build/notebooks; return that folder."""
     settings = load_settings(profile)
     folder = repository_root() / "build" / "notebooks"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    for left in folder.glob("*.ipynb"):
+        with deleting(left):
+            left.unlink()
     for path in all_notebooks():
-        _papermill(path, folder / path.name, settings, prepare_only=True)
+        with whole_file(folder / path.name) as temporary:
+            _papermill(path, temporary, settings, prepare_only=True)
     return folder
 
 
@@ -119,24 +172,38 @@ def run(path: Path, settings: Settings, folder: Path, *, force: bool = False) ->
 
     Raises `SeriesError` when a cell fails, the kernel dies or the notebook stops before its end.
     """
-    if not force and not why_stale(path, settings, folder):
-        stamp = read_stamp(folder, path.stem)
-        print(f"{path.stem}: up to date, made at {short(stamp['commit'])}")
-        return stamp
-    stamp_path = folder / f"{path.stem}{STAMP}"
-    stamp_path.unlink(missing_ok=True)  # what a failed run leaves behind is nobody's result
-    print(f"{path.stem}: running", flush=True)
+    before = stamps.read(folder, path.stem)
+    reason = why_stale(path, settings, folder)
+    if not (force or reason):
+        print(f"{path.stem}: up to date, made at {short(before['commit'])}")
+        return before
+    print(f"{path.stem}: " + (f"runs again: {reason}" if before and reason else "running"), flush=True)
+    stamps.remove(folder, path.stem)  # what a failed run leaves behind is nobody's result
     stamp = {"key": run_key(path, settings, folder), "commit": git_commit()}
-    clock, before = time.perf_counter(), _files(folder)
+    clock, found = time.perf_counter(), stamps.files(folder)
     execute(path, folder / path.name, settings, made_by(path, folder))
-    written = [name for name, state in _files(folder).items() if before.get(name) != state]
+    written = [name for name, state in stamps.files(folder).items() if found.get(name) != state]
     seconds = round(time.perf_counter() - clock, 1)
     print(f"{path.stem}: done in {seconds:.0f} s")
     stamp |= {"processes": processes.count()}
-    stamp |= {"outputs": {name: _sha256(folder / name) for name in sorted(written)}, "finished": now()}
+    stamp |= {"outputs": {name: stamps.sha256(folder / name) for name in sorted(written)}}
+    stamp |= {"trees": {name: stamps.tree(folder / name) for name in _trees(path, folder)}, "finished": now()}
     stamp |= {"seconds": seconds, "peak_memory_mb_of_any_kernel_so_far": resident_peak_mb(of_children=True)}
-    atomic_write(stamp_path, json.dumps(stamp, indent=2) + "\n")
+    stamps.write(folder, path.stem, stamp)
     return stamp
+
+
+def _trees(path: Path, folder: Path) -> list[str]:
+    """The pictures of a notebook, and the trainings that no other notebook made; a measuring notebook trains nothing.
+
+    A training need not be of this run of the notebook: it may have been made by one that was cut.
+    """
+    own = stamps.trees(folder, path.stem)
+    if beside.is_alone(path):
+        return [name for name in own if not name.endswith(stamps.TRAINING)]
+    others = (stamps.read(folder, name) for name in stamps.names(folder) if name != path.stem)
+    taken = {name for stamp in others for name in stamp.get("trees", {})}
+    return [name for name in own if name not in taken]
 
 
 def made_by(path: Path, folder: Path) -> int:
@@ -145,42 +212,47 @@ def made_by(path: Path, folder: Path) -> int:
     Trainings of several processes have keys of their own, and a notebook that reads them may be run by one.
     """
     before = [found for number in READS.get(path.name[:2], ()) for found in folder.glob(f"{number}_*.ipynb")]
-    read = [read_stamp(folder, found.stem) for found in before]
+    read = [stamps.read(folder, found.stem) for found in before]
     return max((stamp.get("processes", 1) for stamp in read), default=processes.count())
 
 
 def execute(path: Path, output: Path, settings: Settings, made_by: int = 1) -> None:
     """Run a notebook in a fresh kernel, in its own folder. Raises `SeriesError` as `run` does."""
-    output.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(output) as temporary:  # also of a notebook that failed: it shows where
+        temporary.write_bytes(path.read_bytes())  # what there is to see when not even a kernel starts
+        reason = _run_cells(path, temporary, settings, made_by)
+    if reason:
+        beside.wait_for_the_cause(reason)
+        raise SeriesError(f"{path.stem}: {reason}; see {shown(output)}")
+
+
+def _run_cells(path: Path, output: Path, settings: Settings, made_by: int) -> str:
+    """Run a notebook in a fresh kernel and write it with its outputs; return why it failed, empty if it did not."""
     try:
         with beside.in_environment(path, made_by):
             notebook = _papermill(path, output, settings)
     except PapermillExecutionError as error:
-        reason = f"failed in cell {error.exec_count}: {error.ename}: {' '.join(error.evalue.split())}"
+        return f"failed in cell {error.exec_count}: {error.ename}: {one_line(error.evalue)}"
     except DeadKernelError:
-        reason = "failed: its kernel died, most often for want of memory"
-    else:
-        # SystemExit(0) in a cell ends a notebook early and yet is success to papermill
-        if all(cell.execution_count for cell in code_cells(notebook) if cell.source.strip()):
-            return
-        reason = "failed: it stopped before its last cell"
-    beside.wait_for_the_cause(reason)
-    raise SeriesError(f"{path.stem}: {reason}; see {shown(output)}")
+        return "failed: its kernel died, most often for want of memory"
+    except (InputError, RunError, OSError):
+        raise
+    except RuntimeError as error:  # of nbclient, when a kernel does not start
+        return f"failed: {one_line(error)}"
+    # SystemExit(0) in a cell ends a notebook early and yet is success to papermill
+    if all(cell.execution_count for cell in code_cells(notebook) if cell.source.strip()):
+        return ""
+    return "failed: it stopped before its last cell"
 
 
 def why_stale(path: Path, settings: Settings, folder: Path) -> str:
     """Why what a notebook left in a run's folder cannot be used, in words; empty when it can."""
-    stamp = read_stamp(folder, path.stem)
+    stamp = stamps.read(folder, path.stem)
     if not stamp:
         return "it has not run to its end"
     if stamp["key"] != run_key(path, settings, folder):
         return "its code, the settings, the module's results or a notebook that it reads changed since it ran"
-    for name, digest in stamp["outputs"].items():
-        if not (folder / name).exists():
-            return f"{name} is missing"
-        if _sha256(folder / name) != digest:
-            return f"{name} was changed since it ran"
-    return ""
+    return stamps.why_changed(folder, stamp)
 
 
 def run_key(path: Path, settings: Settings, folder: Path) -> str:
@@ -189,18 +261,9 @@ def run_key(path: Path, settings: Settings, folder: Path) -> str:
     Stamps carry the time of the run, so that a notebook is run again whenever one that it reads was.
     """
     read = [stamp for number in READS.get(path.name[:2], ()) for stamp in sorted(folder.glob(f"{number}_*{STAMP}"))]
-    parts = [code_digest(nbformat.read(path, 4)), settings.model_dump_json(), str(RESULTS)]
-    stamps = [stamp.read_text(encoding="utf-8") for stamp in read]
-    return hashlib.sha256(json.dumps([*parts, *stamps]).encode()).hexdigest()
-
-
-def read_stamp(folder: Path, name: str) -> dict:
-    """The stamp of a finished notebook in a run's folder; empty when there is none or it is damaged."""
-    try:
-        stamp = json.loads((folder / f"{name}{STAMP}").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return {}
-    return stamp if {"key", "commit", "outputs"} <= stamp.keys() else {}
+    parts = [code_digest(report.read_notebook(path)), settings.model_dump_json(), str(RESULTS)]
+    texts = (stamp.read_text(encoding="utf-8", errors="replace") for stamp in read)
+    return hashlib.sha256(json.dumps([*parts, *texts]).encode()).hexdigest()
 
 
 def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
@@ -225,23 +288,11 @@ def shown(path: Path) -> str:
 
 def _papermill(path: Path, output: Path, settings: Settings, **options) -> NotebookNode:
     """papermill with our ways: quiet, in the notebook's folder, every key given whether its cell declares it or not."""
-    os.environ.update({name: os.environ.get(name, value) for name, value in KERNEL_ENVIRONMENT.items()})
+    report.read_notebook(path)  # says in one line what is wrong with it
     # papermill would warn of each key that a parameters cell leaves at its default
     logging.getLogger("papermill").setLevel(logging.ERROR)
-    parameters = settings.model_dump()
-    return papermill.execute_notebook(path, output, parameters, cwd=path.parent, **(KERNEL | options))
-
-
-def _files(folder: Path) -> dict[str, tuple[int, int]]:
-    """Time and size of the files of a run and of its figures, but for those that several notebooks share.
-
-    Folders of trainings and caches are left out: what they hold is checked where it is read.
-    """
-    files = [path for path in (*folder.glob("*"), *folder.glob("figures/*")) if path.is_file()]
-    own = [path for path in files if path.name not in (PROVENANCE, MANIFEST) and not path.name.endswith(STAMP)]
-    return {path.relative_to(folder).as_posix(): (path.stat().st_mtime_ns, path.stat().st_size) for path in own}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    source, target = (str(each).replace("{", "{{").replace("}", "}}") for each in (path, output))  # it formats paths
+    options = KERNEL | {"cwd": path.parent, "kernel_manager_class": ThisPython} | options
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The specified file")  # a temporary one has another ending
+        return papermill.execute_notebook(source, target, settings.model_dump(), **options)

@@ -137,6 +137,14 @@ def test_steps_of_sd15_are_measured_live_where_they_fit_and_refused_where_not(in
     assert table.shape == (2, 3) and table["measured_gb"].tolist() == [4.0, ""]
 
 
+@pytest.mark.parametrize("content", ["device,x\ncpu,1\n", "a,a\n1,2\n", "device,resolution\ncpu\n", "\0\0"])
+def test_a_table_with_other_columns_is_one_line(folder, content):
+    folder.mkdir(parents=True)
+    (folder / f"{MEMORY}.csv").write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"01_measured_memory\.csv .*; delete it, and measure writes it again"):
+        benchmark.read("cpu", MEMORY)
+
+
 def test_a_table_that_is_not_there_yet_names_the_command(folder):
     assert benchmark.read("cpu", MEMORY) == []
     assert "python -m lora_distill measure" in benchmark.shown([], ["label"]).to_string()

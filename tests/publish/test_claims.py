@@ -298,6 +298,12 @@ class TestTables:
             ("80.5", "much", "02_quality.csv: fd_efficientnet_lite0, method LoRA student: expected numbers"),
             ("no guidance", "LoRA student", "02_quality.csv: 2 rows for method LoRA student; one was expected"),
             ("80.5", "80.5,1,2", "02_quality.csv is no table: "),
+            ("80.5", "inf", "02_quality.csv: fd_efficientnet_lite0, method LoRA student: expected finite numbers"),
+            ("80.5", "-inf", "02_quality.csv: fd_efficientnet_lite0, method LoRA student: expected finite numbers"),
+            ("80.5", "True", "expected numbers"),
+            ("80.5", '"80.5', "02_quality.csv is no table: "),
+            ("lite0_sd", "lite0", "line 1: expected the names of columns, each once"),
+            ("80.5,", "", "values for"),
         ],
     )
     def test_a_malformed_table_is_named(self, folder, old, new, message):
@@ -306,7 +312,29 @@ class TestTables:
             claims.judge(self.claim, folder)
         assert message in str(error.value) and str(folder) in str(error.value) and "\n" not in str(error.value)
 
-    @pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00"])
+    @pytest.mark.parametrize("change", [lambda text: "\ufeff" + text, lambda text: text.replace("\n", "\r\n")])
+    def test_what_a_spreadsheet_does_to_a_table_changes_nothing(self, folder, change):
+        before = claims.judge(self.claim, folder)
+        text = (folder / self.path).read_text(encoding="utf-8")
+        (folder / self.path).write_bytes(change(text).encode())
+        assert claims.judge(self.claim, folder) == before
+
+    def test_a_number_that_rows_are_chosen_by_and_that_is_text_is_named(self, tmp_path):
+        """Compared as text, no row would be found, and the claim not be testable."""
+        quantity = claims.Quantity(table="t", where={"batch": 1}, column="x")
+        (tmp_path / "t.csv").write_text("batch,x\n1,5\n2,6\n")
+        assert claims.measure(quantity, tmp_path) == 5
+        (tmp_path / "t.csv").write_text("batch,x\n1,5\ntwo,6\n")
+        with pytest.raises(ClaimsError, match=r"t.csv: batch: expected numbers"):
+            claims.measure(quantity, tmp_path)
+
+    def test_a_folder_in_the_place_of_a_table_is_named(self, folder):
+        (folder / self.path).unlink()
+        (folder / self.path).mkdir()
+        with pytest.raises(ClaimsError, match=r"02_quality\.csv is no table"):
+            claims.judge(self.claim, folder)
+
+    @pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"\x00" * 40, b"\n", b",,\n", b"\x89PNG\r\n\x1a\n"])
     def test_a_damaged_table_is_named(self, folder, content):
         (folder / self.path).write_bytes(content)
         with pytest.raises(ClaimsError, match=r"02_quality\.csv is no table"):

@@ -8,7 +8,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from lora_distill import settings, storage
-from lora_distill.publish import claims, committed, report, series
+from lora_distill.publish import claims, committed, report, series, stamps
 from lora_distill.publish.series import SeriesError
 
 README = "# A title\n<!-- results --><!-- /results -->\n<!-- ledger --><!-- /ledger -->\n"
@@ -118,9 +118,11 @@ def test_figures_of_another_profile_take_the_place_of_the_committed_ones(checkou
     storage.atomic_write(checkout / "runs" / "other" / "figures" / "02_left_behind.csv", "by older code")
     assert committed.publish("other") == [target, checkout / "README.md"]
     kept = {f"{number}_x.{kind}" for number in ("01", "02") for kind in ("svg", "png", "csv")}
-    kept |= {"01_results.json", "02_results.json", "provenance.json", "01_memory_simulated.csv"}
+    kept |= {"01_results.json", "02_results.json", "provenance.json", "01_memory_simulated.csv", "SHA256SUMS"}
     assert {path.name for path in target.iterdir()} == kept
     assert (target / "01_x.svg").read_text() == "01 other"
+    sums = {"01_memory_simulated.csv", "01_results.json", "01_x.csv", "02_results.json", "02_x.csv", "provenance.json"}
+    assert stamps.read_sums(target).keys() == sums
     assert json.loads((target / "provenance.json").read_text()).keys() == {"01_x", "02_x"}
 
 
@@ -213,10 +215,60 @@ class TestMeasured:
             (checkout / "figures" / "other" / name).write_text("{}")
         committed.publish("other")
         there = {path.name for path in (checkout / "figures" / "other").iterdir()}
-        assert there == {"01_flops.csv", "01_memory.json", "01_measured_memory.csv", "01_measured_cpu.json"}
+        assert there == {
+            "01_flops.csv", "01_memory.json", "01_measured_memory.csv", "01_measured_cpu.json", "SHA256SUMS"
+        }  # fmt: skip
+
+    @pytest.mark.parametrize(
+        "content", [b"", b"[]", b"{}", b'{"commits": 3}', b'{"commits": [1]}', b"\xff\xfe{\x00}\x00", b"null"]
+    )
+    def test_a_file_that_does_not_say_what_measured_is_one_line(self, measured, content):
+        (measured / "01_measured_cpu.json").write_bytes(content)
+        with pytest.raises(ValueError, match=r"01_measured_cpu.json: expected what measured the tables") as error:
+            committed.publish("other")
+        assert "\n" not in str(error.value)
 
     def test_what_uncommitted_code_measured_is_refused(self, checkout, measured):
         (measured / "01_measured_cpu.json").write_text(json.dumps({"commits": ["1a2b3c4d5e-dirty"]}))
         with pytest.raises(SeriesError, match="not measured by committed code"):
             committed.publish("other")
         assert not (checkout / "figures" / "other").exists()
+
+
+def test_the_readme_is_utf_8_whatever_the_locale(checkout, monkeypatch):
+    (checkout / "README.md").write_text(README.replace("A title", "Fréchet → 東京"), encoding="utf-8")
+    read = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda path, encoding="latin-1": read(path, encoding))
+    committed.write_readme()
+    assert (checkout / "README.md").read_bytes().startswith("# Fréchet → 東京\n".encode())
+
+
+def test_a_readme_without_a_place_for_results_stops_before_anything_is_written(checkout, run):
+    run("other")
+    (checkout / "README.md").write_text("# A title\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="no block from <!-- results -->"):
+        committed.publish("other")
+    assert not (checkout / "figures" / "other").exists()
+
+
+def test_a_folder_among_the_committed_figures_stays(checkout, run):
+    run("other")
+    storage.atomic_write(checkout / "figures" / "other" / "mine" / "notes.txt", "kept")
+    committed.publish("other")
+    assert (checkout / "figures" / "other" / "mine" / "notes.txt").exists()
+
+
+def test_a_readme_in_another_encoding_is_one_line(checkout):
+    (checkout / "README.md").write_bytes(README.replace("A title", "Fréchet").encode("latin-1"))
+    with pytest.raises(ValueError, match=r"README.md: expected the README in UTF-8"):
+        committed.write_readme()
+
+
+def test_a_run_that_is_being_written_is_not_published(checkout, run):
+    run("cpu")
+    with (
+        storage.locked(checkout / "runs" / "cpu"),
+        pytest.raises(RuntimeError, match="writes there"),
+    ):
+        committed.publish("cpu")
+    committed.publish("cpu")

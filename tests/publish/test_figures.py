@@ -145,7 +145,7 @@ def test_images_are_kept_as_they_are(checkout):
     ids=["missing", "cut", "empty"],
 )
 def test_damaged_files_are_named_before_anything_is_drawn(checkout, monkeypatch, name, damage, message):
-    monkeypatch.setattr(figures, "draw", lambda *_: None)
+    monkeypatch.setattr(figures, "render", lambda *_, **__: (None, {}))
     figures.save("02_difference", Settings(), ROWS)
     figures.save("02_guidance_grid", Settings(), GRID, IMAGES)
     damage(checkout / "runs" / "cpu" / "figures" / name)
@@ -164,6 +164,96 @@ def test_bad_input_is_one_line(checkout):
     (checkout / "runs" / "cpu" / "figures" / "provenance.json").write_text('{"02_diff')
     with pytest.raises(ValueError, match=r"provenance\.json is damaged"):
         figures.redraw(checkout / "runs" / "cpu" / "figures")
+
+
+class TestProvenance:
+    """provenance.json is made again from the pictures, which hold it too."""
+
+    @pytest.fixture
+    def folder(self, checkout) -> Path:
+        figures.save("02_difference", Settings(eval_prompts=4), ROWS)
+        figures.save("02_guidance_grid", Settings(), GRID, IMAGES)
+        return checkout / "runs" / "cpu" / "figures"
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            None, b"", b"[]", b"{}", b"3", b"null", b"{", b"\xff\xfe{\x00}\x00", b"\x00" * 50, b'{"02_difference": []}',
+            b'{"02_difference": {}}', b'{"02_difference": {"sha256": []}}', b'{"02_difference": {"sha256": {"a": 1}}}',
+            b'{"02_difference": {"sha256": {"../../x.csv": "0"}}}',
+            b'{"02_difference": {"sha256": {}, "eval_prompts": "four"}}',
+        ],
+    )  # fmt: skip
+    def test_whatever_it_holds_the_figures_are_drawn_the_same(self, folder, content):
+        before, path = written(folder), folder / "provenance.json"
+        path.unlink() if content is None else path.write_bytes(content)
+        with pytest.warns(UserWarning, match=r"provenance.json.*made again from the pictures"):
+            assert len(figures.redraw(folder)) == 2
+        assert written(folder) == before
+        path.unlink() if content is None else path.write_bytes(content)
+        with pytest.warns(UserWarning, match="made again"):
+            figures.save("02_difference", Settings(eval_prompts=4), ROWS)
+        assert written(folder) == before
+
+    def test_nothing_says_it(self, folder):
+        (folder / "provenance.json").write_text("[]")
+        (folder / "02_difference.png").write_bytes(b"cut")
+        with pytest.raises(ValueError, match=r"02_difference.png: expected a figure that says what made it; run its"):
+            figures.redraw(folder)
+        with pytest.warns(UserWarning, match="begun anew"):
+            figures.save("02_difference", Settings(), ROWS)
+
+    def test_no_figure_is_an_error(self, folder):
+        for path in folder.iterdir():
+            path.unlink()
+        (folder / "provenance.json").write_text("{}")
+        with pytest.raises(FileNotFoundError, match=r"no figures in .*figures; python -m lora_distill reproduce makes"):
+            figures.redraw(folder)
+
+
+@pytest.mark.parametrize("after", range(5))
+def test_a_full_disk_leaves_the_old_figure_whole(checkout, monkeypatch, after):
+    """Table, pictures and provenance get their names together."""
+    figures.save("02_guidance_grid", Settings(), GRID, IMAGES)
+    folder, write = checkout / "runs" / "cpu" / "figures", Path.write_bytes
+    before, count = written(folder), iter(range(10))
+
+    def full(path, content):
+        if next(count) == after:
+            write(path, content[:9])
+            raise OSError(28, "No space left on device")
+        return write(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(OSError, match=r"figures/.* could not be written: No space left on device"):
+            figures.save(
+                "02_guidance_grid", Settings(seed=1), figures.grid_rows(["a", "b"], ["c", "d", "e"]), 255 - IMAGES
+            )
+    assert written(folder) == before
+    figures.redraw(folder)
+
+
+def test_the_table_and_the_sheet_are_held_to_each_other(checkout):
+    """Rows changed together with their digest, as no notebook leaves them: still one line."""
+    figures.save("02_guidance_grid", Settings(), GRID, IMAGES)
+    folder = checkout / "runs" / "cpu" / "figures"
+    known = json.loads((folder / "provenance.json").read_text())
+    for content in (
+        "row,column,caption\n",
+        "row,column,caption\n" + "a,1,b\n" * 7,
+        "row\na\n",
+        "x",
+        "",
+        "\x00",
+        "a,a\n1,2\n",
+    ):
+        (folder / "02_guidance_grid.csv").write_text(content)
+        known["02_guidance_grid"]["sha256"]["02_guidance_grid.csv"] = figures.sha256(folder / "02_guidance_grid.csv")
+        (folder / "provenance.json").write_text(json.dumps(known))
+        with pytest.raises(ValueError, match=r"02_guidance_grid\.csv") as error:
+            figures.redraw(folder)
+        assert "\n" not in str(error.value)
 
 
 def test_rows_that_a_figure_cannot_draw(checkout):

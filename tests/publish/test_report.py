@@ -2,13 +2,15 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output, writes
 
-from lora_distill.publish import claims, report
+from lora_distill.errors import InputError
+from lora_distill.publish import claims, report, stamps
 from lora_distill.publish.plots import FIGURES
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
@@ -18,7 +20,7 @@ RESULTS = {"Memory": {"saved & <shared>": "36 %"}}
 def finish(folder: Path, name: str, text: str) -> None:
     folder.mkdir(exist_ok=True)
     (folder / f"{name}.ipynb").write_text(text)
-    (folder / f"{name}.stamp.json").write_text("{}")
+    stamps.write(folder, name, {"key": "", "commit": None, "outputs": {}})
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,7 @@ def test_the_index_has_every_notebook_and_section_and_the_results(folder):
         markdown = "".join("\n" + "".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
         assert index.select(f'h3 a[href="{path.stem}.html"]')
         assert len(index.select(f'li a[href^="{path.stem}.html#"]')) == len(re.findall(r"^## ", markdown, re.M))
-    assert index.pre.text == "Memory\n  saved & <shared>  36 %\n"
+    assert index.pre.text == "Memory\n  saved & <shared>  36 %"
     assert len(index.select("table td:last-child")) == len(claims.load())
     assert "a processor" in index.text and "abc" in index.text
 
@@ -113,6 +115,107 @@ def test_of_progress_the_last_state_is_shown(tmp_path):
     report.write(tmp_path)
     shown = soup(tmp_path / "report" / "01_plain.html").text
     assert "training 100 %" in shown and "training 50 %" not in shown and "sampling" not in shown
+
+
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)> a|b [x](javascript:alert(1))\n```\n</pre><b>&amp;"
+
+
+def test_whatever_the_files_of_a_run_hold_is_shown_as_text(tmp_path):
+    cells = [
+        new_markdown_cell(f"# {HOSTILE.splitlines()[0]}\n\n{HOSTILE}"),
+        new_code_cell(
+            "show()",
+            outputs=[
+                new_output("display_data", {"text/markdown": HOSTILE}),
+                new_output("stream", text=HOSTILE),
+                new_output("display_data", {"image/png": "iVBORw0KGgo="}, metadata={"alt": f'"{HOSTILE}'}),
+            ],
+        ),
+    ]
+    finish(tmp_path, "01_plain", writes(new_notebook(cells=cells)))
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "01_results.json").write_text(json.dumps({HOSTILE: {HOSTILE: HOSTILE}}))
+    (tmp_path / "manifest.json").write_text(json.dumps({"device": HOSTILE, "commit": [HOSTILE], "written": HOSTILE}))
+    report.write(tmp_path)
+    for path in (tmp_path / "report").iterdir():
+        page = soup(path)
+        assert not page.select("script, [onerror], img[src=x], b"), path.name
+        assert not [link for link in page.select("a") if link.get("href", "").startswith("javascript")]
+        assert "<script>alert(1)</script>" in page.text
+
+
+def test_a_claim_with_html_in_its_numbers_is_shown_as_text(tmp_path, monkeypatch):
+    finish(tmp_path, "01_plain", writes(new_notebook(cells=[new_markdown_cell("# A")])))
+    ledger = claims.ledger(tmp_path)
+    monkeypatch.setattr(claims, "ledger", lambda _: [replace(verdict, here=HOSTILE) for verdict in ledger])
+    report.write(tmp_path)
+    page = soup(tmp_path / "report" / "index.html")
+    assert not page.select("script, [onerror], img[src=x]") and len(page.select("td:last-child")) == len(ledger)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b"3", b"null", b"{", b"\xff\xfe{\x00}\x00", b'{"a": []}', b'{"a": {"b": {"c": 1}}}', b'{"a": 1}'],
+)
+def test_results_that_are_none_are_one_line(tmp_path, content):
+    (tmp_path / "02_results.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"02_results.json: expected results, .*; run its notebook again") as error:
+        report.results_table(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"3", b"null", b"{", b"\xff\xfe{\x00}\x00", b"[" * 100_000])
+def test_a_damaged_manifest_says_nothing(tmp_path, content):
+    (tmp_path / "manifest.json").write_bytes(content)
+    assert report.made(tmp_path) == ""
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\x00" * 9])
+def test_an_executed_notebook_that_is_damaged_is_one_line(tmp_path, content):
+    finish(tmp_path, "01_plain", "{}")
+    (tmp_path / "01_plain.ipynb").write_bytes(content)
+    with pytest.raises(InputError, match=r"01_plain.ipynb: expected a notebook") as error:
+        report.write(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_whose_tables_were_edited_gets_no_report(tmp_path):
+    finish(tmp_path, "01_plain", writes(new_notebook(cells=[new_markdown_cell("# A")])))
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "01_x.csv").write_text("a\n1\n")
+    outputs = {name: stamps.sha256(tmp_path / name) for name in ("01_plain.ipynb", "figures/01_x.csv")}
+    stamps.write(tmp_path, "01_plain", {"key": "", "commit": None, "outputs": outputs})
+    report.write(tmp_path)
+    (tmp_path / "figures" / "01_x.csv").write_text("a\n2\n")
+    with pytest.raises(InputError, match=r"01_plain of .*: figures/01_x.csv was changed since it ran; python -m"):
+        report.write(tmp_path)
+
+
+def test_the_index_says_how_many_claims_hold_and_shows_the_main_figures(tmp_path):
+    finish(tmp_path, "01_plain", writes(new_notebook(cells=[new_markdown_cell("# A")])))
+    (tmp_path / "figures").mkdir()
+    for name in report.ON_INDEX:
+        (tmp_path / "figures" / f"{name}.png").write_bytes(b"picture")
+    report.write(tmp_path)
+    page = soup(tmp_path / "report" / "index.html")
+    assert claims.summary(claims.ledger(tmp_path / "figures")) in [each.text for each in page.select("p")]
+    assert [image["alt"] for image in page.select("main img")] == [FIGURES[name].caption for name in report.ON_INDEX]
+
+
+def test_a_notebook_whose_stamp_cannot_be_read_has_not_run(tmp_path):
+    for name in ("01_plain", "02_plain"):
+        finish(tmp_path, name, writes(new_notebook(cells=[new_markdown_cell("# A")])))
+    (tmp_path / "02_plain.stamp.json").write_bytes(b"\xff\xfe")
+    report.write(tmp_path)
+    assert not (tmp_path / "report" / "02_plain.html").exists()
+
+
+def test_a_notebook_of_an_older_form_is_read(tmp_path):
+    """As editors write it that know no ids of cells."""
+    plain = {"cell_type": "code", "execution_count": None, "metadata": {}, "outputs": [], "source": "1"}
+    content = {"cells": [plain], "metadata": {}, "nbformat": 4, "nbformat_minor": 2}
+    (tmp_path / "a.ipynb").write_text(json.dumps(content), encoding="utf-8")
+    assert report.read_notebook(tmp_path / "a.ipynb").cells[0].id
 
 
 def test_nothing_has_run(tmp_path):

@@ -12,13 +12,17 @@ import nbformat
 import pytest
 from nbclient.exceptions import DeadKernelError
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from papermill.iorw import LocalHandler
 
+import lora_distill
 from lora_distill import __main__ as cli
 from lora_distill import settings, storage
-from lora_distill.publish import series
+from lora_distill.errors import InputError, RunError
+from lora_distill.publish import report, series, stamps
 from lora_distill.publish.series import SeriesError
 from lora_distill.settings import Settings, SettingsError
 
+WRITE_REPORT = report.write  # `checkout` puts something else in its place
 PARAMETERS = "profile: str = 'cpu'\nseed: int = 0"
 
 
@@ -116,7 +120,7 @@ class TestReuse:
         storage.atomic_write(checkout / "runs" / "cpu" / "student.safetensors", "of another")
         storage.atomic_write(checkout / "runs" / "cpu" / "lora-1" / "result.safetensors", "")
         rerun(executed)
-        stamp = series.read_stamp(checkout / "runs" / "cpu", "01_first")
+        stamp = stamps.read(checkout / "runs" / "cpu", "01_first")
         assert list(stamp["outputs"]) == ["01_first.ipynb", "01_first_images.safetensors", "figures/01_table.csv"]
 
     def test_it_says_which_commit_made_what_is_up_to_date(self, executed, monkeypatch, capsys):
@@ -270,7 +274,7 @@ DRIVER = """
 import sys
 from pathlib import Path
 from lora_distill import __main__, settings
-from lora_distill.publish import series
+from lora_distill.publish import report, series, stamps
 settings.PACKAGE = Path.cwd() / "lora_distill"
 series.report.write = lambda folder: folder / "report" / "index.html"
 sys.argv = ["lora_distill", "reproduce"]
@@ -367,3 +371,249 @@ def test_what_reads_trainings_of_several_processes_looks_for_theirs(tmp_path):
         (tmp_path / f"{name}{series.STAMP}").write_text(json.dumps(stamp))
     assert series.made_by(Path("04_evaluation.ipynb"), tmp_path) == 4
     assert series.made_by(Path("02_b.ipynb"), tmp_path) == 1
+
+
+class TestWhatIsLost:
+    """Anything of a finished notebook that is lost or altered is made again, and the reason is printed."""
+
+    def test_the_reason_is_printed(self, executed, checkout, capsys):
+        rerun(executed)
+        (checkout / "runs" / "cpu" / "02_second_images.safetensors").unlink()
+        rerun(executed)
+        assert "02_second: runs again: 02_second_images.safetensors is missing\n" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"flipped")])
+    def test_pictures_and_trainings(self, executed, checkout, monkeypatch, damage):
+        folder, make = checkout / "runs" / "cpu", series.execute
+        pictures = [folder / "images" / "02_second" / "teacher" / "0" / f"{number}.png" for number in (0, 1)]
+        training = folder / "lora-1" / "result.safetensors"
+
+        def execute(path, output, settings, made_by=1):
+            make(path, output, settings, made_by)
+            for file in (*pictures, training):
+                if path.stem == "02_second" and not file.exists():
+                    storage.atomic_write(file, "whole")
+
+        monkeypatch.setattr(series, "execute", execute)
+        rerun(executed)
+        assert rerun(executed) == []
+        damage(pictures[1])
+        assert rerun(executed) == ["02_second"]
+        damage(training)
+        assert rerun(executed) == ["02_second"]
+        assert rerun(executed) == []
+
+    def test_a_training_of_a_cut_run_is_that_of_the_notebook_that_goes_on(self, executed, checkout):
+        training = checkout / "runs" / "cpu" / "lora-1" / "result.safetensors"
+        rerun(executed, names=["01_first"])
+        storage.atomic_write(training, "by a run of 02 that was killed")
+        rerun(executed)
+        training.unlink()
+        assert rerun(executed) == ["02_second"]
+
+    @pytest.mark.parametrize(
+        "content", [b"", b"[]", b"null", b"\xff\xfe{\x00}\x00", b"\x00" * 99, b'{"key": 1, "commit": 2, "outputs": 3}']
+    )
+    def test_a_stamp_that_cannot_be_read_is_written_anew(self, executed, checkout, content):
+        rerun(executed)
+        (checkout / "runs" / "cpu" / "02_second.stamp.json").write_bytes(content)
+        assert rerun(executed) == ["02_second"]
+        assert rerun(executed) == []
+
+    @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff\xfe{\x00}\x00"])
+    def test_a_damaged_manifest_is_written_anew(self, executed, checkout, content):
+        rerun(executed)
+        (checkout / "runs" / "cpu" / "manifest.json").write_bytes(content)
+        assert rerun(executed) == []
+        assert json.loads((checkout / "runs" / "cpu" / "manifest.json").read_text())["notebooks"].keys()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff\xfe{\x00}\x00", b'{"cells": 3}'])
+@pytest.mark.parametrize("command", [series.reproduce, series.prepare])
+def test_a_notebook_of_the_checkout_that_is_damaged_is_one_line(checkout, content, command):
+    (checkout / "notebooks" / "01_first.ipynb").write_bytes(content)
+    with pytest.raises(InputError, match=r"01_first.ipynb: expected a notebook") as error:
+        command("cpu")
+    assert "\n" not in str(error.value)
+
+
+def test_without_the_files_of_another_notebook_there_is_no_report(executed, checkout, monkeypatch, capsys):
+    monkeypatch.setattr(series.report, "write", WRITE_REPORT)
+    rerun(executed)
+    (checkout / "runs" / "cpu" / "figures" / "02_table.csv").unlink()
+    capsys.readouterr()
+    assert rerun(executed, names=["01_first"]) == []
+    said = capsys.readouterr().out
+    assert re.search(r"no verdicts and no report: 02_second of .*: figures/02_table.csv is missing; python -m", said)
+    assert "27 claims" not in said
+
+
+class TestForce:
+    def test_a_linked_cache_stays(self, executed, checkout, tmp_path_factory):
+        elsewhere = tmp_path_factory.mktemp("disk")
+        storage.atomic_write(elsewhere / "vae" / "result.safetensors", "kept")
+        (checkout / "runs" / "cpu").mkdir(parents=True)
+        (checkout / "runs" / "cpu" / "cache").symlink_to(elsewhere)
+        assert rerun(executed, force=True) == ["01_first", "02_second"]
+        assert (checkout / "runs/cpu/cache/vae/result.safetensors").read_text() == "kept"
+
+    def test_of_a_linked_training_the_link_alone_goes(self, executed, checkout, tmp_path_factory):
+        elsewhere = tmp_path_factory.mktemp("disk")
+        storage.atomic_write(elsewhere / "result.safetensors", "kept")
+        (checkout / "runs" / "cpu").mkdir(parents=True)
+        (checkout / "runs" / "cpu" / "lora-1").symlink_to(elsewhere)
+        rerun(executed, force=True)
+        assert not (checkout / "runs" / "cpu" / "lora-1").exists()
+        assert (elsewhere / "result.safetensors").read_text() == "kept"
+
+    def test_what_lies_beside_a_training_stays(self, executed, checkout):
+        mine = [checkout / "runs" / "cpu" / name for name in ("lora-1/notes.txt", "mine.txt", "figures/mine.txt")]
+        others = [path.with_name("result.safetensors") for path in mine]
+        for path in (*mine, *others):
+            storage.atomic_write(path, "")
+        rerun(executed, force=True)
+        assert all(path.exists() for path in mine) and not others[0].exists()
+
+    def test_what_cannot_be_deleted_is_one_line(self, executed, checkout, monkeypatch):
+        storage.atomic_write(checkout / "runs" / "cpu" / "lora-1" / "result.safetensors", "")
+
+        def refuse(path, missing_ok=False):
+            raise PermissionError(13, "Permission denied", str(path))
+
+        monkeypatch.setattr(Path, "unlink", refuse)
+        with pytest.raises(RunError, match=r"lora-1/result.safetensors could not be deleted: Permission denied"):
+            rerun(executed, force=True)
+
+    def test_runs_may_lie_on_another_disk(self, executed, checkout, tmp_path_factory):
+        (checkout / "runs").symlink_to(tmp_path_factory.mktemp("disk"))
+        assert rerun(executed) == ["01_first", "02_second"]
+        assert rerun(executed, force=True) == ["01_first", "02_second"]
+        assert (checkout / "runs").is_symlink()
+
+
+class TestLock:
+    def test_a_run_that_is_held_is_refused_in_one_line(self, executed, checkout):
+        with storage.locked(checkout / "runs" / "cpu"):
+            with pytest.raises(RunError, match=r"runs/cpu: another (run|process) writes there; wait for its end"):
+                series.reproduce("cpu")
+            series.reproduce("other")
+        assert executed == ["01_first", "02_second"]
+        series.reproduce("cpu")
+
+    def test_two_runs_with_other_seeds_do_not_mix(self, checkout):
+        """The second, started while the first runs, is refused; the first is whole."""
+        (checkout / "driver.py").write_text(DRIVER, encoding="utf-8")
+        write_notebook(checkout / "notebooks" / "01_first.ipynb", "import time; time.sleep(3)", "seed")
+        first = subprocess.Popen([sys.executable, "driver.py"], cwd=checkout, stderr=subprocess.DEVNULL)
+        stamp = checkout / "runs" / "cpu" / ".lock"
+        while not stamp.exists():
+            time.sleep(0.05)
+        time.sleep(0.5)
+        (checkout / "params" / "cpu.yaml").write_text("profile: cpu\nseed: 5\n", encoding="utf-8")
+        with pytest.raises(RunError, match="writes there"):
+            series.reproduce("cpu")
+        assert first.wait() == 0
+        executed = nbformat.read(checkout / "runs" / "cpu" / "01_first.ipynb", 4)
+        assert executed.cells[-1].outputs[0].data["text/plain"] == "0"
+
+
+class TestKernel:
+    """Notebooks run in this interpreter, on this checkout's code, whatever the machine has."""
+
+    @pytest.fixture
+    def said(self, checkout):
+        """What cells printed in a notebook that really ran."""
+
+        def said(*sources: str) -> str:
+            write_notebook(checkout / "notebooks" / "01_first.ipynb", *sources)
+            checked = settings.load_settings("cpu")
+            series.run(checkout / "notebooks" / "01_first.ipynb", checked, settings.run_dir(checked))
+            ran = nbformat.read(settings.run_dir(checked) / "01_first.ipynb", 4)
+            return "".join(output.text for cell in ran.cells for output in cell.get("outputs", []))
+
+        return said
+
+    @pytest.fixture
+    def hostile(self, tmp_path_factory, monkeypatch):
+        """A python3 kernelspec of another checkout, another lora_distill, and an IPython startup file."""
+        folder = tmp_path_factory.mktemp("hostile")
+        for name in ("python3", "Python3"):
+            spec = {"argv": ["/bin/false"], "display_name": "x", "language": "python"}
+            storage.atomic_write(folder / "kernels" / name / "kernel.json", json.dumps(spec))
+        storage.atomic_write(folder / "lora_distill" / "__init__.py", "raise SystemExit('another checkout')")
+        storage.atomic_write(folder / "profile_default" / "startup" / "00.py", "print('hello from the profile')")
+        monkeypatch.setenv("JUPYTER_PATH", str(folder))
+        monkeypatch.setenv("JUPYTER_DATA_DIR", str(folder))
+        monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "0")
+        monkeypatch.setenv("PYTHONPATH", str(folder))
+        monkeypatch.setenv("IPYTHONDIR", str(folder))
+
+    def test_it_is_this_python_with_this_code(self, said, hostile):
+        text = said("import sys, lora_distill; print(sys.executable, lora_distill.__file__, sep='\\n')")
+        assert text == f"{sys.executable}\n{lora_distill.__file__}\n"
+
+    def test_the_notebook_keeps_the_name_of_the_kernel(self, said, checkout):
+        assert said("print(seed)") == "0\n"
+        ran = nbformat.read(checkout / "runs" / "cpu" / "01_first.ipynb", 4)
+        assert ran.metadata.kernelspec.name == "python3"
+
+    @pytest.mark.parametrize("name", ["a {b} c", "{", "per %s cent # 1", "Zoë 東京", "{seed}-{0}"])
+    def test_any_name_of_a_checkout(self, tmp_path, monkeypatch, name):
+        root = tmp_path / name
+        for folder in ("notebooks", "params"):
+            (root / folder).mkdir(parents=True)
+        (root / "params" / "cpu.yaml").write_text("profile: cpu\n")
+        write_notebook(root / "notebooks" / "01_first.ipynb", "import os; os.getcwd()")
+        monkeypatch.setattr(settings, "PACKAGE", root / "lora_distill")
+        folder = series.prepare("cpu")
+        assert folder == root / "build" / "notebooks" and [path.name for path in folder.iterdir()] == ["01_first.ipynb"]
+        if name in ("a {b} c", "Zoë 東京"):
+            series.execute(root / "notebooks" / "01_first.ipynb", root / "runs" / "x.ipynb", Settings())
+            cells = nbformat.read(root / "runs" / "x.ipynb", 4).cells
+            assert cells[-1].outputs[0].data["text/plain"] == repr(str(root / "notebooks"))
+
+
+class TestFullDisk:
+    """A write that fails, at any of the writes of papermill and of the series: one line, and nothing half-written."""
+
+    @pytest.mark.parametrize("after", range(7))
+    def test_one_line_and_the_next_run_is_whole(self, checkout, monkeypatch, capsys, after):
+        real, count = Path.write_bytes, iter(range(100))
+        handler = LocalHandler.write
+
+        def full(write):
+            def fail(*arguments):
+                if next(count) == after:
+                    raise OSError(28, "No space left on device")
+                return write(*arguments)
+
+            return fail
+
+        for name in ("01_first", "02_second"):
+            write_notebook(checkout / "notebooks" / f"{name}.ipynb")
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "write_bytes", full(real))
+            patch.setattr(LocalHandler, "write", full(handler))
+            patch.setattr(sys, "argv", ["lora_distill", "reproduce", "--notebook", "01_first"])
+            with pytest.raises(SystemExit) as end:
+                cli.main()
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert end.value.code == 1 and said.endswith("could not be written: No space left on device"), said
+        assert not list((checkout / "runs").rglob(".*.tmp"))
+        monkeypatch.setattr(series, "execute", lambda path, output, *_: storage.atomic_write(output, path.read_bytes()))
+        series.reproduce("cpu")
+
+
+def test_sigterm_ends_the_kernel_too_and_says_so_in_one_line(checkout):
+    (checkout / "driver.py").write_text(DRIVER, encoding="utf-8")
+    code = "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(60)"
+    write_notebook(checkout / "notebooks" / "01_first.ipynb", code)
+    run = subprocess.Popen([sys.executable, "driver.py"], cwd=checkout, stderr=subprocess.PIPE, text=True)
+    pid = checkout / "notebooks" / "pid"
+    while not (pid.exists() and pid.read_text()):
+        time.sleep(0.05)
+    run.terminate()
+    _, said = run.communicate(timeout=30)
+    assert run.returncode == 1 and "Traceback" not in said and said.splitlines()[-1].endswith("ended by SIGTERM")
+    assert not ended_late(int(pid.read_text()))
+    assert not list((checkout / "runs").rglob("*.stamp.json")) and not list((checkout / "runs").rglob(".*.tmp"))
