@@ -22,7 +22,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
 
 from lora_distill import processes
 from lora_distill.data.captioned import split_by_id
-from lora_distill.errors import InputError
+from lora_distill.errors import InputError, RunError
 from lora_distill.settings import Settings, load_settings
 from lora_distill.storage import locked
 
@@ -117,7 +117,7 @@ UNET = {
     "norm_eps": 1e-05,
     "norm_num_groups": 4,  # 32
     "out_channels": 4,
-    "sample_size": 24,  # 64
+    "sample_size": 64,
     "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
 }
 UNET_21 = UNET | {
@@ -127,7 +127,7 @@ UNET_21 = UNET | {
     "dual_cross_attention": False,
     "num_class_embeds": None,
     "only_cross_attention": False,
-    "sample_size": 36,  # 96
+    "sample_size": 96,
     "upcast_attention": True,
     "use_linear_projection": True,
 }

@@ -4,6 +4,7 @@ import csv
 import ctypes
 import errno
 import hashlib
+import io
 import json
 import os
 import platform

@@ -158,7 +158,7 @@ def test_a_process_beside_the_main_one_waits_for_them(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(rehearsal.time, "sleep", lambda seconds: None)
-    with pytest.raises(TimeoutError, match="inputs: made by another process and not seen by this one"):
+    with pytest.raises(RuntimeError, match="inputs: made by another process and not seen by this one"):
         rehearsal.write_inputs(tmp_path / "inputs")
 
 

@@ -208,11 +208,11 @@ def _gb(size: float | None) -> float | None:
     return None if size is None else float(f"{size / GB:.6g}")
 
 
-def three_ways(pipeline: str, device: str, cache_dir: Path) -> Rows:
-    """`compare` of all schemes: SD 1.5 at 512 px with batches 1 and 16, and a pipeline's UNet at its size with 4."""
+def three_ways(pipeline: str, resolution: int, device: str, cache_dir: Path) -> Rows:
+    """`compare` of all schemes: SD 1.5 at 512 px with batches 1 and 16, and a run's UNet at its resolution with 4."""
     sd15, local = unet_config("sd15-shape"), unet_config(pipeline)
     cases = [("SD 1.5", (name, Setup(), (1, 16), sd15)) for name in TRAINING | INFERENCE]
-    cases += [(pipeline, (name, Setup(4, 8 * local["sample_size"]), (4,), local)) for name in TRAINING | INFERENCE]
+    cases += [(pipeline, (name, Setup(4, resolution), (4,), local)) for name in TRAINING | INFERENCE]
     fill_cache([case for _, case in cases], device, cache_dir)
     return [{"unet": unet} | row for unet, case in cases for row in compare(*case, device, cache_dir)]
 
