@@ -25,6 +25,7 @@ from lora_distill.settings import Settings
 # Progress is plain text in a committed notebook: widgets leave megabytes that code hosts do not show.
 QUIET = {"PYTHONWARNINGS": "ignore:IProgress not found", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 CODE = Path(__file__).parents[2]  # the folder of this package, which the processes of a notebook are to import
+OF_OTHERS = {"MPLBACKEND", "PYTHONSTARTUP"}  # variables that would change what a kernel runs or shows
 # What makes a process a member of a group.
 MEMBERSHIP = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK",
               "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"}  # fmt: skip
@@ -59,12 +60,14 @@ def environment(path: Path, made_by: int) -> dict[str, str]:
 def in_environment(path: Path, made_by: int) -> Iterator[None]:
     """`environment` as this process's own for the time of a block: a kernel inherits it.
 
-    A user's IPython profile, whose startup files would run first in each kernel, is left out.
+    What a user has set for other sessions is left out: startup files would run first in each kernel, and another
+    backend than the kernel's own would leave a notebook without its figures.
     """
     before = dict(os.environ)
     with tempfile.TemporaryDirectory(prefix="ipython-", ignore_cleanup_errors=True) as profile:
         try:
-            _replace_environment(environment(path, made_by) | {"IPYTHONDIR": profile})
+            known = {name: value for name, value in environment(path, made_by).items() if name not in OF_OTHERS}
+            _replace_environment(known | {"IPYTHONDIR": profile})
             yield
         finally:
             _replace_environment(before)

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -96,7 +97,11 @@ def _reproduce(paths: Sequence[Path], settings: Settings, folder: Path, *, force
 @contextmanager
 def ended_in_order() -> Iterator[None]:
     """SIGTERM ends a block as an error does, so that a kernel ends with its process."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
+    if threading.current_thread() is not threading.main_thread():  # there Python handles no signal
+        yield
+        return
+    said = "ended by SIGTERM" if processes.count() == 1 else 1  # of several, the one that failed says why
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(said))
     try:
         yield
     finally:

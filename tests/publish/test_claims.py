@@ -156,7 +156,7 @@ def write_tables(claim, values: dict[str, float | list[float]], folder: Path) ->
 def checkout(tmp_path, monkeypatch):
     """A repository without results."""
     (tmp_path / "params").mkdir()
-    (tmp_path / "params" / "cpu.yaml").write_text("profile: cpu\n")
+    (tmp_path / "params" / "cpu.yaml").write_text("profile: cpu\n", encoding="utf-8")
     monkeypatch.setattr(settings, "PACKAGE", tmp_path / "lora_distill")
     return tmp_path
 
@@ -270,9 +270,9 @@ class TestTables:
         return tmp_path / "cpu"
 
     def change(self, folder: Path, old: str, new: str) -> None:
-        text = (folder / self.path).read_text()
+        text = (folder / self.path).read_text(encoding="utf-8")
         assert old in text
-        (folder / self.path).write_text(text.replace(old, new))
+        (folder / self.path).write_text(text.replace(old, new), encoding="utf-8")
 
     def test_a_row_that_is_not_there(self, folder):
         self.change(folder, "LoRA student", "another student")
@@ -322,9 +322,9 @@ class TestTables:
     def test_a_number_that_rows_are_chosen_by_and_that_is_text_is_named(self, tmp_path):
         """Compared as text, no row would be found, and the claim not be testable."""
         quantity = claims.Quantity(table="t", where={"batch": 1}, column="x")
-        (tmp_path / "t.csv").write_text("batch,x\n1,5\n2,6\n")
+        (tmp_path / "t.csv").write_text("batch,x\n1,5\n2,6\n", encoding="utf-8")
         assert claims.measure(quantity, tmp_path) == 5
-        (tmp_path / "t.csv").write_text("batch,x\n1,5\ntwo,6\n")
+        (tmp_path / "t.csv").write_text("batch,x\n1,5\ntwo,6\n", encoding="utf-8")
         with pytest.raises(ClaimsError, match=r"t.csv: batch: expected numbers"):
             claims.measure(quantity, tmp_path)
 
@@ -355,7 +355,7 @@ ENTRY = """
 class TestFile:
     def read(self, tmp_path: Path, text: str):
         path = tmp_path / "claims.yaml"
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
         return claims.load(path)
 
     def test_a_claim_as_it_should_be(self, tmp_path):

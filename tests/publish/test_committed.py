@@ -34,11 +34,11 @@ def checkout(tmp_path, monkeypatch):
     for folder in ("notebooks", "params", "figures/full"):
         (tmp_path / folder).mkdir(parents=True)
     for profile in ("cpu", "full", "other"):
-        (tmp_path / "params" / f"{profile}.yaml").write_text(f"profile: {profile}\n")
-    (tmp_path / "params" / "smoke.yaml").write_text("profile: smoke\neval_prompts: 4\n")
+        (tmp_path / "params" / f"{profile}.yaml").write_text(f"profile: {profile}\n", encoding="utf-8")
+    (tmp_path / "params" / "smoke.yaml").write_text("profile: smoke\neval_prompts: 4\n", encoding="utf-8")
     for name in NAMES:
         write_notebook(tmp_path / "notebooks" / f"{name}.ipynb")
-    (tmp_path / "README.md").write_text(README)
+    (tmp_path / "README.md").write_text(README, encoding="utf-8")
     monkeypatch.setattr(settings, "PACKAGE", tmp_path / "lora_distill")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -120,22 +120,22 @@ def test_figures_of_another_profile_take_the_place_of_the_committed_ones(checkou
     kept = {f"{number}_x.{kind}" for number in ("01", "02") for kind in ("svg", "png", "csv")}
     kept |= {"01_results.json", "02_results.json", "provenance.json", "01_memory_simulated.csv", "SHA256SUMS"}
     assert {path.name for path in target.iterdir()} == kept
-    assert (target / "01_x.svg").read_text() == "01 other"
+    assert (target / "01_x.svg").read_text(encoding="utf-8") == "01 other"
     sums = {"01_memory_simulated.csv", "01_results.json", "01_x.csv", "02_results.json", "02_x.csv", "provenance.json"}
     assert stamps.read_sums(target).keys() == sums
-    assert json.loads((target / "provenance.json").read_text()).keys() == {"01_x", "02_x"}
+    assert json.loads((target / "provenance.json").read_text(encoding="utf-8")).keys() == {"01_x", "02_x"}
 
 
 def test_the_readme_states_results_and_verdicts_of_full(checkout, run):
     run("full")
     committed.publish("full")
-    once = (checkout / "README.md").read_text()
+    once = (checkout / "README.md").read_text(encoding="utf-8")
     assert once.startswith(
         "# A title\n<!-- results -->\n```\nFound\n  01  1 MB\n\nFound\n  02  1 MB\n```\n<!-- /results -->"
     )
     assert once.count("| not testable here |") == len(claims.load())
     committed.publish("full")
-    assert (checkout / "README.md").read_text() == once
+    assert (checkout / "README.md").read_text(encoding="utf-8") == once
 
 
 class TestRefusal:
@@ -161,7 +161,7 @@ class TestRefusal:
 
     def test_outputs_changed(self, run, refusal, checkout):
         run("cpu")
-        (checkout / "runs" / "cpu" / "figures" / "02_x.csv").write_text("by hand")
+        (checkout / "runs" / "cpu" / "figures" / "02_x.csv").write_text("by hand", encoding="utf-8")
         assert refusal().startswith("02_second of profile cpu: figures/02_x.csv was changed since it ran; ")
         (checkout / "runs" / "cpu" / "figures" / "02_x.csv").unlink()
         assert refusal().startswith("02_second of profile cpu: figures/02_x.csv is missing; ")
@@ -206,13 +206,13 @@ class TestMeasured:
     def measured(self, checkout) -> Path:
         folder = checkout / "runs" / "other" / "figures"
         storage.save_table(folder / "01_measured_memory.csv", [{"scheme": "a", "measured_gb": 1.5}])
-        (folder / "01_measured_cpu.json").write_text(json.dumps({"commits": ["1a2b3c4d5e"]}))
+        (folder / "01_measured_cpu.json").write_text(json.dumps({"commits": ["1a2b3c4d5e"]}), encoding="utf-8")
         return folder
 
     def test_its_tables_are_taken_and_nothing_there_is_lost(self, checkout, measured):
         (checkout / "figures" / "other").mkdir()
         for name in ("01_flops.csv", "01_memory.json"):
-            (checkout / "figures" / "other" / name).write_text("{}")
+            (checkout / "figures" / "other" / name).write_text("{}", encoding="utf-8")
         committed.publish("other")
         there = {path.name for path in (checkout / "figures" / "other").iterdir()}
         assert there == {
@@ -229,7 +229,7 @@ class TestMeasured:
         assert "\n" not in str(error.value)
 
     def test_what_uncommitted_code_measured_is_refused(self, checkout, measured):
-        (measured / "01_measured_cpu.json").write_text(json.dumps({"commits": ["1a2b3c4d5e-dirty"]}))
+        (measured / "01_measured_cpu.json").write_text(json.dumps({"commits": ["1a2b3c4d5e-dirty"]}), encoding="utf-8")
         with pytest.raises(SeriesError, match="not measured by committed code"):
             committed.publish("other")
         assert not (checkout / "figures" / "other").exists()

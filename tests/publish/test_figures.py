@@ -30,7 +30,7 @@ def checkout(tmp_path, monkeypatch):
     """A repository with the profiles cpu and smoke and no figures."""
     (tmp_path / "params").mkdir()
     for profile in ("cpu", "smoke"):
-        (tmp_path / "params" / f"{profile}.yaml").write_text(f"profile: {profile}\n")
+        (tmp_path / "params" / f"{profile}.yaml").write_text(f"profile: {profile}\n", encoding="utf-8")
     monkeypatch.setattr(settings, "PACKAGE", tmp_path / "lora_distill")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -161,7 +161,7 @@ def test_bad_input_is_one_line(checkout):
         done = command("figures", "--profile", profile, cwd=checkout)
         assert done.returncode == 2 and done.stderr.startswith(message) and done.stderr.count("\n") == 1, done.stderr
     (checkout / "runs" / "cpu" / "figures").mkdir(parents=True)
-    (checkout / "runs" / "cpu" / "figures" / "provenance.json").write_text('{"02_diff')
+    (checkout / "runs" / "cpu" / "figures" / "provenance.json").write_text('{"02_diff', encoding="utf-8")
     with pytest.raises(ValueError, match=r"provenance\.json is damaged"):
         figures.redraw(checkout / "runs" / "cpu" / "figures")
 
@@ -196,7 +196,7 @@ class TestProvenance:
         assert written(folder) == before
 
     def test_nothing_says_it(self, folder):
-        (folder / "provenance.json").write_text("[]")
+        (folder / "provenance.json").write_text("[]", encoding="utf-8")
         (folder / "02_difference.png").write_bytes(b"cut")
         with pytest.raises(ValueError, match=r"02_difference.png: expected a figure that says what made it; run its"):
             figures.redraw(folder)
@@ -206,7 +206,7 @@ class TestProvenance:
     def test_no_figure_is_an_error(self, folder):
         for path in folder.iterdir():
             path.unlink()
-        (folder / "provenance.json").write_text("{}")
+        (folder / "provenance.json").write_text("{}", encoding="utf-8")
         with pytest.raises(FileNotFoundError, match=r"no figures in .*figures; python -m lora_distill reproduce makes"):
             figures.redraw(folder)
 
@@ -238,7 +238,7 @@ def test_the_table_and_the_sheet_are_held_to_each_other(checkout):
     """Rows changed together with their digest, as no notebook leaves them: still one line."""
     figures.save("02_guidance_grid", Settings(), GRID, IMAGES)
     folder = checkout / "runs" / "cpu" / "figures"
-    known = json.loads((folder / "provenance.json").read_text())
+    known = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
     for content in (
         "row,column,caption\n",
         "row,column,caption\n" + "a,1,b\n" * 7,
@@ -248,9 +248,9 @@ def test_the_table_and_the_sheet_are_held_to_each_other(checkout):
         "\x00",
         "a,a\n1,2\n",
     ):
-        (folder / "02_guidance_grid.csv").write_text(content)
+        (folder / "02_guidance_grid.csv").write_text(content, encoding="utf-8")
         known["02_guidance_grid"]["sha256"]["02_guidance_grid.csv"] = figures.sha256(folder / "02_guidance_grid.csv")
-        (folder / "provenance.json").write_text(json.dumps(known))
+        (folder / "provenance.json").write_text(json.dumps(known), encoding="utf-8")
         with pytest.raises(ValueError, match=r"02_guidance_grid\.csv") as error:
             figures.redraw(folder)
         assert "\n" not in str(error.value)

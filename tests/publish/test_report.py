@@ -19,7 +19,7 @@ RESULTS = {"Memory": {"saved & <shared>": "36 %"}}
 
 def finish(folder: Path, name: str, text: str) -> None:
     folder.mkdir(exist_ok=True)
-    (folder / f"{name}.ipynb").write_text(text)
+    (folder / f"{name}.ipynb").write_text(text, encoding="utf-8")
     stamps.write(folder, name, {"key": "", "commit": None, "outputs": {}})
 
 
@@ -28,21 +28,23 @@ def folder(tmp_path_factory) -> Path:
     """The report of a run of the committed notebooks."""
     run = tmp_path_factory.mktemp("run") / "cpu"
     for path in NOTEBOOKS:
-        finish(run, path.stem, path.read_text())
+        finish(run, path.stem, path.read_text(encoding="utf-8"))
     (run / "figures").mkdir()
-    (run / "figures" / "01_results.json").write_text(json.dumps(RESULTS))
-    (run / "manifest.json").write_text(json.dumps({"device": "a processor", "commit": "abc", "written": "today"}))
+    (run / "figures" / "01_results.json").write_text(json.dumps(RESULTS), encoding="utf-8")
+    (run / "manifest.json").write_text(
+        json.dumps({"device": "a processor", "commit": "abc", "written": "today"}), encoding="utf-8"
+    )
     return report.write(run).parent
 
 
 def soup(path: Path) -> BeautifulSoup:
-    return BeautifulSoup(path.read_text(), "html.parser")
+    return BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
 
 
 def test_the_index_has_every_notebook_and_section_and_the_results(folder):
     index = soup(folder / "index.html")
     for path in NOTEBOOKS:
-        cells = json.loads(path.read_text())["cells"]
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         markdown = "".join("\n" + "".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
         assert index.select(f'h3 a[href="{path.stem}.html"]')
         assert len(index.select(f'li a[href^="{path.stem}.html#"]')) == len(re.findall(r"^## ", markdown, re.M))
@@ -63,7 +65,7 @@ def test_pages_need_no_network_and_no_script(folder):
         page = soup(path)
         assert not page.select("script, link, iframe")
         assert all(image["src"].startswith("data:") for image in page.select("img"))
-        assert not re.search(r"url\(['\"]?http|@import", path.read_text())
+        assert not re.search(r"url\(['\"]?http|@import", path.read_text(encoding="utf-8"))
 
 
 def test_pages_are_named_by_their_titles(folder):
@@ -99,7 +101,7 @@ def test_text_and_figures_are_in(folder, tmp_path):
     outputs = [new_output("display_data", {"image/png": "iVBORw0KGgo="}), new_output("stream", text="36 % saved")]
     cells = [new_markdown_cell("no heading\n\n$$\nx^2\n$$"), new_code_cell("x = 1", outputs=outputs)]
     finish(tmp_path, "01_plain", writes(new_notebook(cells=cells)))
-    (tmp_path / "02_failed.ipynb").write_text("{}")  # it has no stamp
+    (tmp_path / "02_failed.ipynb").write_text("{}", encoding="utf-8")  # it has no stamp
     report.write(tmp_path)
     page = soup(tmp_path / "report" / "01_plain.html")
     assert "36 % saved" in page.text and page.img["src"] == "data:image/png;base64,iVBORw0KGgo="
@@ -134,8 +136,10 @@ def test_whatever_the_files_of_a_run_hold_is_shown_as_text(tmp_path):
     ]
     finish(tmp_path, "01_plain", writes(new_notebook(cells=cells)))
     (tmp_path / "figures").mkdir()
-    (tmp_path / "figures" / "01_results.json").write_text(json.dumps({HOSTILE: {HOSTILE: HOSTILE}}))
-    (tmp_path / "manifest.json").write_text(json.dumps({"device": HOSTILE, "commit": [HOSTILE], "written": HOSTILE}))
+    (tmp_path / "figures" / "01_results.json").write_text(json.dumps({HOSTILE: {HOSTILE: HOSTILE}}), encoding="utf-8")
+    (tmp_path / "manifest.json").write_text(
+        json.dumps({"device": HOSTILE, "commit": [HOSTILE], "written": HOSTILE}), encoding="utf-8"
+    )
     report.write(tmp_path)
     for path in (tmp_path / "report").iterdir():
         page = soup(path)
@@ -182,11 +186,11 @@ def test_an_executed_notebook_that_is_damaged_is_one_line(tmp_path, content):
 def test_a_run_whose_tables_were_edited_gets_no_report(tmp_path):
     finish(tmp_path, "01_plain", writes(new_notebook(cells=[new_markdown_cell("# A")])))
     (tmp_path / "figures").mkdir()
-    (tmp_path / "figures" / "01_x.csv").write_text("a\n1\n")
+    (tmp_path / "figures" / "01_x.csv").write_text("a\n1\n", encoding="utf-8")
     outputs = {name: stamps.sha256(tmp_path / name) for name in ("01_plain.ipynb", "figures/01_x.csv")}
     stamps.write(tmp_path, "01_plain", {"key": "", "commit": None, "outputs": outputs})
     report.write(tmp_path)
-    (tmp_path / "figures" / "01_x.csv").write_text("a\n2\n")
+    (tmp_path / "figures" / "01_x.csv").write_text("a\n2\n", encoding="utf-8")
     with pytest.raises(InputError, match=r"01_plain of .*: figures/01_x.csv was changed since it ran; python -m"):
         report.write(tmp_path)
 

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -41,7 +42,7 @@ def checkout(tmp_path, monkeypatch):
     for folder in ("notebooks", "params"):
         (tmp_path / folder).mkdir()
     for profile in ("cpu", "other"):
-        (tmp_path / "params" / f"{profile}.yaml").write_text(f"profile: {profile}\n")
+        (tmp_path / "params" / f"{profile}.yaml").write_text(f"profile: {profile}\n", encoding="utf-8")
     for name in ("00_make", "01_first", "02_second"):
         write_notebook(tmp_path / "notebooks" / f"{name}.ipynb", "seed + 1")
     monkeypatch.setattr(settings, "PACKAGE", tmp_path / "lora_distill")
@@ -104,7 +105,7 @@ class TestReuse:
         assert all((folder / path).exists() for path in others)
 
     @pytest.mark.parametrize("file", ["02_second.ipynb", "02_second_images.safetensors", "figures/02_table.csv"])
-    @pytest.mark.parametrize("change", [Path.unlink, lambda path: path.write_text("changed")])
+    @pytest.mark.parametrize("change", [Path.unlink, lambda path: path.write_text("changed", encoding="utf-8")])
     def test_outputs_that_are_no_longer_what_it_left(self, executed, checkout, file, change):
         rerun(executed)
         change(checkout / "runs" / "cpu" / file)
@@ -132,7 +133,7 @@ class TestReuse:
 
     def test_changed_setting(self, executed, checkout):
         rerun(executed)
-        (checkout / "params" / "cpu.yaml").write_text("profile: cpu\nseed: 1\n")
+        (checkout / "params" / "cpu.yaml").write_text("profile: cpu\nseed: 1\n", encoding="utf-8")
         assert rerun(executed) == ["01_first", "02_second"]
 
     def test_a_new_version_of_the_results(self, executed, monkeypatch):
@@ -148,7 +149,7 @@ class TestReuse:
     def test_changed_prose(self, executed, checkout):
         rerun(executed)
         path = checkout / "notebooks" / "01_first.ipynb"
-        path.write_text(path.read_text().replace("# Title", "# Another title"))
+        path.write_text(path.read_text(encoding="utf-8").replace("# Title", "# Another title"))
         assert rerun(executed) == []
 
     def test_an_earlier_notebook_that_ran_again_counts_where_its_files_are_read(self, executed, checkout, monkeypatch):
@@ -162,7 +163,7 @@ class TestReuse:
     def test_damaged_stamp(self, executed, checkout):
         rerun(executed)
         for damaged in ('{"key": ', "{}"):
-            (checkout / "runs" / "cpu" / "02_second.stamp.json").write_text(damaged)
+            (checkout / "runs" / "cpu" / "02_second.stamp.json").write_text(damaged, encoding="utf-8")
             assert rerun(executed) == ["02_second"]
 
     def test_profiles_keep_apart(self, executed, checkout):
@@ -179,14 +180,14 @@ def test_named_notebook(executed):
 
 
 def test_bad_settings_stop_before_anything_runs(executed, checkout):
-    (checkout / "params" / "cpu.yaml").write_text("profile: cpu\nsede: 1\n")
+    (checkout / "params" / "cpu.yaml").write_text("profile: cpu\nsede: 1\n", encoding="utf-8")
     with pytest.raises(SettingsError, match="did you mean 'seed'"):
         rerun(executed)
     assert not executed
 
 
 def test_a_path_that_is_not_there_stops_before_anything_runs(executed, checkout):
-    (checkout / "params" / "cpu.yaml").write_text("profile: cpu\nflickr_8k: ./Flickr8k\n")
+    (checkout / "params" / "cpu.yaml").write_text("profile: cpu\nflickr_8k: ./Flickr8k\n", encoding="utf-8")
     with pytest.raises(SettingsError, match=r"^flickr_8k: no file or folder .*/Flickr8k; relative paths start at .*$"):
         rerun(executed)
     assert not executed
@@ -202,7 +203,8 @@ def test_no_notebooks(checkout):
 def test_results_are_printed(executed, checkout, capsys):
     figures = checkout / "runs" / "cpu" / "figures"
     figures.mkdir(parents=True)
-    (figures / "01_results.json").write_text(json.dumps({"Memory": {"LoRA": "1.2 MB", "full copy": "10 MB"}}))
+    found = {"Memory": {"LoRA": "1.2 MB", "full copy": "10 MB"}}
+    (figures / "01_results.json").write_text(json.dumps(found), encoding="utf-8")
     rerun(executed)
     assert "Memory\n  LoRA       1.2 MB\n  full copy  10 MB\n" in capsys.readouterr().out
 
@@ -258,7 +260,7 @@ def test_atomic_write_keeps_the_old_file_on_a_full_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "write_bytes", full_disk)
     with pytest.raises(OSError, match="No space"):
         storage.atomic_write(path, b"new")
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    assert path.read_text(encoding="utf-8") == "old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_manifest_says_what_made_a_result(monkeypatch):
@@ -290,7 +292,7 @@ settings, folder = from_notebook(globals()), Path("../runs/cpu")
 state = PartialState(cpu=True)
 total = torch.ones(1) * (1 + state.process_index)
 torch.distributed.all_reduce(total)
-(folder / f"{_number}-{state.process_index}").write_text(f"{total.item()} {settings.seed}")
+(folder / f"{_number}-{state.process_index}").write_text(f"{total.item()} {settings.seed}", encoding="utf-8")
 storage.atomic_write(folder / f"{_number}-written", os.environ["RANK"])
 """
 ALONE = """
@@ -318,8 +320,8 @@ class TestSeveralProcesses:
     @pytest.fixture
     def launch(self, checkout):
         """Run the series in two processes on notebooks with the given code."""
-        (checkout / "params" / "cpu.yaml").write_text("profile: cpu\nseed: 7\n")
-        (checkout / "driver.py").write_text(DRIVER)
+        (checkout / "params" / "cpu.yaml").write_text("profile: cpu\nseed: 7\n", encoding="utf-8")
+        (checkout / "driver.py").write_text(DRIVER, encoding="utf-8")
 
         def run(*sources: str) -> subprocess.CompletedProcess:
             for path in (checkout / "notebooks").iterdir():
@@ -337,7 +339,7 @@ class TestSeveralProcesses:
         done = launch(ALONE, TOGETHER, TOGETHER)
         assert done.returncode == 0, done.stderr
         folder = checkout / "runs" / "cpu"
-        assert {path.name: path.read_text() for path in folder.glob("[0-9]-*")} == {
+        assert {path.name: path.read_text(encoding="utf-8") for path in folder.glob("[0-9]-*")} == {
             "2-0": "3.0 7", "2-1": "3.0 7", "2-written": "0", "3-0": "3.0 7", "3-1": "3.0 7", "3-written": "0",
         }  # fmt: skip
         assert [line.split(" in ")[0] for line in done.stdout.splitlines() if line[2:5] == "_x:"] == [
@@ -353,14 +355,14 @@ class TestSeveralProcesses:
     )
     def test_when_one_fails_or_is_killed_all_end_and_one_line_says_why(self, launch, checkout, rank, fault, message):
         pids = checkout / "runs" / "cpu"
-        code = "(folder / f'pid-{state.process_index}').write_text(str(os.getpid()))\n"
+        code = "(folder / f'pid-{state.process_index}').write_text(str(os.getpid()), encoding='utf-8')\n"
         code += f"if processes.index() == {rank}:\n    {fault}\ntorch.distributed.barrier()"
         done = launch("", TOGETHER + code)
         assert done.returncode == 1
         said = re.findall(r"02_x: .*", done.stderr)  # it may stand behind papermill's bar
         assert len(said) == 1 and said[0].startswith(message), done.stderr
         assert "Traceback" not in done.stderr.split("02_x: ")[0]
-        members = [int((pids / f"pid-{rank}").read_text()) for rank in (0, 1)]
+        members = [int((pids / f"pid-{rank}").read_text(encoding="utf-8")) for rank in (0, 1)]
         assert not any(ended_late(pid) for pid in members), "the other one too"
 
 
@@ -368,7 +370,7 @@ def test_what_reads_trainings_of_several_processes_looks_for_theirs(tmp_path):
     for name, count in (("01_a", 1), ("02_b", 4), ("03_c", 4)):
         (tmp_path / f"{name}.ipynb").touch()
         stamp = {"key": "", "commit": None, "outputs": {}, "processes": count}
-        (tmp_path / f"{name}{series.STAMP}").write_text(json.dumps(stamp))
+        (tmp_path / f"{name}{series.STAMP}").write_text(json.dumps(stamp), encoding="utf-8")
     assert series.made_by(Path("04_evaluation.ipynb"), tmp_path) == 4
     assert series.made_by(Path("02_b.ipynb"), tmp_path) == 1
 
@@ -425,7 +427,7 @@ class TestWhatIsLost:
         rerun(executed)
         (checkout / "runs" / "cpu" / "manifest.json").write_bytes(content)
         assert rerun(executed) == []
-        assert json.loads((checkout / "runs" / "cpu" / "manifest.json").read_text())["notebooks"].keys()
+        assert json.loads((checkout / "runs" / "cpu" / "manifest.json").read_text(encoding="utf-8"))["notebooks"].keys()
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff\xfe{\x00}\x00", b'{"cells": 3}'])
@@ -455,7 +457,7 @@ class TestForce:
         (checkout / "runs" / "cpu").mkdir(parents=True)
         (checkout / "runs" / "cpu" / "cache").symlink_to(elsewhere)
         assert rerun(executed, force=True) == ["01_first", "02_second"]
-        assert (checkout / "runs/cpu/cache/vae/result.safetensors").read_text() == "kept"
+        assert (checkout / "runs/cpu/cache/vae/result.safetensors").read_text(encoding="utf-8") == "kept"
 
     def test_of_a_linked_training_the_link_alone_goes(self, executed, checkout, tmp_path_factory):
         elsewhere = tmp_path_factory.mktemp("disk")
@@ -464,7 +466,7 @@ class TestForce:
         (checkout / "runs" / "cpu" / "lora-1").symlink_to(elsewhere)
         rerun(executed, force=True)
         assert not (checkout / "runs" / "cpu" / "lora-1").exists()
-        assert (elsewhere / "result.safetensors").read_text() == "kept"
+        assert (elsewhere / "result.safetensors").read_text(encoding="utf-8") == "kept"
 
     def test_what_lies_beside_a_training_stays(self, executed, checkout):
         mine = [checkout / "runs" / "cpu" / name for name in ("lora-1/notes.txt", "mine.txt", "figures/mine.txt")]
@@ -529,7 +531,7 @@ class TestKernel:
             checked = settings.load_settings("cpu")
             series.run(checkout / "notebooks" / "01_first.ipynb", checked, settings.run_dir(checked))
             ran = nbformat.read(settings.run_dir(checked) / "01_first.ipynb", 4)
-            return "".join(output.text for cell in ran.cells for output in cell.get("outputs", []))
+            return "".join(output.get("text", "") for cell in ran.cells for output in cell.get("outputs", []))
 
         return said
 
@@ -547,10 +549,17 @@ class TestKernel:
         monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "0")
         monkeypatch.setenv("PYTHONPATH", str(folder))
         monkeypatch.setenv("IPYTHONDIR", str(folder))
+        monkeypatch.setenv("PYTHONSTARTUP", str(folder / "profile_default" / "startup" / "00.py"))
+        monkeypatch.setenv("MPLBACKEND", "Agg")
 
     def test_it_is_this_python_with_this_code(self, said, hostile):
         text = said("import sys, lora_distill; print(sys.executable, lora_distill.__file__, sep='\\n')")
         assert text == f"{sys.executable}\n{lora_distill.__file__}\n"
+
+    def test_figures_are_shown_whatever_the_backend_of_the_shell(self, said, hostile, checkout):
+        said("from matplotlib import pyplot", "figure, _ = pyplot.subplots()\npyplot.close(figure)\nfigure")
+        last = nbformat.read(checkout / "runs" / "cpu" / "01_first.ipynb", 4).cells[-1]
+        assert "image/png" in last.outputs[0].data
 
     def test_the_notebook_keeps_the_name_of_the_kernel(self, said, checkout):
         assert said("print(seed)") == "0\n"
@@ -562,7 +571,7 @@ class TestKernel:
         root = tmp_path / name
         for folder in ("notebooks", "params"):
             (root / folder).mkdir(parents=True)
-        (root / "params" / "cpu.yaml").write_text("profile: cpu\n")
+        (root / "params" / "cpu.yaml").write_text("profile: cpu\n", encoding="utf-8")
         write_notebook(root / "notebooks" / "01_first.ipynb", "import os; os.getcwd()")
         monkeypatch.setattr(settings, "PACKAGE", root / "lora_distill")
         folder = series.prepare("cpu")
@@ -604,16 +613,22 @@ class TestFullDisk:
         series.reproduce("cpu")
 
 
+def test_a_run_may_be_started_in_any_thread(executed):
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(series.reproduce, "cpu").result()
+    assert executed == ["01_first", "02_second"]
+
+
 def test_sigterm_ends_the_kernel_too_and_says_so_in_one_line(checkout):
     (checkout / "driver.py").write_text(DRIVER, encoding="utf-8")
     code = "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(60)"
     write_notebook(checkout / "notebooks" / "01_first.ipynb", code)
     run = subprocess.Popen([sys.executable, "driver.py"], cwd=checkout, stderr=subprocess.PIPE, text=True)
     pid = checkout / "notebooks" / "pid"
-    while not (pid.exists() and pid.read_text()):
+    while not (pid.exists() and pid.read_text(encoding="utf-8")):
         time.sleep(0.05)
     run.terminate()
     _, said = run.communicate(timeout=30)
     assert run.returncode == 1 and "Traceback" not in said and said.splitlines()[-1].endswith("ended by SIGTERM")
-    assert not ended_late(int(pid.read_text()))
+    assert not ended_late(int(pid.read_text(encoding="utf-8")))
     assert not list((checkout / "runs").rglob("*.stamp.json")) and not list((checkout / "runs").rglob(".*.tmp"))

@@ -41,15 +41,27 @@ def test_a_stamp_knows_every_file_that_a_user_or_a_later_notebook_reads(run, sta
     ("name", "damage", "why"),
     [
         ("student.safetensors", Path.unlink, "student.safetensors is missing"),
-        ("student.safetensors", lambda path: path.write_text("x"), "student.safetensors was changed since it ran"),
-        ("02_b.ipynb", lambda path: path.write_text("0"), "02_b.ipynb was changed since it ran"),
+        (
+            "student.safetensors",
+            lambda path: path.write_text("x", encoding="utf-8"),
+            "student.safetensors was changed since it ran",
+        ),
+        ("02_b.ipynb", lambda path: path.write_text("0", encoding="utf-8"), "02_b.ipynb was changed since it ran"),
         (f"{PICTURES}/00001.png", Path.unlink, f"1 of 4 files of {PICTURES} are missing"),
-        (f"{PICTURES}/00001.png", lambda path: path.write_text("picture 7"), f"{PICTURES} was changed since it ran"),
-        (f"{PICTURES}/key.txt", lambda path: path.write_text("other"), f"{PICTURES} was changed since it ran"),
+        (
+            f"{PICTURES}/00001.png",
+            lambda path: path.write_text("picture 7", encoding="utf-8"),
+            f"{PICTURES} was changed since it ran",
+        ),
+        (
+            f"{PICTURES}/key.txt",
+            lambda path: path.write_text("other", encoding="utf-8"),
+            f"{PICTURES} was changed since it ran",
+        ),
         (PICTURES, shutil.rmtree, f"{PICTURES} is missing"),
         ("images", shutil.rmtree, f"{PICTURES} is missing"),
         ("lora-1", shutil.rmtree, f"{TRAINING} is missing"),
-        (TRAINING, lambda path: path.write_text("cut"), f"{TRAINING} was changed since it ran"),
+        (TRAINING, lambda path: path.write_text("cut", encoding="utf-8"), f"{TRAINING} was changed since it ran"),
         ("figures", shutil.rmtree, "figures/02_x.csv is missing"),
         ("figures/02_x.csv", lambda path: (path.unlink(), path.mkdir()), "figures/02_x.csv is missing"),
     ],
@@ -102,7 +114,7 @@ class TestTables:
         figures = run / "figures"
         stamps.write(run, "02_b", stamp)
         stamps.check_tables(figures)
-        (figures / "02_x.csv").write_text("by hand")
+        (figures / "02_x.csv").write_text("by hand", encoding="utf-8")
         with pytest.raises(ValueError, match=r"figures/02_x\.csv was changed since 02_b ran; python -m lora_"):
             stamps.check_tables(figures)
         (figures / "02_x.csv").rename(figures / "02_y.csv")
@@ -125,7 +137,7 @@ class TestTables:
         stamps.write_sums(folder)
         assert stamps.read_sums(folder).keys() == {"02_results.json", "02_x.csv", "02_x_images.png"}
         stamps.check_tables(folder)
-        (folder / "02_x.csv").write_text("by hand")
+        (folder / "02_x.csv").write_text("by hand", encoding="utf-8")
         with pytest.raises(ValueError, match=r"full/02_x\.csv was changed since it was committed; git checkout"):
             stamps.check_tables(folder)
 
