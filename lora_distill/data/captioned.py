@@ -76,7 +76,7 @@ def captioned_images(
     if not len(dataset):
         raise InputError(f"{source}: all images of split {split!r} are in the test split of {without}")
     dataset = _usable(dataset.select(range(ceil(share * len(dataset)))), source, skip_unusable, notes)
-    for note in notes:
+    for note in notes if processes.is_main() else []:
         warnings.warn(note, stacklevel=_callers_level())
     return dataset
 
