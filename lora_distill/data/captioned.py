@@ -67,19 +67,26 @@ def captioned_images(
     """
     if split not in (*SPLITS, ALL):
         raise InputError(f"no split {split!r}; there are {', '.join(SPLITS)}, and {ALL}")
+    if not 0 < share <= 1:
+        raise InputError(f"share: expected a fraction above 0 and at most 1, got {share:g}")
     if bundled := bundled_scenes(source):
         parts = SPLITS if split == ALL else [split]
         return concatenate_datasets([scene_dataset(*bundled, part, 0, share, cache_dir) for part in parts])
     notes: list[str] = []
     dataset = _split_of(source, split, skip_unusable, cache_dir, notes)
-    if without and str(without) != str(source) and not bundled_scenes(without):
+    if without and not bundled_scenes(without) and not _same_source(source, without):
         dataset = _unseen(dataset, _split_of(without, "test", skip_unusable, cache_dir, notes), source, without)
     if not len(dataset):
         raise InputError(f"{source}: all images of split {split!r} are in the test split of {without}")
     dataset = _usable(dataset.select(range(ceil(share * len(dataset)))), source, skip_unusable, notes)
-    for note in notes:
+    for note in notes if processes.is_main() else []:
         warnings.warn(note, stacklevel=_callers_level())
     return dataset
+
+
+def _same_source(one: str | Path, other: str | Path) -> bool:
+    paths = local_path(one), local_path(other)
+    return str(one) == str(other) if None in paths else paths[0].samefile(paths[1])
 
 
 def _callers_level() -> int:

@@ -32,6 +32,7 @@ from lora_distill.data.readers import (
     Reader,
     Row,
     captions_beside,
+    headed_table,
     is_image_name,
     json_file,
     json_lines,
@@ -127,10 +128,12 @@ class Tree:
         except OSError as error:
             raise InputError(f"{folder}: cannot be read ({error.strerror})") from None
         deeper = []
+        spellings = Counter(normalize("NFC", entry.name) for entry in entries)  # two may differ in this alone
         for entry in entries:
             if entry.name.startswith(".") or entry.name.lower() in NO_DATA:
                 continue
-            name = below + normalize("NFC", entry.name)
+            composed = normalize("NFC", entry.name)
+            name = below + (composed if spellings[composed] == 1 else entry.name)
             try:
                 kind = "folder" if entry.is_dir() else "file" if entry.is_file() else ""
             except OSError:  # a link to itself
@@ -169,8 +172,8 @@ class Tree:
 
         Raises ValueError for a name that leads out of the folder, and for one that two different files have.
         """
-        name = normalize("NFC", name)
-        for spelled in dict.fromkeys((name, name.strip(), name.strip().replace("\\", "/"))):
+        composed = normalize("NFC", name)
+        for spelled in dict.fromkeys((name, composed, composed.strip(), composed.strip().replace("\\", "/"))):
             if spelled and (found := self._find(spelled, near, place)):
                 return found
         return None
@@ -304,8 +307,10 @@ def _kind(name: str) -> tuple[int, Reader, bool] | None:
         return (LEMMAS, token_file, False) if "lemma" in base else (3, token_file, True)
     if base == "captions.txt" or base == "results.csv":
         return 4, table_file, True
-    if suffix in (".csv", ".tsv") or (suffix == ".txt" and "caption" in base):
+    if "caption" in base and suffix in (".csv", ".tsv", ".txt"):
         return 5, table_file, False
+    if suffix in (".csv", ".tsv"):
+        return 5, headed_table, False
     return None
 
 

@@ -23,11 +23,15 @@ AT_ONCE = 64  # rows that are read at a time
 
 
 def parquet_sets(tree: Tree, only: str | None = None) -> tuple[list[str], int, list[InputError]]:
-    """The parquet files of a folder that hold images and captions, the number of their rows, and why others do not."""
-    fitting, count, problems = [], 0, []
+    """The parquet files of a folder that hold images and captions, the number of their rows, and why others do not.
+
+    Raises ValueError for a damaged file, or one without captions, beside whole ones.
+    """
+    fitting, count, problems, damaged = [], 0, [], []
     for name in sorted(tree.paths):
         if not name.lower().endswith(".parquet") or only not in (None, name):
             continue
+        schema = None
         try:
             schema = _schema(tree.paths[name])
             _caption_columns(schema.names, str(tree.paths[name]))
@@ -40,6 +44,10 @@ def parquet_sets(tree: Tree, only: str | None = None) -> tuple[list[str], int, l
             count += rows
         except InputError as error:
             problems.append(error)
+            if schema is None or "image" in schema.names:
+                damaged.append(error)
+    if fitting and damaged:
+        raise damaged[0]
     return fitting, count, problems
 
 

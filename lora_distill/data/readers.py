@@ -275,9 +275,17 @@ def table_file(path: Path) -> Iterator[Row]:
         return
     delimiter = _delimiter(lines[first])
     records = list(_records(path, lines, delimiter))
-    columns, headed = _columns(records, path, first + 1)
+    columns, headed = _columns(records)
     for place, block, cells in records[headed:]:
         yield _table_row(place, _fitted(cells, block, columns, delimiter, place), columns)
+
+
+def headed_table(path: Path) -> Iterator[Row]:
+    """Rows of a table that has to have a header: of another name than captions, its last column could be anything."""
+    first = next(lines_of(path), None)
+    if first is not None and is_image_name(_unnumbered(_split(first[1], _delimiter(first[1]))[0])):
+        raise InputError(f"{first[0]}: expected a header, such as image,caption, got {_short(first[1])}")
+    yield from table_file(path)
 
 
 def _delimiter(line: str) -> str:
@@ -340,7 +348,7 @@ def _unnumbered(name: str) -> str:
     return numbered[1] if numbered else name
 
 
-def _columns(records: list[tuple[str, str, list[str]]], path: Path, line: int) -> tuple[_Columns, bool]:
+def _columns(records: list[tuple[str, str, list[str]]]) -> tuple[_Columns, bool]:
     """The columns of a table, and whether its first record is the header."""
     place, _, cells = records[0]
     heads = [_head(cell) for cell in cells]

@@ -276,6 +276,21 @@ class TestTelling:
         text(tmp_path / "latin.csv", "café", encoding="latin-1")
         assert everything(tmp_path) == ALL
 
+    def test_numbers_for_pictures_are_no_captions(self, tmp_path):
+        """A table of another name has to say in a header that it has captions."""
+        pictures(tmp_path)
+        text(tmp_path / "scores.csv", *(f"{image},0.5" for image in IMAGES))
+        refused(tmp_path, "no captions for 12 images; .*scores.csv, line 1: expected a header")
+        text(tmp_path / "captions.csv", *(f'{image},"{SAID[image]}"' for image in IMAGES))
+        assert everything(tmp_path) == ALL
+
+    def test_half_of_the_pictures_in_one_layout_and_half_in_another(self, tmp_path):
+        pictures(tmp_path)
+        records(tmp_path / "metadata.jsonl", IMAGES[:6])
+        for image in IMAGES[6:]:
+            text((tmp_path / image).with_suffix(".txt"), SAID[image])
+        refused(tmp_path, "6 of 12 images have no caption in metadata.jsonl: g10.jpg, ")
+
     def test_flickrs_lemmas_are_not_its_captions(self, tmp_path):
         pictures(tmp_path / "Flicker8k_Dataset")
         text(tmp_path / "Flickr8k.lemma.token.txt", *(f"{image}#0\tbe" for image in IMAGES))
@@ -309,13 +324,21 @@ class TestFindingImages:
         text(tmp_path / "metadata.jsonl", *map(json.dumps, lines))
         refused(tmp_path, "is in test and in train")
 
-    @pytest.mark.parametrize(("written", "stored"), [("Zoë.jpg", "Zoë.jpg"), ("Zoë.jpg", "Zoë.jpg")])
+    @pytest.mark.parametrize(
+        ("written", "stored"), [("Zo\u00eb.jpg", "Zoe\u0308.jpg"), ("Zoe\u0308.jpg", "Zo\u00eb.jpg")]
+    )
     def test_composed_and_decomposed_names_are_one(self, tmp_path, written, stored):
         picture(tmp_path / stored, 0)
         for path, line in (("captions.txt", f"{written},a dog"), ("a.token", f"{written}#0\ta dog")):
             found = text(tmp_path / path, line)
             assert everything(tmp_path) == {0: ["a dog"]}
             found.unlink()
+
+    def test_two_files_whose_names_differ_in_composition_alone(self, tmp_path):
+        names = ["Zo\u00eb.jpg", "Zoe\u0308.jpg"]
+        pictures(tmp_path, names)
+        text(tmp_path / "metadata.jsonl", *(json.dumps({"file_name": i, "text": str(n)}) for n, i in enumerate(names)))
+        assert everything(tmp_path) == {0: ["0"], 1: ["1"]}
 
     @pytest.mark.parametrize(
         ("written", "stored"),
@@ -723,6 +746,13 @@ class TestParquet:
         with pytest.warns(UserWarning, match="metadata.jsonl is read, 12 rows of pictures in parquet are not"):
             assert everything(tmp_path) == ALL
 
+    def test_a_damaged_shard_beside_whole_ones_is_refused(self, tmp_path):
+        self.table(tmp_path / "train-0.parquet", range(5)), self.table(tmp_path / "train-1.parquet", range(5, 9))
+        (tmp_path / "train-1.parquet").write_bytes((tmp_path / "train-1.parquet").read_bytes()[:-9])
+        refused(tmp_path, "train-1.parquet: expected a parquet file with images and captions")
+        pq.write_table(pa.table({"image": [content(9)], "words": ["a"]}), tmp_path / "train-1.parquet")
+        refused(tmp_path, "train-1.parquet: expected the columns image, and")
+
     def test_a_table_without_rows(self, tmp_path):
         self.table(tmp_path / "x.parquet", [0])
         pq.write_table(pq.read_table(tmp_path / "x.parquet").slice(0, 0), tmp_path / "x.parquet")
@@ -734,3 +764,26 @@ class TestParquet:
         self.table(tmp_path / "a.parquet", range(3, 9))
         os.utime(path, ns=(1, 1))
         assert set(everything(path, cache_dir=tmp_path / "c")) == set(range(3, 9))
+
+
+class TestShares:
+    @pytest.mark.parametrize("share", [0, -1, 1.5, float("nan"), float("inf")])
+    def test_a_share_is_a_fraction(self, tmp_path, share):
+        pictures(tmp_path)
+        records(tmp_path / "metadata.jsonl", IMAGES)
+        for source in (tmp_path, "scenes/fluent/8k"):
+            refused(source, "share: expected a fraction above 0 and at most 1, got", share=share)
+
+    def test_a_set_is_not_compared_with_itself_by_another_path(self, tmp_path):
+        pictures(tmp_path / "mine")
+        records(tmp_path / "mine" / "metadata.jsonl", IMAGES)
+        (tmp_path / "link").symlink_to(tmp_path / "mine", target_is_directory=True)
+        count = len(captioned_images(tmp_path / "mine", "train"))
+        for same in (f"{tmp_path}/mine/", f"{tmp_path}/mine/../mine", str(tmp_path / "link")):
+            assert len(captioned_images(tmp_path / "mine", "train", without=same)) == count
+
+    def test_that_all_of_a_set_is_judged_elsewhere_is_an_error(self, tmp_path):
+        for name in ("mine", "judged"):
+            pictures(tmp_path / name)
+            records(tmp_path / name / "metadata.jsonl", IMAGES, split="train" if name == "mine" else "test")
+        refused(tmp_path / "mine", "all images of split 'train' are in the test split of", without=tmp_path / "judged")
