@@ -26,7 +26,7 @@ NAMED = {  # sources that are not on a disk
     "flickr_30k": rf"{SCENES}|",
     "clip": "",
 }
-DEVICES = r"auto|cpu|cuda(:\d{1,3})?"
+DEVICES = r"auto|cpu|cuda(:(0|[1-9]\d{0,2}))?"
 ENOUGH_PROMPTS = 20  # with fewer, what a run says about quality is no result
 # Of 64 bits, which PyTorch's generators take, `sampling.step_generators` needs 20 for the images of a seed, and NumPy's
 # older generators, of libraries, take 32.
@@ -345,6 +345,10 @@ def located(key: str, source: str) -> str:
     """
     if re.fullmatch(NAMED.get(key, "(?!)"), source):
         return source
+    if source != source.strip() or not source.isprintable():
+        raise InputError(f"{key}: expected no spaces around it and no control characters, got {shown(source)}")
+    if NAMED.get(key) and re.fullmatch(NAMED[key], source, re.IGNORECASE):
+        raise InputError(f"{key}: expected {source.lower()} in small letters, got {shown(source)}")
     with reading(f"{key}: {shown(source)}", "a file, a folder or a hub id"):  # ~nobody, or a name of 300 letters
         if (path := repository_root() / Path(source).expanduser()).exists():
             return str(path)
