@@ -296,6 +296,49 @@ class TestPaths:
         assert message.startswith(f"{key}: no file or folder /") and "\n" not in message
         assert message.endswith(f"; relative paths start at {root}")
 
+    @pytest.mark.parametrize(
+        ("name", "source", "missing"),
+        [("Inception", "photos", "photos"), ("CLIP", "photos", "photos/config.json"), ("DINOv2", "models", "models/c")],
+    )
+    def test_weights_of_an_extractor_that_are_something_else(self, root, name, source, missing):
+        with pytest.raises(SettingsError, match=f"^extractors: {name}: no file {root / missing}"):
+            check_paths(Settings(extractors={name: source}))
+
+    @pytest.mark.parametrize("content", ["[]", "{", '{"num_train_timesteps": true}', '{"num_train_timesteps": "9"}'])
+    def test_a_schedule_that_cannot_be_read_is_left_to_who_loads_it(self, root, content):
+        (root / "models" / "sd" / "scheduler").mkdir()
+        file = root / "models" / "sd" / "scheduler" / "scheduler_config.json"
+        file.write_text(content, encoding="utf-8")
+        assert Settings(pipeline="models/sd", sampling_steps=600).sampling_steps == 600
+        file.write_text('{"num_train_timesteps": 500}', encoding="utf-8")
+        with pytest.raises(ValueError, match="sampling_steps: must be at most 500"):
+            Settings(pipeline="models/sd", sampling_steps=600)
+        assert Settings(pipeline="models/sd", ddim_skip=125).ddim_skip == 125
+
+    def test_the_factor_of_the_pipeline_s_own_vae_counts(self, root):
+        (root / "models" / "sd" / "vae").mkdir()
+        config = '{"block_out_channels": [1, 2, 3, 4, 5]}'
+        (root / "models" / "sd" / "vae" / "config.json").write_text(config, encoding="utf-8")
+        with pytest.raises(ValueError, match="resolution: must be a multiple of 16, the VAE's factor, got 72"):
+            Settings(pipeline="models/sd", resolution=72)
+
+    def test_an_empty_folder_and_a_file_are_no_data(self, root):
+        (root / "empty").mkdir()
+        said = "^data: expected a folder with images and captions, got"
+        for source in ("empty", "photos/captions.txt"):
+            with pytest.raises(SettingsError, match=f"{said} {root / source}$"):
+                check_paths(Settings(data=source))
+
+    def test_a_working_folder_that_is_gone_is_one_line(self, root, monkeypatch):
+        (root / "gone").mkdir()
+        monkeypatch.chdir(root / "gone")
+        (root / "gone").rmdir()
+        assert repository_root() == root
+        monkeypatch.setattr(settings, "PACKAGE", root / "site-packages" / "lora_distill")
+        with pytest.raises(ValueError, match="not found; expected a folder that is there"):
+            repository_root()
+        monkeypatch.chdir(root)
+
     @pytest.mark.parametrize(("key", "file"), [("pipeline", "model_index.json"), ("clip", "config.json")])
     def test_a_folder_of_something_else(self, root, key, file):
         with pytest.raises(SettingsError, match=f"^{key}: no {file} in {root / 'photos'}$"):
