@@ -4,49 +4,64 @@
 """
 
 import ast
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from inspect import isroutine
 from types import ModuleType
 from typing import Any
 
 MARK, READER = "profile", "from_notebook"  # the parameters cell assigns the first; the cell after it calls the second
+BLOCKS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)  # names in them are not the notebook's
 
 
 def parameters(namespace: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
-    """The parameters in a notebook's `globals()`: all known names, and unknown ones that stand among them.
+    """The parameters in a notebook's `globals()`: the known names, and unknown ones that stand among them.
 
-    IPython keeps the source of each cell that ran; without it every plain name counts at the first call, and at later
-    calls the known ones alone.
+    IPython keeps the source of each cell that ran. By it a known name counts unless only later cells computed it, as
+    in `device = choose_device(...)` or `for seed in seeds`. Without IPython every plain name counts at the first call,
+    and at later calls the known ones alone.
     """
-    found = {name: value for name, value in namespace.items() if name in known and not _is_code(value)}
     if isinstance(sources := namespace.get("In"), list) and sources:
-        written = assigned(str(source) for source in sources)
+        written, computed = assigned((str(source) for source in sources), known)
     else:
-        written = set() if namespace.get("_settings_checked") else set(namespace)
+        written, computed = {}, set()
+        if not namespace.get("_settings_checked"):
+            written = dict.fromkeys(namespace, None)
         namespace["_settings_checked"] = True
-    unknown = {name: namespace[name] for name in written if name in namespace and name not in known}
-    return found | {name: value for name, value in unknown.items() if _is_parameter(name, value)}
+    found = {}
+    for name in [name for name in namespace if name in written or (name in known and name not in computed)]:
+        value = namespace[name]
+        if _is_parameter(name, value) or (name in known and not _is_code(value)):
+            found[name] = _value(written.get(name), value)
+    return found
 
 
-def assigned(sources: Iterable[str]) -> set[str]:
-    """The names assigned from the last run of the parameters cell to the call that reads them."""
-    names: set[str] = set()
+def assigned(sources: Iterable[str], known: Collection[str]) -> tuple[dict[str, ast.expr | None], set[str]]:
+    """The names that the parameters cell and what ran from it to the call of `READER` assigned, each with its value.
+
+    Later cells add the known names that they assign a plain value. The second are the known names that they computed
+    and that are not among the first.
+    """
+    names: dict[str, ast.expr | None] = {}
+    computed: set[str] = set()
     reading = True
     for source in sources:
         try:
             body = ast.parse(source).body
         except (SyntaxError, ValueError, RecursionError, MemoryError):  # IPython said so when the cell ran
             continue
-        calls = [number for number, statement in enumerate(body) if _reads(statement)]
-        found = {name for statement in body[: calls[0] if calls else None] for name in _targets(statement)}
+        end = next((number for number, statement in enumerate(body) if _reads(statement)), len(body))
+        found = {name: value for statement in body[:end] for name, value in _targets(statement)}
         from_papermill = source.lstrip().startswith("# Parameters")
         if MARK in found and not from_papermill:  # papermill's cell adds to ours
-            names = set()
+            names = {name: value for name, value in names.items() if name in known}
         reading = reading or MARK in found or from_papermill
         if reading:
             names |= found
-        reading = reading and not calls
-    return names
+        after = body if not reading else body[end:]
+        names |= {name: value for part in after for name, value in _targets(part) if name in known and _plain(value)}
+        computed |= {name for part in after for name in _stored(part) if name in known}
+        reading = reading and end == len(body)
+    return names, computed - names.keys()
 
 
 def _reads(statement: ast.stmt) -> bool:
@@ -55,18 +70,42 @@ def _reads(statement: ast.stmt) -> bool:
     return any(READER in (getattr(func, "id", ""), getattr(func, "attr", "")) for func in called)
 
 
-def _targets(statement: ast.stmt) -> Iterable[str]:
-    """The names that a statement assigns, in its blocks too."""
-    if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+def _targets(statement: ast.stmt) -> Iterator[tuple[str, ast.expr | None]]:
+    """The names that a statement assigns, in its blocks too, with their values; None where it is computed."""
+    if isinstance(statement, BLOCKS):
         return
-    targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
-    if isinstance(statement, ast.Assign | ast.AnnAssign | ast.AugAssign):
-        for node in (node for target in targets for node in ast.walk(target)):
-            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-                yield node.id
+    if isinstance(statement, ast.Assign | ast.AnnAssign | ast.AugAssign) and statement.value is not None:
+        for target in statement.targets if isinstance(statement, ast.Assign) else [statement.target]:
+            alone = isinstance(target, ast.Name) and not isinstance(statement, ast.AugAssign)
+            for name in _stored(target):
+                yield name, statement.value if alone and _plain(statement.value) else None
     for child in ast.iter_child_nodes(statement):
         if isinstance(child, ast.stmt):
             yield from _targets(child)
+
+
+def _stored(node: ast.AST) -> Iterator[str]:
+    """The names that a node binds: assigned, or of a loop."""
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+        yield node.id
+    comprehensions = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.Lambda)
+    if not isinstance(node, (*BLOCKS, *comprehensions)):
+        for child in ast.iter_child_nodes(node):
+            yield from _stored(child)
+
+
+def _plain(value: ast.expr | None) -> bool:
+    """Whether a value is written out."""
+    try:
+        ast.literal_eval(value)
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        return False
+    return True
+
+
+def _value(written: ast.expr | None, present: Any) -> Any:
+    """The value of a name as it was written; a loop of a later cell may have left another one."""
+    return present if written is None else ast.literal_eval(written)
 
 
 def _is_code(value: Any) -> bool:

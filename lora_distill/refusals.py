@@ -38,6 +38,8 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 def nearest(key: str, known: Iterable[str]) -> str:
     """The known key most similar to this one, as a whole or in one of its words."""
 
+    key = key.lower().replace("-", "_")
+
     def likeness(other: str) -> tuple[float, float]:
         whole = SequenceMatcher(None, key, other).ratio()
         return max(whole, *(SequenceMatcher(None, key, word).ratio() for word in other.split("_"))), whole

@@ -26,7 +26,8 @@ NAMED = {  # sources that are not on a disk
     "flickr_30k": rf"{SCENES}|",
     "clip": "",
 }
-DEVICES = r"auto|cpu|cuda(:\d{1,3})?"
+EXTRACTOR_FILES = {"Inception": "", "DINOv2": "config.json", "CLIP": "config.json"}  # what a path must have
+DEVICES = r"auto|cpu|cuda(:(0|[1-9]\d{0,2}))?"
 ENOUGH_PROMPTS = 20  # with fewer, what a run says about quality is no result
 # Of 64 bits, which PyTorch's generators take, `sampling.step_generators` needs 20 for the images of a seed, and NumPy's
 # older generators, of libraries, take 32.
@@ -304,11 +305,11 @@ def from_notebook(namespace: dict[str, Any]) -> Settings:
     given = parameters(namespace, Settings.model_fields)
     settings = checked(given, "the parameters cell", text_hint=FROM_PAPERMILL)
     if others := _other_values(settings):
-        key, value = next(iter(others.items()))
+        name, (key, value) = settings.profile, next(iter(others.items()))
+        more = f" and {len(others) - 1} more" * (len(others) > 1)
         print(
-            f"profile {settings.profile}: not the values of params/{settings.profile}.yaml ({len(others)} differ, "
-            f"{key} = {shown(getattr(settings, key))} is {shown(value)} there); for those: "
-            f"from lora_distill.settings import load_settings; settings = load_settings({settings.profile!r})"
+            f"profile {name}: not as in params/{name}.yaml, where {key} is {shown(value)}{more}; all of it: "
+            f"from lora_distill.settings import load_settings; settings = load_settings({name!r})"
         )
     return settings
 
@@ -345,6 +346,10 @@ def located(key: str, source: str) -> str:
     """
     if re.fullmatch(NAMED.get(key, "(?!)"), source):
         return source
+    if source != source.strip() or not source.isprintable():
+        raise InputError(f"{key}: expected no spaces around it and no control characters, got {shown(source)}")
+    if NAMED.get(key) and re.fullmatch(NAMED[key], source, re.IGNORECASE):
+        raise InputError(f"{key}: expected {source.lower()} in small letters, got {shown(source)}")
     with reading(f"{key}: {shown(source)}", "a file, a folder or a hub id"):  # ~nobody, or a name of 300 letters
         if (path := repository_root() / Path(source).expanduser()).exists():
             return str(path)
@@ -362,6 +367,8 @@ def check_paths(settings: Settings) -> None:
         _check_path(key, getattr(settings, key))
     for name, source in settings.extractors.items():
         _check_path(f"extractors: {name}", source)
+        if Path(source).is_absolute() and not (path := Path(source) / EXTRACTOR_FILES[name]).is_file():
+            raise SettingsError(f"extractors: {name}: no file {path}")
     for key, file in (("pipeline", "model_index.json"), ("clip", "config.json")):
         folder = Path(getattr(settings, key))
         if folder.is_absolute() and not (folder / file).is_file():
@@ -385,7 +392,7 @@ def _check_path(key: str, source: str) -> None:
 def _timesteps(pipeline: str) -> int:
     """The timesteps of a pipeline's noise schedule: as its folder says, else those of all Stable Diffusion."""
     count = _part_config(pipeline, "scheduler", "scheduler_config.json").get("num_train_timesteps")
-    return count if isinstance(count, int) and count > 0 else TIMESTEPS
+    return count if type(count) is int and count > 0 else TIMESTEPS
 
 
 def _vae_factor(pipeline: str) -> int:
@@ -409,10 +416,11 @@ def _part_config(pipeline: str, part: str, file: str) -> dict[str, Any]:
 
 def repository_root() -> Path:
     """The checkout that holds this package, else the one around the working directory, else the working directory."""
-    for folder in (PACKAGE.parent, Path.cwd(), *Path.cwd().parents):
-        if (folder / "params" / "cpu.yaml").is_file():
-            return folder
-    return Path.cwd()
+    if (PACKAGE.parent / "params" / "cpu.yaml").is_file():
+        return PACKAGE.parent
+    with reading("the working folder", "a folder that is there"):
+        here = Path.cwd()
+    return next((folder for folder in (here, *here.parents) if (folder / "params" / "cpu.yaml").is_file()), here)
 
 
 def run_dir(settings: Settings) -> Path:

@@ -89,7 +89,7 @@ class _PlainLoader(yaml.SafeLoader):
         if event.anchor is not None:
             raise _Refusal(event, f"&{event.anchor[:60]}: anchors are not read; write the value where it is needed")
         if event.tag is not None:
-            raise _Refusal(event, f"{event.tag[:60]}: tags are not read; write the value alone")
+            raise _Refusal(event, f"{event.tag.replace(CORE, '!!')[:60]}: tags are not read; write the value alone")
         if self.depth >= MAX_DEPTH:
             raise _Refusal(event, f"nested more than {MAX_DEPTH} levels deep")
         self.depth += 1

@@ -112,6 +112,14 @@ def test_defaults_are_the_cpu_profile():
         ("flickr_8k: scenes", "flickr_8k: expected scenes/noto or"),
         ("data: scenes/noto/9k", "data: expected scenes/noto or scenes/fluent"),
         ("data: ~nobody-of-this-name/x", "data: '~nobody-of-this-name/x': expected a file, a folder or a hub id"),
+        ("device: cuda:01", "device: expected auto, cpu, cuda or cuda:N"),
+        ("pipeline: Bundled", "pipeline: expected bundled in small letters, got 'Bundled'"),
+        ("flickr_8k: Scenes/Noto/8K", "flickr_8k: expected scenes/noto/8k in small letters"),
+        ("flickr_30k: ' '", "flickr_30k: expected no spaces around it and no control characters, got ' '"),
+        ("pipeline: ' bundled'", "pipeline: expected no spaces around it"),
+        ('clip: "a\\0b"', "clip: expected no spaces around it and no control characters, got"),
+        ('extractors: {CLIP: "\\ud800"}', r"extractors\[CLIP\]: expected text, got the text"),
+        ("LORA-RANK: 8", "unknown key 'LORA-RANK'; did you mean 'lora_rank'"),
         # what is text
         ("mirror: 'true'", r"mirror: expected true or false, got the text 'true' \(write it without quotes\)"),
         ("mirror: maybe", "mirror: expected true or false, got the text 'maybe'$"),
@@ -287,6 +295,49 @@ class TestPaths:
         message = str(error.value)
         assert message.startswith(f"{key}: no file or folder /") and "\n" not in message
         assert message.endswith(f"; relative paths start at {root}")
+
+    @pytest.mark.parametrize(
+        ("name", "source", "missing"),
+        [("Inception", "photos", "photos"), ("CLIP", "photos", "photos/config.json"), ("DINOv2", "models", "models/c")],
+    )
+    def test_weights_of_an_extractor_that_are_something_else(self, root, name, source, missing):
+        with pytest.raises(SettingsError, match=f"^extractors: {name}: no file {root / missing}"):
+            check_paths(Settings(extractors={name: source}))
+
+    @pytest.mark.parametrize("content", ["[]", "{", '{"num_train_timesteps": true}', '{"num_train_timesteps": "9"}'])
+    def test_a_schedule_that_cannot_be_read_is_left_to_who_loads_it(self, root, content):
+        (root / "models" / "sd" / "scheduler").mkdir()
+        file = root / "models" / "sd" / "scheduler" / "scheduler_config.json"
+        file.write_text(content, encoding="utf-8")
+        assert Settings(pipeline="models/sd", sampling_steps=600).sampling_steps == 600
+        file.write_text('{"num_train_timesteps": 500}', encoding="utf-8")
+        with pytest.raises(ValueError, match="sampling_steps: must be at most 500"):
+            Settings(pipeline="models/sd", sampling_steps=600)
+        assert Settings(pipeline="models/sd", ddim_skip=125).ddim_skip == 125
+
+    def test_the_factor_of_the_pipeline_s_own_vae_counts(self, root):
+        (root / "models" / "sd" / "vae").mkdir()
+        config = '{"block_out_channels": [1, 2, 3, 4, 5]}'
+        (root / "models" / "sd" / "vae" / "config.json").write_text(config, encoding="utf-8")
+        with pytest.raises(ValueError, match="resolution: must be a multiple of 16, the VAE's factor, got 72"):
+            Settings(pipeline="models/sd", resolution=72)
+
+    def test_an_empty_folder_and_a_file_are_no_data(self, root):
+        (root / "empty").mkdir()
+        said = "^data: expected a folder with images and captions, got"
+        for source in ("empty", "photos/captions.txt"):
+            with pytest.raises(SettingsError, match=f"{said} {root / source}$"):
+                check_paths(Settings(data=source))
+
+    def test_a_working_folder_that_is_gone_is_one_line(self, root, monkeypatch):
+        (root / "gone").mkdir()
+        monkeypatch.chdir(root / "gone")
+        (root / "gone").rmdir()
+        assert repository_root() == root
+        monkeypatch.setattr(settings, "PACKAGE", root / "site-packages" / "lora_distill")
+        with pytest.raises(ValueError, match="not found; expected a folder that is there"):
+            repository_root()
+        monkeypatch.chdir(root)
 
     @pytest.mark.parametrize(("key", "file"), [("pipeline", "model_index.json"), ("clip", "config.json")])
     def test_a_folder_of_something_else(self, root, key, file):
