@@ -7,25 +7,24 @@ Every source gives a `datasets.Dataset` of one split with the columns `id` (text
 import hashlib
 import json
 import re
-import shutil
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from io import BytesIO
 from math import ceil
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import PIL.Image
 from datasets import Dataset, Features, Image, List, Value, concatenate_datasets, load_dataset
-from datasets.config import HF_DATASETS_CACHE
 
 from lora_distill import processes
 from lora_distill.data import scenes
 from lora_distill.data.layouts import Row, checked_captions, checked_split, read_caption_file
+from lora_distill.data.tables import kept_table, loaded_tables
 from lora_distill.errors import InputError, MissingError
-from lora_distill.storage import cache_key, cached_folder
+from lora_distill.storage import cache_key
 
 SPLITS = ("train", "val", "test")
 WORLD = 1  # version of the drawn scenes, part of the key of their cache: raise it when they change
@@ -140,15 +139,7 @@ def scene_dataset(
 
     world = [style, size, split, seed, share]
     key = cache_key(version=WORLD, columns=list(SCENE_FEATURES), world=world, art=scenes.drawing_fingerprint())
-
-    def draw(folder: Path) -> None:
-        with TemporaryDirectory(dir=folder) as temporary:
-            made = Dataset.from_generator(rows, features=SCENE_FEATURES, cache_dir=temporary, fingerprint=key)
-            for number, file in enumerate(made.cache_files):
-                shutil.move(file["filename"], folder / f"{number:05}.arrow")
-
-    place = cached_folder((cache_dir or Path(HF_DATASETS_CACHE)) / f"scenes-{key}", draw)
-    return concatenate_datasets([Dataset.from_file(str(file)) for file in sorted(place.glob("*.arrow"))])
+    return kept_table("scenes", key, rows, SCENE_FEATURES, cache_dir)
 
 
 def split_scenes(style: str, size: str, split: str, seed: int) -> list[scenes.Scene]:
@@ -178,7 +169,7 @@ def _read_hub_set(source: str, cache_dir: Path | None) -> tuple[list[Row], Datas
     """
     name, _, revision = source.partition("@")
     try:
-        parts = load_dataset(name, revision=revision or None, cache_dir=cache_dir and str(cache_dir))
+        parts = loaded_tables(partial(load_dataset, name, revision=revision or None), cache_dir)
     except RuntimeError as error:
         if "scripts are no longer supported" not in str(error):
             raise
