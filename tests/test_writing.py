@@ -319,7 +319,7 @@ ALLOWED = {
     "arrays": "an array is made part by part, in a folder of parts, and renamed",
     "storage": "here is the one way to write",
     "rehearsal": "writes into a temporary folder that `write_inputs` renames",
-    "data.captioned": "`cached_folder` gives it a folder",
+    "data.tables": "`cached_folder` gives it a folder",
     "publish.committed": "copies a finished run into the checkout, which git keeps",
     "publish.series": "papermill writes a notebook that has no stamp until it is whole",
 }

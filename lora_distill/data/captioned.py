@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import sys
 import warnings
 from collections.abc import Iterator
@@ -17,11 +16,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 from datasets import Dataset, Features, Image, List, Value, concatenate_datasets
-from datasets.config import HF_DATASETS_CACHE
 
 from lora_distill import processes
 from lora_distill.data import scenes
@@ -29,9 +26,10 @@ from lora_distill.data.layouts import Tree, has_captions, named, read_folder
 from lora_distill.data.parquet import HUB_NAME, image_digests, parquet_sets, read_hub_set, read_parquet
 from lora_distill.data.pictures import content_digest, gradients, problem, raw_images
 from lora_distill.data.readers import Row, is_text
+from lora_distill.data.tables import kept_table
 from lora_distill.errors import InputError, MissingError
 from lora_distill.settings import PACKAGE
-from lora_distill.storage import cache_key, cached_folder
+from lora_distill.storage import cache_key
 
 SPLITS = ("train", "val", "test")
 ALL = "all"  # every image, whatever its split
@@ -170,15 +168,7 @@ def scene_dataset(
 
     world = [style, size, split, seed, share]
     key = cache_key(version=WORLD, columns=list(SCENE_FEATURES), world=world, art=scenes.drawing_fingerprint())
-
-    def draw(folder: Path) -> None:
-        with TemporaryDirectory(dir=folder) as temporary:
-            made = Dataset.from_generator(rows, features=SCENE_FEATURES, cache_dir=temporary, fingerprint=key)
-            for number, file in enumerate(made.cache_files):
-                shutil.move(file["filename"], folder / f"{number:05}.arrow")
-
-    place = cached_folder((cache_dir or Path(HF_DATASETS_CACHE)) / f"scenes-{key}", draw)
-    return concatenate_datasets([Dataset.from_file(str(file)) for file in sorted(place.glob("*.arrow"))])
+    return kept_table("scenes", key, rows, SCENE_FEATURES, cache_dir)
 
 
 def split_scenes(style: str, size: str, split: str, seed: int) -> list[scenes.Scene]:

@@ -3,16 +3,17 @@
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, Features, Image, concatenate_datasets, load_dataset
-from datasets.exceptions import DatasetGenerationError
 
 from lora_distill.data.layouts import Tree, folder_of, split_word
 from lora_distill.data.pictures import content_digest, raw_images
 from lora_distill.data.readers import CAPTION_COLUMNS, Row, checked_captions, checked_split, columns_of
+from lora_distill.data.tables import kept_table, loaded_tables
 from lora_distill.errors import InputError, MissingError, one_line, reading
 from lora_distill.storage import cache_key
 
@@ -80,7 +81,7 @@ def read_hub_set(source: str, cache_dir: Path | None) -> tuple[list[Row], Datase
     """
     name, _, revision = source.partition("@")
     try:
-        parts = load_dataset(name, revision=revision or None, cache_dir=cache_dir and str(cache_dir))
+        parts = loaded_tables(partial(load_dataset, name, revision=revision or None), cache_dir)
     except (FileNotFoundError, ConnectionError) as error:
         raise MissingError(f"{source}: no such folder, nor a set on the hub that can be reached") from error
     except Exception as error:  # a library may raise anything
@@ -169,11 +170,7 @@ def _images(tree: Tree, names: Sequence[str], cache_dir: Path | None) -> Dataset
             for image in _stored(tree.paths[name]):
                 yield {"image": _inside(image, name, tree)}
 
-    try:
-        key = cache_key(parquet=stats, version=1)
-        return Dataset.from_generator(rows, features=IMAGE, cache_dir=cache_dir and str(cache_dir), fingerprint=key)
-    except DatasetGenerationError as error:
-        raise error.__cause__ if isinstance(error.__cause__, (InputError, OSError)) else error from None
+    return kept_table("parquet", cache_key(parquet=stats, version=1), rows, IMAGE, cache_dir)
 
 
 def _stored(path: Path) -> Iterator[dict | bytes | None]:
