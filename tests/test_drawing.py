@@ -103,7 +103,7 @@ def test_a_header_whose_values_are_none_is_refused(field, value):
         ({"guidance_scale": "nan"}, "guidance_scale: expected a number of 1 or more, got nan"),
         ({"guidance_scale": "-1"}, "guidance_scale: expected a number of 1 or more, got -1"),
         ({"resolution": "65"}, "resolution: expected a multiple of 8"),
-        ({"resolution": "800000"}, "resolution: expected 8 to 8192"),
+        ({"resolution": "800000"}, "resolution: expected a multiple of 8 up to 8192"),
     ],
 )
 def test_a_header_that_cannot_be_followed_is_refused(command, lora, bundle, header, said):
