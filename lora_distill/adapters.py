@@ -3,6 +3,8 @@
 The teacher is the UNet with every adapter off; a student, a fine-tune or an LCM is the same UNet with one adapter on.
 """
 
+import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -45,7 +47,11 @@ def add_adapter(
 
     Earlier adapters are switched off and frozen. `dtype` is that of A and B, independent of W0's: float32 under
     autocast; 16 bits when the whole step is computed in 16 bits, with float32 masters in the optimizer.
+
+    Raises InputError for a rank, alpha, seed or targets that make no adapter, and for a name that is taken or none.
     """
+    _check_free(unet, name)
+    _check_numbers(rank, alpha, targets, seed)
     unet.requires_grad_(False)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS[targets], init_lora_weights="gaussian")
     with torch.random.fork_rng(devices=[]):
@@ -58,8 +64,27 @@ def add_adapter(
     return parameters
 
 
+def _check_free(unet: UNet2DConditionModel, name: str) -> None:
+    """Raise InputError for an adapter's name that the UNet has already, or that PyTorch takes for no module."""
+    if name in adapter_names(unet):
+        raise InputError(f"this UNet has an adapter {name!r} already; delete it or take another name")
+    if not name or "." in name or hasattr(nn.ModuleDict, name):
+        raise InputError(f"adapter {name!r}: expected a name without dots that is no word of PyTorch's")
+
+
+def _check_numbers(rank: int, alpha: float, targets: str, seed: int) -> None:
+    if targets not in TARGETS:
+        raise InputError(f"targets: expected {' or '.join(TARGETS)}, got {targets!r}")
+    for key, value in (("rank", rank), ("alpha", alpha)):
+        if not 0 < value < math.inf:
+            raise InputError(f"{key}: expected a number above 0, got {value}")
+    if not 0 <= seed < 2**32:  # PyTorch on a CPU would take the last 32 bits
+        raise InputError(f"seed: expected 0 to {2**32 - 1}, got {seed}")
+
+
 def adapter_parameters(unet: UNet2DConditionModel, name: str) -> list[torch.nn.Parameter]:
-    """All A and B of one adapter, as a list of parameters."""
+    """All A and B of one adapter, as a list of parameters. Raises InputError for one that the UNet does not carry."""
+    _check_carried(unet, name)
     return [p for key, p in unet.named_parameters() if "lora_" in key and f".{name}." in key]
 
 
@@ -246,16 +271,26 @@ def load_adapter(unet: UNet2DConditionModel, name: str, path: Path) -> dict[str,
     Raises InputError, in one line, for a file that is damaged, holds another kind of adapter or is made for another
     architecture, and for a name that is taken; the UNet is then as it was.
     """
+    _check_free(unet, name)
     file = _fitted(unet, read_lora(path))
-    if name in adapter_names(unet):
-        raise InputError(f"this UNet has an adapter {name!r} already; delete it or take another name")
-    with torch.random.fork_rng(devices=[]):  # PEFT draws first weights, which are then overwritten
+    with torch.random.fork_rng(devices=[]), _quiet():  # PEFT draws first weights, which are then overwritten
         unet.load_lora_adapter(file.state(), prefix=None, adapter_name=name, metadata=file.config())
     loaded = {key: value for key, value in unet.named_parameters() if "lora_" in key and f".{name}." in key}
     if not_finite(loaded):
         unet.delete_adapters(name)
         raise InputError(f"{file.path}: holds numbers that {unet.dtype} cannot; another dtype would do")
     return file.metadata
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside the block diffusers does not count the weights of other adapters as missing from the file."""
+    logger = logging.getLogger("diffusers.utils.peft_utils")
+    found, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = found
 
 
 def _as_file(unet: UNet2DConditionModel, name: str, path: Path, metadata: Mapping[str, str] | None = None) -> LoraFile:

@@ -24,7 +24,6 @@ from lora_distill.settings import PACKAGE
 from lora_distill.storage import check_writable
 
 FEW_STEPS = 8  # up to so many are for a LoRA that was distilled for few steps
-LARGEST = 8192  # pixels a side
 STUDENT = "student"  # the adapter's name
 
 
@@ -69,8 +68,6 @@ def _check(out: Path, said: Wishes) -> None:
         raise InputError(f"guidance_scale: expected a number of 1 or more, got {w}")
     if said.scheduler not in ("own", *NAMED):
         raise InputError(f"scheduler: expected own, {', '.join(NAMED)}, got {said.scheduler!r}")
-    if said.resolution is not None and not 8 <= said.resolution <= LARGEST:
-        raise InputError(f"resolution: expected 8 to {LARGEST}, got {said.resolution}")
 
 
 def header_wishes(header: Mapping[str, str], place: str) -> Wishes:
@@ -108,7 +105,8 @@ def _warn(prompts: list[str], pipeline: str, lora: Path | None, header: Mapping[
         problems += ["an empty prompt is drawn as it is, without a text"]
     if pipeline == "bundled" and (unknown := scenes.unknown_words(prompts)):
         known = f"two of {', '.join(scenes.KINDS)} on {', '.join(scenes.BACKGROUNDS)}"
-        problems += [f"the bundled pipeline does not know {', '.join(unknown)}; it draws {known}"]
+        words = ", ".join(word[:30] for word in unknown[:10])
+        problems += [f"the bundled pipeline does not know {words}; it draws {known}"]
     for problem in problems:
         warnings.warn(problem, stacklevel=3)
 

@@ -133,7 +133,7 @@ def read_lora(path: Path) -> LoraFile:
 
 def lora_path(path: Path) -> Path:
     """The file itself, or the only .safetensors file of a folder. Raises InputError in one line for what is neither."""
-    path = path.expanduser()
+    path = Path(path).expanduser()
     if path.is_dir():
         found = sorted(file for file in path.glob("*.safetensors") if not file.name.startswith("."))
         if len(found) != 1:
@@ -268,6 +268,8 @@ def _check_config(place: str, config: Mapping[str, Any]) -> None:
             raise InputError(f"{place}: {field}: expected names of layers with numbers")
         for key, value in pattern.items():
             _check_alpha(f"{place}: {field}: {key}", value)
+    if not isinstance(config.get("use_rslora", False), bool | None):
+        raise InputError(f"{place}: use_rslora: expected true or false, got {config['use_rslora']!r}")
     for field, neutral in NEUTRAL.items():
         if config.get(field) not in neutral:
             raise InputError(f"{place}: {field}: {config[field]!r} is not read; plain LoRA is")
@@ -280,13 +282,13 @@ def _check_config(place: str, config: Mapping[str, Any]) -> None:
 
 
 def _check_alpha(place: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf or value > 1e30:
         raise InputError(f"{place}: expected a number above 0, got {value!r}")
 
 
 def _is_name(pattern: str) -> bool:
     """Whether PEFT's pattern is a name, perhaps with wildcards: anything more could take for ever to match."""
-    return bool(re.fullmatch(r"[\w.^$\\*+-]{1,300}", pattern)) and len(re.findall(r"[*+]", pattern)) < 4
+    return bool(re.fullmatch(r"\^?((\\?[.-]|\w|\.[*+]|\\d\+?|\\w\+?)){1,300}\$?", pattern)) and pattern.count("*") < 4
 
 
 # ---------------------------------------------------------------------------------------------- writing
@@ -297,7 +299,7 @@ def write_lora(path: Path, layers: Mapping[str, Layer], config: Mapping[str, Any
     tensors = LoraFile(path, dict(layers), {}).state()
     packed = json.dumps({f"unet.{key}": value for key, value in config.items()}, sort_keys=True)
     _write(
-        path, {f"unet.{key}": value for key, value in tensors.items()}, {LORA_ADAPTER_METADATA_KEY: packed, **metadata}
+        path, {f"unet.{key}": value for key, value in tensors.items()}, {**metadata, LORA_ADAPTER_METADATA_KEY: packed}
     )
 
 
@@ -353,6 +355,6 @@ def _architecture(file: LoraFile) -> dict[str, str]:
 def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     check_finite(tensors, str(path), "nothing is saved")
-    metadata = {"format": "pt", **metadata}
+    metadata = {key: str(value) for key, value in metadata.items() if key != SEAL} | {"format": "pt"}
     with whole_file(path) as temporary:
         write_safetensors(temporary, tensors, {**metadata, SEAL: seal(tensors, metadata)})

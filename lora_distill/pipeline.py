@@ -18,6 +18,7 @@ from transformers import CLIPTokenizer
 from lora_distill.devices import choose_device, compiled, warn_of_emulation
 from lora_distill.errors import InputError, MissingError, RunError, one_line
 from lora_distill.pipeline_files import (
+    LARGEST_SIDE,
     WEIGHTS,
     blame,
     check_bundle,
@@ -80,10 +81,13 @@ def load_pipeline(
 
 
 def latent_side(pipe: StableDiffusionPipeline, resolution: int) -> int:
-    """The side of the latents for images of `resolution` pixels. Raises ValueError when that is no whole number."""
-    side, rest = divmod(resolution, pipe.vae_scale_factor)
-    if rest or side < 1:
-        raise InputError(f"resolution: expected a multiple of {pipe.vae_scale_factor} for this VAE, got {resolution}")
+    """The side of the latents for images of `resolution` pixels. Raises InputError when that is no whole number."""
+    factor, most = pipe.vae_scale_factor, LARGEST_SIDE * pipe.vae_scale_factor
+    if isinstance(resolution, bool) or not isinstance(resolution, int) or not factor <= resolution <= most:
+        raise InputError(f"resolution: expected a multiple of {factor} up to {most}, got {resolution!r}")
+    side, rest = divmod(resolution, factor)
+    if rest:
+        raise InputError(f"resolution: expected a multiple of {factor} for this VAE, got {resolution}")
     return side
 
 
@@ -106,8 +110,9 @@ def _from_pretrained(source: Path | str, dtype: torch.dtype) -> StableDiffusionP
                 blame(source)
             reasons.append(one_line(error))
             continue
-        if isinstance(source, Path):
-            check_names(pipe, source, variant)
+        folder = source if isinstance(source, Path) else Path(pipe.unet.config._name_or_path).parent  # downloaded
+        if (folder / "unet").is_dir():
+            check_names(pipe, folder, variant)
         return pipe
     raise (InputError if isinstance(source, Path) else MissingError)(f"{source}: cannot be loaded: {reasons[0]}")
 

@@ -33,7 +33,9 @@ KINDS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLI
 # Pipelines of the same parts, told apart by how they are sampled.
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "LatentConsistencyModelPipeline")
 DIGESTS = BUNDLED.with_name("pipeline.sha256")  # of the bundled pipeline, as sha256sum writes them
+LARGEST_SIDE = 1024  # of latents
 SPARE = re.compile(r"position_ids|text_projection|logit_scale")  # tensors of a text encoder that are not needed
+SPECIAL = re.compile(r"<.*>|\[.*\]")  # tokens that are made of no others
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of a VAE's attention
 
 
@@ -66,19 +68,22 @@ def json_table(path: Path) -> dict[str, Any]:
 
 
 def _check_tokenizer(folder: Path) -> None:
-    """Raise InputError where the vocabulary is missing or damaged: transformers would take an empty one."""
+    """Raise InputError where vocabulary or merges are missing or cut: transformers would go on with what there is."""
     if (folder / "tokenizer.json").exists():
-        model = json_table(folder / "tokenizer.json").get("model")
-        vocabulary = model.get("vocab") if isinstance(model, dict) else None
-        place = folder / "tokenizer.json"
+        place, model = folder / "tokenizer.json", json_table(folder / "tokenizer.json").get("model")
+        vocabulary, merges = (model.get("vocab"), model.get("merges")) if isinstance(model, dict) else (None, None)
     elif not (folder / "vocab.json").exists() or not (folder / "merges.txt").exists():
         raise MissingError(f"{folder}: tokenizer.json is missing, and so are vocab.json and merges.txt in its place")
     else:
         place, vocabulary = folder / "vocab.json", json_table(folder / "vocab.json")
         with reading(folder / "merges.txt", "a text of merges in UTF-8"):
-            (folder / "merges.txt").read_text(encoding="utf-8")
+            lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+        merges = [line for line in lines if line.strip() and not line.startswith("#version")]
     if not isinstance(vocabulary, dict) or not vocabulary:
         raise InputError(f"{place}: expected a vocabulary, found none")
+    made = [token for token in vocabulary if len(token.removesuffix("</w>")) > 1 and not SPECIAL.fullmatch(token)]
+    if len(merges or ()) < len(made):
+        raise InputError(f"{place}: {len(made)} tokens of several letters and {len(merges or ())} merges: cut short")
 
 
 def weight_files(part: Path) -> set[Path]:
@@ -144,9 +149,7 @@ def check_kind(place: Path | str, unet: dict[str, Any], vae: dict[str, Any], sch
 
 def _check_betas(config: dict[str, Any], place: str) -> None:
     """Raise InputError for numbers of which no scheduler can be made; what a config lacks has its default."""
-    count = config.get("num_train_timesteps", 1000)
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise InputError(f"{place}: num_train_timesteps: expected a whole number above 0, got {count!r}")
+    _check_count(config.get("num_train_timesteps", 1000), 10**5, f"{place}: num_train_timesteps")
     start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
     if config.get("trained_betas") is None and not (
         _is_number(start) and _is_number(end) and 0 < start < 1 and start <= end < 1
@@ -193,17 +196,20 @@ def check_loaded(pipe: StableDiffusionPipeline, place: Path | str) -> None:
     if (dim := unet.cross_attention_dim) != text.hidden_size:
         raise InputError(f"{place}: the UNet takes prompts of {dim} features and they have {text.hidden_size}")
     scale = vae.scaling_factor
-    if not _is_number(scale) or scale <= 0:
-        raise InputError(f"{_join(place, 'vae')}: scaling_factor: expected a number above 0, got {scale!r}")
-    size = unet.sample_size
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise InputError(f"{_join(place, 'unet')}: sample_size: expected a whole number above 0, got {size!r}")
+    if not _is_number(scale) or not 1e-3 < scale < 1e3:
+        raise InputError(f"{_join(place, 'vae')}: scaling_factor: expected 0.001 to 1000, about 0.18, got {scale!r}")
+    _check_count(unet.sample_size, LARGEST_SIDE, f"{_join(place, 'unet')}: sample_size")
     _check_vocabulary(pipe.tokenizer, text, _join(place, "tokenizer"))
     _check_schedule(pipe.scheduler, _join(place, "scheduler"))
 
 
 def _join(place: Path | str, part: str) -> str:
     return str(place / part) if isinstance(place, Path) else f"{place}: {part}"
+
+
+def _check_count(value: Any, most: int, key: str) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        raise InputError(f"{key}: expected a whole number from 1 to {most}, got {value!r}")
 
 
 def _is_number(value: Any) -> bool:
@@ -221,6 +227,8 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, text: CLIPTextConfig, 
         raise InputError(
             f"{place}: {last + 1} tokens where the text encoder has {text.vocab_size}: of another pipeline"
         )
+    if (tokenizer.padding_side, tokenizer.truncation_side) != ("right", "right"):
+        raise InputError(f"{place}: padding_side and truncation_side: expected right, as CLIP's")
     if tokenizer.pad_token_id is None:
         raise InputError(f"{place}: no pad_token, which fills prompts up")
 
@@ -236,8 +244,13 @@ def _check_schedule(scheduler: Any, place: str) -> None:
     falling = torch.as_tensor(alphas_cumprod).double()
     if not bool(falling.isfinite().all() and (falling.diff() <= 0).all() and falling[0] < 1 and falling[-1] >= 0):
         raise InputError(f"{place}: no noise schedule: alphas_cumprod does not fall from 1 towards 0")
+    count, tried = scheduler.config.num_train_timesteps, deepcopy(scheduler)
+    if len(falling) != count:
+        raise InputError(f"{place}: num_train_timesteps: {count}, and trained_betas has {len(falling)}")
     with reading(place, "a scheduler that gives timesteps"):
-        deepcopy(scheduler).set_timesteps(min(2, scheduler.config.num_train_timesteps))
+        tried.set_timesteps(min(2, count))
+    if not 0 <= min(tried.timesteps) <= max(tried.timesteps) < count:
+        raise InputError(f"{place}: its timesteps leave the schedule, up to {max(tried.timesteps):g} of {count}")
 
 
 def blame(folder: Path) -> None:
@@ -262,7 +275,12 @@ def check_names(pipe: StableDiffusionPipeline, folder: Path, variant: str | None
         every = weight_files(folder / part)
         of_variant = {file for file in every if f".{variant}." in file.name or f".{variant}-" in file.name}
         files = of_variant or {file for file in every if ".fp16" not in file.name}  # a part may lack the variant
-        there = _names(name for file in files for name in safe_open(file, "pt").keys())  # noqa: SIM118
+        dtypes = {name: kind for file in files for name, kind in _dtypes(file).items()}
+        if odd := [
+            name for name, kind in dtypes.items() if not kind.startswith(("F", "BF")) and not SPARE.search(name)
+        ]:
+            raise InputError(f"{folder / part}: {odd[0]}: expected floating-point numbers, got {dtypes[odd[0]]}")
+        there = _names(dtypes)
         needed = _names(getattr(pipe, part).state_dict())
         if lost := needed - there:
             named = f"{len(lost)} of {len(needed)} tensors are missing from the weights, {min(lost)}"
@@ -270,6 +288,12 @@ def check_names(pipe: StableDiffusionPipeline, folder: Path, variant: str | None
         if more := there - needed:
             named = f"{len(more)} tensors that its config does not know, {min(more)}"
             raise InputError(f"{folder / part}: weights and config are of two models: {named}")
+
+
+def _dtypes(file: Path) -> dict[str, str]:
+    """The dtypes of a file's tensors as safetensors writes them: F32, F16, BF16, F8_E4M3, I64, BOOL."""
+    with safe_open(file, framework="pt") as opened:
+        return {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118 (not a dict)
 
 
 def _names(names: Iterable[str]) -> set[str]:

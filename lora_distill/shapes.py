@@ -16,6 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from lora_distill.errors import InputError, MissingError
 
 BUNDLED = Path(__file__).parent / "assets" / "pipeline"
+LONGEST_NAME = 255  # of a file or folder
 SD15_SHAPE = "sd15-shape"  # name of the pipeline built here
 # The configs of stable-diffusion-v1-5/stable-diffusion-v1-5, as far as they differ from the defaults of diffusers and
 # transformers.
@@ -73,6 +74,8 @@ def pipeline_source(name: str) -> Path | str:
     Raises FileNotFoundError for a path that does not exist, ValueError for a checkpoint in one file.
     """
     folder = BUNDLED if name == "bundled" else Path(name).expanduser()
+    if not name.strip() or not name.isprintable() or max(map(len, folder.parts), default=0) > LONGEST_NAME:
+        raise MissingError(f"no pipeline folder {name[:LONGEST_NAME]!r}")
     if folder.is_file():
         made = f"StableDiffusionPipeline.from_single_file({str(folder)!r}).save_pretrained(FOLDER)"
         raise InputError(f"{folder}: a checkpoint in one file; diffusers makes a folder of it, once: {made}")

@@ -251,9 +251,9 @@ def sweep(folder: Path) -> None:
 
 def check_writable(path: Path) -> None:
     """Raise OSError, in one line, where a file could not be written, before the work that would make it."""
-    if path.is_dir():
-        raise InputError(f"{path}: a folder; expected the name of a file")
     with _writing(path):
+        if path.is_dir():
+            raise InputError(f"{path}: a folder; expected the name of a file")
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
 

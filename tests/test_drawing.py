@@ -103,7 +103,7 @@ def test_a_header_whose_values_are_none_is_refused(field, value):
         ({"guidance_scale": "nan"}, "guidance_scale: expected a number of 1 or more, got nan"),
         ({"guidance_scale": "-1"}, "guidance_scale: expected a number of 1 or more, got -1"),
         ({"resolution": "65"}, "resolution: expected a multiple of 8"),
-        ({"resolution": "800000"}, "resolution: expected 8 to 8192"),
+        ({"resolution": "800000"}, "resolution: expected a multiple of 8 up to 8192"),
     ],
 )
 def test_a_header_that_cannot_be_followed_is_refused(command, lora, bundle, header, said):
@@ -121,6 +121,7 @@ def test_a_header_that_cannot_be_followed_is_refused(command, lora, bundle, head
         (["--out", "x"], "x: expected a name that ends in .png, .jpg"),
         (["--out", "folder.png"], "folder.png: a folder; expected the name of a file"),
         (["--out", "file/x.png"], "file/x.png could not be written"),
+        (["--out", "n" * 300 + ".png"], "nnn.png could not be written: File name too long"),
         (["--out", "/proc/x.png"], "/proc/x.png could not be written"),
         (["--guidance-scale", "inf"], "guidance_scale: expected a number of 1 or more, got inf"),
         (["--scheduler", "euler"], "scheduler: expected own, ddim, dpm++, lcm, got 'euler'"),
@@ -180,9 +181,11 @@ def test_a_lora_that_blows_latents_up_gives_no_picture(command, lora, bundle, si
 
 def test_words_that_the_bundle_does_not_know_are_named_with_those_that_it_knows(command):
     with pytest.warns(UserWarning) as caught:
-        command("sample", "a dog riding a lion", "Two cats!", "--steps", 1)
+        command("sample", "a dog riding a lion", "Two cats!", "🐶", "y" * 999, "--steps", 1)
     (said,) = [str(one.message) for one in caught if "does not know" in str(one.message)]
-    assert said.startswith("the bundled pipeline does not know dog, riding, two, cats; it draws two of lion, frog,")
+    assert said.startswith(
+        f"the bundled pipeline does not know dog, riding, two, cats, 🐶, {'y' * 30}; it draws two of lion, frog,"
+    )
     assert len(scenes.KINDS) == 24 and all(kind in said and kind in cli.sample.__doc__ for kind in scenes.KINDS)
 
 

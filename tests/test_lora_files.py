@@ -16,7 +16,16 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lora_distill.adapters import TARGETS, adapter_names, export_kohya, load_adapter, merged_copy, save_adapter
+from lora_distill.adapters import (
+    TARGETS,
+    adapter_names,
+    adapter_parameters,
+    add_adapter,
+    export_kohya,
+    load_adapter,
+    merged_copy,
+    save_adapter,
+)
 from lora_distill.errors import InputError, RunError
 from lora_distill.lora_files import read_lora
 
@@ -42,10 +51,18 @@ def header(path):
         return file.metadata()
 
 
-@pytest.fixture
-def lora(unet):
-    """The state by PEFT's names, without a prefix; alpha 3 for rank 2."""
+@pytest.fixture(scope="module")
+def adapted():
+    """A UNet with an adapter on all layers, of rank 2 and alpha 3; no test changes it."""
+    unet = small_unet()
     moved(unet, "student", alpha=3, targets="all")
+    return unet
+
+
+@pytest.fixture(scope="module")
+def lora(adapted):
+    """Its state by PEFT's names, without a prefix."""
+    unet = adapted
     return {key: value.clone() for key, value in get_peft_model_state_dict(unet, adapter_name="student").items()}
 
 
@@ -125,14 +142,14 @@ def test_prefixes_that_stock_diffusers_stumbles_over_are_read(lora, inputs, tmp_
     assert torch.equal(output(unet, inputs), output(stock(tmp_path / "plain.safetensors"), inputs))
 
 
-def test_a_folder_of_peft_has_its_scale_in_the_file_beside(lora, unet, inputs, tmp_path):
+def test_a_folder_of_peft_has_its_scale_in_the_file_beside(lora, adapted, inputs, tmp_path):
     save_file(renamed(lora, prefix="base_model.model."), tmp_path / "adapter_model.safetensors")
     with pytest.warns(UserWarning, match=r"no adapter_config\.json of PEFT beside it, alpha is taken for the rank"):
         read_lora(tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
     again = small_unet()
     load_adapter(again, "mine", tmp_path)
-    assert torch.equal(output(again, inputs), output(unet, inputs))
+    assert torch.equal(output(again, inputs), output(adapted, inputs))
     for damaged in ("", "{", "[1]", '{"r": 2}'):
         (tmp_path / "adapter_config.json").write_text(damaged, encoding="utf-8")
         with pytest.raises(InputError, match=r"^\S*adapter_config\.json: [^\n]*expected[^\n]*$"):
@@ -317,11 +334,16 @@ def test_of_a_folder_the_only_file_is_taken(unet, inputs, tmp_path):
         *(({"r": value}, "r: expected a whole number above 0") for value in (0, -1, 2.5, True, None, "2", [2])),
         *(
             ({"lora_alpha": value}, "lora_alpha: expected a number above 0")
-            for value in (0, -3, float("nan"), float("inf"), True, None, "3")
+            for value in (0, -3, float("nan"), float("inf"), 10**400, True, None, "3")
         ),
         ({"alpha_pattern": {"to_q": 0}}, "alpha_pattern: to_q: expected a number above 0"),
         ({"alpha_pattern": [1]}, "alpha_pattern: expected names of layers"),
-        ({"alpha_pattern": {"(a+)+b": 1}}, "alpha_pattern: expected names of layers"),
+        *(
+            ({"alpha_pattern": {pattern: 1}}, "alpha_pattern: expected names of layers")
+            for pattern in ("(a+)+b", "", "[", "*", "+a", "\\", "a**", ".*.*.*.*.*x")
+        ),
+        ({"alpha_pattern": {"to_q": "5"}}, "alpha_pattern: to_q: expected a number above 0, got '5'"),
+        ({"use_rslora": "yes"}, "use_rslora: expected true or false, got 'yes'"),
         ({"rank_pattern": {"to_q": 3}}, "the config says rank 3, the tensors have 2"),
         ({"use_dora": True}, "use_dora: True is not read"),
         ({"lora_bias": True}, "lora_bias: True is not read"),
@@ -333,7 +355,7 @@ def test_of_a_folder_the_only_file_is_taken(unet, inputs, tmp_path):
         ({"init_lora_weights": "olora"}, "init_lora_weights: olora changes W0 itself"),
     ],
 )
-def test_a_config_that_does_not_fit_or_is_not_lora_s_is_refused(unet, lora, tmp_path, fields, reason):
+def test_a_config_that_does_not_fit_or_is_not_lora_s_is_refused(adapted, lora, tmp_path, fields, reason):
     path = tmp_path / "lora.safetensors"
     save_file(renamed(lora, prefix="unet."), path, packed(**fields))
     with pytest.raises(InputError) as caught:
@@ -350,30 +372,30 @@ def test_a_config_that_is_not_a_table_is_refused(lora, tmp_path, text):
 
 
 @pytest.mark.parametrize("value", [None, False, [], 0, ""])
-def test_unknown_fields_that_are_off_are_left_out(lora, unet, inputs, tmp_path, value):
+def test_unknown_fields_that_are_off_are_left_out(lora, adapted, inputs, tmp_path, value):
     save_file(renamed(lora, prefix="unet."), tmp_path / "lora.safetensors", packed(of_tomorrow=value, target_modules=7))
     other = small_unet()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_adapter(other, "mine", tmp_path / "lora.safetensors")
-    assert torch.equal(output(other, inputs), output(unet, inputs))
+    assert torch.equal(output(other, inputs), output(adapted, inputs))
 
 
-def test_unknown_fields_that_are_on_are_left_out_with_a_warning(lora, unet, inputs, tmp_path):
+def test_unknown_fields_that_are_on_are_left_out_with_a_warning(lora, adapted, inputs, tmp_path):
     save_file(renamed(lora, prefix="unet."), tmp_path / "lora.safetensors", packed(of_tomorrow=True))
     other = small_unet()
     with pytest.warns(UserWarning, match="fields of another version of PEFT are left out: of_tomorrow"):
         load_adapter(other, "mine", tmp_path / "lora.safetensors")
-    assert torch.equal(output(other, inputs), output(unet, inputs))
+    assert torch.equal(output(other, inputs), output(adapted, inputs))
 
 
-def test_nothing_that_a_config_names_is_imported_or_initialised(lora, unet, inputs, tmp_path):
+def test_nothing_that_a_config_names_is_imported_or_initialised(lora, adapted, inputs, tmp_path):
     fields = {"megatron_core": "antigravity", "init_lora_weights": "orthogonal", "target_modules": ["conv_in"]}
     save_file(renamed(lora, prefix="unet."), tmp_path / "lora.safetensors", packed(**fields))
     other, state = small_unet(), torch.get_rng_state()
     w0 = {name: p.clone() for name, p in other.named_parameters()}
     load_adapter(other, "mine", tmp_path / "lora.safetensors")
-    assert torch.equal(output(other, inputs), output(unet, inputs)) and torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(output(other, inputs), output(adapted, inputs)) and torch.equal(torch.get_rng_state(), state)
     left = {n.replace(".base_layer", ""): p for n, p in other.named_parameters() if "lora_" not in n}
     assert all(torch.equal(w0[name], p) for name, p in left.items()) and left.keys() == w0.keys()
 
@@ -399,11 +421,56 @@ def test_numbers_that_the_unet_s_dtype_cannot_hold_are_refused(lora, tmp_path):
     assert not adapter_names(unet)
 
 
-def test_a_name_that_is_taken_is_refused(unet, tmp_path):
+@pytest.mark.parametrize("pattern", ["to_q", "^to_q", "attn1.to_q", r"attn1\.to_q", ".*attn1.*to_q", r"attn\d+\.to_q"])
+def test_patterns_of_names_are_peft_s(lora, inputs, tmp_path, pattern):
+    """With the targets of every layer, stock diffusers reads the same."""
+    path = tmp_path / "lora.safetensors"
+    save_file(renamed(lora, prefix="unet."), path, packed(alpha_pattern={pattern: 7}, target_modules=TARGETS["all"]))
+    unet = small_unet()
+    load_adapter(unet, "mine", str(path))
+    assert torch.equal(output(unet, inputs), output(stock(path), inputs))
+
+
+def test_a_name_that_is_taken_or_none_is_refused(unet, tmp_path):
     moved(unet, "student")
-    save_adapter(unet, "student", tmp_path / "lora.safetensors")
-    with pytest.raises(InputError, match="this UNet has an adapter 'student' already"):
-        load_adapter(unet, "student", tmp_path / "lora.safetensors")
+    path = tmp_path / "lora.safetensors"
+    save_adapter(unet, "student", path)
+    for use in (lambda name: load_adapter(unet, name, path), lambda name: add_adapter(unet, name, rank=1, alpha=1)):
+        with pytest.raises(InputError, match="this UNet has an adapter 'student' already"):
+            use("student")
+        for name in ("", "a.b", "keys", "parameters"):
+            with pytest.raises(InputError, match=f"adapter '{name}': expected a name without dots"):
+                use(name)
+    assert adapter_names(unet) == ["student"]
+    with pytest.raises(InputError, match="no adapter 'nobody' on this UNet"):
+        adapter_parameters(unet, "nobody")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"rank": 0}, "rank: expected a number above 0, got 0"),
+        ({"alpha": 0}, "alpha: expected a number above 0, got 0"),
+        ({"alpha": float("nan")}, "alpha: expected a number above 0, got nan"),
+        ({"alpha": float("inf")}, "alpha: expected a number above 0, got inf"),
+        ({"targets": "some"}, "targets: expected attention or all, got 'some'"),
+        ({"seed": -1}, "seed: expected 0 to 4294967295, got -1"),
+        ({"seed": 2**32}, "seed: expected 0 to 4294967295, got 4294967296"),
+    ],
+)
+def test_numbers_that_make_no_adapter_are_refused(unet, options, said):
+    with pytest.raises(InputError, match=re.escape(said)):
+        add_adapter(unet, "student", **({"rank": 2, "alpha": 2} | options))
+
+
+def test_what_is_added_to_a_header_is_text_and_replaces_nothing(unet, inputs, tmp_path):
+    moved(unet, "student", alpha=3)
+    path = tmp_path / "lora.safetensors"
+    save_adapter(unet, "student", path, {"steps": 3, "format": "x", "seal": "x", LORA_ADAPTER_METADATA_KEY: "{}"})
+    other = small_unet()
+    assert load_adapter(other, "mine", path)["steps"] == "3" and torch.equal(
+        output(other, inputs), output(unet, inputs)
+    )
 
 
 @pytest.mark.parametrize("save", [save_adapter, export_kohya])

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from lora_distill import pipeline_files
 from lora_distill.errors import InputError
 from lora_distill.fingerprint import fingerprint
-from lora_distill.pipeline import BUNDLED, load_pipeline
+from lora_distill.pipeline import BUNDLED, latent_side, load_pipeline
 
 CONFIGS = {
     "model_index": "model_index.json",
@@ -91,16 +91,38 @@ def test_a_json_file_that_is_not_there_is_refused(folder, config):
         ("unet", {"block_out_channels": "many"}, r"unet/config\.json: expected a config of UNet2DConditionModel"),
         ("unet", {"down_block_types": ["NoSuchBlock"]}, r"unet/config\.json"),
         ("unet", {"block_out_channels": []}, r"unet/config\.json"),
-        ("unet", {"sample_size": 0}, "sample_size: expected a whole number above 0, got 0"),
+        ("unet", {"sample_size": 0}, "sample_size: expected a whole number from 1 to 1024, got 0"),
         ("unet", {"sample_size": None}, "sample_size"),
         ("unet", {"sample_size": "64"}, "sample_size"),
         ("vae", {"_class_name": "AutoencoderTiny"}, "vae: expected a AutoencoderKL"),
-        ("vae", {"scaling_factor": 0}, "scaling_factor: expected a number above 0, got 0"),
+        ("vae", {"scaling_factor": 0}, "scaling_factor: expected 0.001 to 1000, about 0.18, got 0"),
         ("vae", {"scaling_factor": -1.0}, "scaling_factor"),
         ("vae", {"scaling_factor": float("nan")}, "scaling_factor"),
         ("vae", {"scaling_factor": "0.18"}, "scaling_factor"),
         ("vae", {"scaling_factor": None}, "scaling_factor"),
+        ("vae", {"scaling_factor": 1e30}, "scaling_factor"),
+        ("vae", {"scaling_factor": 1e-30}, "scaling_factor"),
+        ("vae", {"scaling_factor": True}, "scaling_factor"),
         ("vae", {"latent_channels": 16}, "16"),
+        ("unet", {"sample_size": 10**6}, "sample_size: expected a whole number from 1 to 1024, got 1000000"),
+        ("unet", {"sample_size": [8, 8]}, "sample_size"),
+        ("unet", {"time_cond_proj_dim": 256}, "1 of 325 tensors are missing"),
+        ("unet", {"attention_head_dim": 7}, "unet/.*weights do not fit the config of their part"),
+        ("unet", {"block_out_channels": [320000, 640000, 1280000]}, "unet/.*weights do not fit"),
+        ("text", {"num_hidden_layers": 1}, "text_encoder: weights and config are of two models: 16 tensors"),
+        ("text", {"num_hidden_layers": 9}, "text_encoder: 112 of 148 tensors are missing"),
+        ("text", {"max_position_embeddings": 77}, "text_encoder/.*weights do not fit"),
+        ("scheduler", {"num_train_timesteps": 10**12}, "num_train_timesteps: expected a whole number from 1 to 100000"),
+        ("scheduler", {"trained_betas": [0.5] * 3}, "num_train_timesteps: 1000, and trained_betas has 3"),
+        (
+            "scheduler",
+            {"timestep_spacing": "leading", "steps_offset": 5000},
+            "timesteps leave the schedule, up to 5500",
+        ),
+        ("scheduler", {"timestep_spacing": "leading", "steps_offset": "1"}, "scheduler that gives timesteps"),
+        ("tokenizer", {"pad_token": "never"}, "470 tokens where the text encoder has 469"),
+        ("tokenizer", {"pad_token": None}, "no pad_token"),
+        ("tokenizer", {"padding_side": "left"}, "padding_side and truncation_side: expected right"),
         ("vae", {"block_out_channels": {}}, r"vae/config\.json"),
         ("text", {"hidden_size": 99}, "text_encoder"),
         ("text", {"vocab_size": 7}, "weights do not fit"),
@@ -171,6 +193,37 @@ def test_a_tensor_of_another_name_is_no_replacement_for_a_missing_one(folder, pa
     refused(folder, rf"{part}: 1 of \d+ tensors are missing from the weights")
 
 
+def test_whole_numbers_in_place_of_weights_are_refused(folder):
+    retensor(folder / "unet", lambda tensors: tensors.update({"conv_in.weight": tensors["conv_in.weight"].int()}))
+    refused(folder, r"unet: conv_in\.weight: expected floating-point numbers, got I32")
+
+
+def test_weights_in_shards_are_the_same_weights(folder):
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors, names = load_file(path), [f"diffusion_pytorch_model-{n:05}-of-00002.safetensors" for n in (1, 2)]
+    files = {key: names[number % 2] for number, key in enumerate(tensors)}
+    for name in names:
+        save_file({key: tensors[key] for key in tensors if files[key] == name}, path.with_name(name), {"format": "pt"})
+    path.unlink()
+    index = {"metadata": {}, "weight_map": files}
+    path.with_name(f"{path.name}.index.json").write_text(json.dumps(index), encoding="utf-8")
+    assert fingerprint(load_pipeline(str(folder))) == fingerprint(load_pipeline("bundled"))
+    path.with_name(names[1]).unlink()
+    refused(folder, names[1], "missing, though the index beside it names it")
+
+
+@pytest.mark.parametrize("name", [" ", "a" * 300, "x/y\n", "/dev/null", "a/b/c", "./none", "http://huggingface.co/a/b"])
+def test_a_name_that_can_be_no_pipeline_is_one_line(name):
+    with pytest.raises(FileNotFoundError, match=r"\Ano pipeline folder [^\n]+\Z"):
+        load_pipeline(name)
+
+
+@pytest.mark.parametrize("resolution", [0, -8, 4, 12, 64.0, True, "64", 10**6])
+def test_a_resolution_that_is_none_is_one_line(bundle, resolution):
+    with pytest.raises(InputError, match="resolution: expected a multiple of 8 "):
+        latent_side(bundle, resolution)
+
+
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
 def test_more_tensors_than_a_config_knows_are_refused(folder, part):
     retensor(folder / part, lambda tensors: tensors.update({"of_another_model.weight": torch.ones(1)}))
@@ -220,6 +273,8 @@ def test_a_vocabulary_in_two_files_is_read(folder):
         (folder / "tokenizer" / name).rename(folder / name)
         refused(folder, "tokenizer.json is missing, and so are vocab.json and merges.txt")
         (folder / name).rename(folder / "tokenizer" / name)
+    write(folder / "tokenizer" / "merges.txt", "\n".join(["#version: 0.2", *merges[:-1]]))
+    refused(folder, r"vocab\.json: \d+ tokens of several letters and \d+ merges: cut short")
     for content in (b"{}", b"", b"[]"):
         write(folder / "tokenizer" / "vocab.json", content)
         refused(folder, r"vocab\.json: expected a")

@@ -157,7 +157,7 @@ def unknown_words(prompts: Iterable[str]) -> list[str]:
 
 
 def _words(texts: Iterable[str]) -> Iterator[str]:
-    return (word for text in texts for word in re.findall(r"\w+", text.lower()))
+    return (word for text in texts for word in re.findall(r"\w+|[^\w\s,.!?;:'-]", text.lower()))
 
 
 def captions(scene: Scene, rng: np.random.Generator) -> list[str]:
