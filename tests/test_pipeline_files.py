@@ -114,12 +114,6 @@ def test_a_json_file_that_is_not_there_is_refused(folder, config):
         ("text", {"max_position_embeddings": 77}, "text_encoder/.*weights do not fit"),
         ("scheduler", {"num_train_timesteps": 10**12}, "num_train_timesteps: expected a whole number from 1 to 100000"),
         ("scheduler", {"trained_betas": [0.5] * 3}, "num_train_timesteps: 1000, and trained_betas has 3"),
-        (
-            "scheduler",
-            {"timestep_spacing": "leading", "steps_offset": 5000},
-            "timesteps leave the schedule, up to 5500",
-        ),
-        ("scheduler", {"timestep_spacing": "leading", "steps_offset": "1"}, "scheduler that gives timesteps"),
         ("tokenizer", {"pad_token": "never"}, "470 tokens where the text encoder has 469"),
         ("tokenizer", {"pad_token": None}, "no pad_token"),
         ("tokenizer", {"padding_side": "left"}, "padding_side and truncation_side: expected right"),
