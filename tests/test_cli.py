@@ -90,6 +90,24 @@ def test_without_a_checkout_every_command_says_that_one_is_needed(command, tmp_p
     assert err.startswith(WITHOUT_A_CHECKOUT.format(tmp_path / "params")) and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("redirect", "code", "said"),
+    [
+        (">&-", 0, ""),
+        ("2>&-", 0, ""),
+        (">/dev/full", 1, "the output: No space left on device\n"),
+        ("--profile nope 2>/dev/full", 2, ""),
+        ("--profile nope 2>&-", 2, ""),
+        ("| head -n 1", 0, ""),
+    ],
+)
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux alone has /dev/full")
+def test_a_closed_or_full_output_changes_no_exit_code_and_shows_no_traceback(redirect, code, said):
+    command = f"{sys.executable} -m lora_distill settings {redirect}"
+    done = subprocess.run(["sh", "-c", command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8")
+    assert (done.returncode, done.stderr) == (code, said)
+
+
 def test_settings_are_printed_with_their_meaning(command):
     code, out, _ = command("settings", "--profile", "smoke")
     assert code == 0 and "train_steps: 4 " in out and "# optimiser updates" in out
