@@ -72,7 +72,7 @@ def test_a_plan_for_a_card_that_is_not_here_asks_for_no_gpu(command, tmp_path, m
     assert code == 0 and "a card of 15 GiB" in out
 
 
-WITHOUT_A_CHECKOUT = "no folder {}: profiles lie in a checkout of the repository, and none is here; "
+WITHOUT_A_CHECKOUT = "no folder {}: profiles lie in a checkout of the repository; "
 
 
 ON_PROFILES = [
