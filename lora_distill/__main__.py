@@ -3,7 +3,7 @@
 import os
 import sys
 import traceback
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -413,7 +413,8 @@ def main() -> None:
     debug = "--debug" in own
     sys.argv[1:] = [argument for argument in own if argument != "--debug"] + rest
     for stream in (sys.stdout, sys.stderr):  # a pipe may have an encoding without some letters, an ASCII one for one
-        stream.reconfigure(errors="replace")
+        if stream is not None:  # closed by who started us
+            stream.reconfigure(errors="replace")
     if "--version" in own:
         print(_versions())
         return
@@ -422,7 +423,8 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        print(_said(error), file=sys.stderr)
+        with suppress(OSError):  # the exit code says it too
+            print(_said(error), file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
 
 
@@ -453,6 +455,8 @@ def _said(error: Exception) -> str:
         return f"{package} is not installed: pip install 'lora_distill[series]'"
     if isinstance(error, ModuleNotFoundError) and not error.name:  # ours, as raised where an extra is missing
         return str(error)
+    if isinstance(error, OSError) and error.strerror:  # of the machine: a full disk, a folder without permission
+        return f"{error.filename or 'the output'}: {error.strerror}"
     place = [frame for frame in traceback.extract_tb(error.__traceback__) if "lora_distill" in frame.filename][-1]
     return (
         f"{type(error).__name__}: {one_line(error)} (in {Path(place.filename).name}, line {place.lineno}; "

@@ -275,8 +275,7 @@ def _profile_file(profile_or_path: str | Path) -> Path:
     names = ", ".join(sorted(file.stem for file in params.glob("*.yaml")))
     if not names and not by_path:
         raise SettingsError(
-            f"no folder {params}: profiles lie in a checkout of the repository, and none is here; "
-            "the path of a YAML file works too"
+            f"no folder {params}: profiles lie in a checkout of the repository; the path of a YAML file works too"
         )
     if by_path:
         raise SettingsError(f"no file {path}; a profile of {params} would do too: {names or 'there is none'}")

@@ -74,7 +74,7 @@ def test_a_plan_for_a_card_that_is_not_here_asks_for_no_gpu(command, tmp_path, m
     assert code == 0 and "a card of 15 GiB" in out
 
 
-WITHOUT_A_CHECKOUT = "no folder {}: profiles lie in a checkout of the repository, and none is here; "
+WITHOUT_A_CHECKOUT = "no folder {}: profiles lie in a checkout of the repository; "
 
 
 ON_PROFILES = [
@@ -90,6 +90,24 @@ def test_without_a_checkout_every_command_says_that_one_is_needed(command, tmp_p
     code, out, err = command(name)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith(WITHOUT_A_CHECKOUT.format(tmp_path / "params")) and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("redirect", "code", "said"),
+    [
+        (">&-", 0, ""),
+        ("2>&-", 0, ""),
+        (">/dev/full", 1, "the output: No space left on device\n"),
+        ("--profile nope 2>/dev/full", 2, ""),
+        ("--profile nope 2>&-", 2, ""),
+        ("| head -n 1", 0, ""),
+    ],
+)
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux alone has /dev/full")
+def test_a_closed_or_full_output_changes_no_exit_code_and_shows_no_traceback(redirect, code, said):
+    command = f"{sys.executable} -m lora_distill settings {redirect}"
+    done = subprocess.run(["sh", "-c", command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8")
+    assert (done.returncode, done.stderr) == (code, said)
 
 
 def test_settings_are_printed_with_their_meaning(command):
