@@ -792,6 +792,14 @@ class TestParquet:
         pq.write_table(pq.read_table(tmp_path / "x.parquet").slice(0, 0), tmp_path / "x.parquet")
         refused(tmp_path, "x.parquet: holds no rows")
 
+    @pytest.mark.parametrize("size", [0, 10, 300])
+    def test_a_cut_copy_in_the_cache_is_named(self, tmp_path, size):
+        path = self.table(tmp_path / "a.parquet", range(COUNT))
+        assert everything(path, cache_dir=tmp_path / "c") == ALL
+        for copy in (tmp_path / "c").rglob("*.arrow"):
+            copy.write_bytes(copy.read_bytes()[:size])
+        refused(path, "/c: expected a whole copy of the set; delete it", cache_dir=tmp_path / "c")
+
     def test_a_file_written_anew_is_read_anew(self, tmp_path):
         path = self.table(tmp_path / "a.parquet", range(3))
         assert len(everything(path, cache_dir=tmp_path / "c")) == 3
