@@ -111,13 +111,13 @@ class Tree:
             self.paths[only] = root / only
             return
         self._seen: set[tuple[int, int]] = set()
-        later: list[tuple[Path, str]] = []
-        self._walk(root, "", later)
-        while later:  # real folders first: a link to one that was read adds nothing
-            self._walk(*later.pop(0), later)
+        now, later = [(root, "")], []
+        while now or later:  # real folders first: a link to one that was read adds nothing
+            self._walk(*(now.pop() if now else later.pop(0)), now, later)
         self.images = {name for name in self.paths if IMAGE_FILE.fullmatch(posixpath.basename(name))}
 
-    def _walk(self, folder: Path, below: str, later: list[tuple[Path, str]]) -> None:
+    def _walk(self, folder: Path, below: str, now: list[tuple[Path, str]], later: list[tuple[Path, str]]) -> None:
+        """Note the files of a folder, and in `now` its folders, in `later` the linked ones."""
         try:
             status = folder.stat()
             if (status.st_dev, status.st_ino) in self._seen:
@@ -127,7 +127,6 @@ class Tree:
                 entries = sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
             raise InputError(f"{folder}: cannot be read ({error.strerror})") from None
-        deeper = []
         spellings = Counter(normalize("NFC", entry.name) for entry in entries)  # two may differ in this alone
         for entry in entries:
             if entry.name.startswith(".") or entry.name.lower() in NO_DATA:
@@ -140,10 +139,10 @@ class Tree:
                 continue
             if kind == "file":
                 self.paths.setdefault(name, Path(entry.path))
-            elif kind == "folder":
-                (later if entry.is_symlink() else deeper).append((Path(entry.path), f"{name}/"))
-        for path, name in deeper:
-            self._walk(path, name, later)
+            elif kind == "folder" and not entry.is_symlink():
+                now.append((Path(entry.path), f"{name}/"))
+            elif kind == "folder" and not self.root.resolve().is_relative_to(os.path.realpath(entry.path)):
+                later.append((Path(entry.path), f"{name}/"))
 
     @cached_property
     def stems(self) -> set[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, Features, Image, concatenate_datasets, load_dataset
+from datasets.config import HF_DATASETS_CACHE
 
 from lora_distill.data.layouts import Tree, folder_of, split_word
 from lora_distill.data.pictures import content_digest, raw_images
@@ -20,6 +21,7 @@ from lora_distill.storage import cache_key
 HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?(@[\w./-]{1,96})?")  # what a set on the hub can be called
 ID_COLUMNS = ("filename", "file_name", "image_id", "img_id", "id")
 IMAGE = Features({"image": Image()})
+COPY = "a whole copy of the set; delete it, and it is made again"  # what a cache should hold
 AT_ONCE = 64  # rows that are read at a time
 
 
@@ -89,12 +91,13 @@ def read_hub_set(source: str, cache_dir: Path | None) -> tuple[list[Row], Datase
             raise InputError(f"{name} is a loading script; its parquet copy is {name}@refs/convert/parquet") from None
         raise InputError(f"{source}: expected a folder, or a set on the hub ({one_line(error)})") from error
     rows: list[Row] = []
-    for part, table in parts.items():
-        split = checked_split(part, source) if len(parts) > 1 else None
-        texts = table.select_columns(_texts(table.column_names, f"{source}, {part}"))
-        rows += _table_rows(table.column_names, texts, f"{source}, {part}", split)
-    images = concatenate_datasets([table.select_columns("image").cast(IMAGE) for table in parts.values()])
-    return identified(rows, images), images
+    with reading(cache_dir or HF_DATASETS_CACHE, COPY):
+        for part, table in parts.items():
+            split = checked_split(part, source) if len(parts) > 1 else None
+            texts = table.select_columns(_texts(table.column_names, f"{source}, {part}"))
+            rows += _table_rows(table.column_names, texts, f"{source}, {part}", split)
+        images = concatenate_datasets([table.select_columns("image").cast(IMAGE) for table in parts.values()])
+        return identified(rows, images), images
 
 
 def identified(rows: list[Row], images: Dataset) -> list[Row]:

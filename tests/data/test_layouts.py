@@ -207,6 +207,24 @@ class TestOwnPictures:
         text(tmp_path / "flickr_annotations_30k.csv", "raw,sentids,split,filename,img_id", *rows)
         assert whole(tmp_path) == AT_HOME
 
+    @pytest.mark.parametrize(
+        ("lines", "encoding"),
+        [
+            (['"image","caption"', '"a.jpg","one, two"'], "utf-8-sig"),
+            (["image\tcaption", "a.jpg\tone, two"], "utf-16"),
+            (["caption,image", '"one, two",a.jpg'], "utf-8"),
+            (["IMAGE , Caption", "a.jpg,one, two"], "utf-8"),
+            (["image,comment_number,comment", "a.jpg,0,one, two"], "utf-8"),
+            (["a.jpg#0,one, two"], "utf-8"),
+            (["a.jpg,0,one, two"], "utf-8"),
+            (["a.jpg;one, two"], "utf-8"),
+        ],
+    )
+    def test_tables_as_spreadsheets_and_scripts_write_them(self, tmp_path, lines, encoding):
+        picture(tmp_path / "a.jpg", 0)
+        text(tmp_path / "captions.csv", *lines, encoding=encoding, end="\r\n")
+        assert everything(tmp_path) == {0: ["one, two"]}
+
     def test_what_is_packed_is_named(self, tmp_path):
         (tmp_path / "flickr8k.zip").write_bytes(b"PK")
         refused(tmp_path, "no captions for 0 images; .*; unpack flickr8k.zip")
@@ -309,6 +327,22 @@ class TestFindingImages:
         (folder / "gone").symlink_to(tmp_path / "nothing")
         text(folder / "captions.txt", "image,caption", *(f'{image},"{SAID[image]}"' for image in IMAGES))
         assert everything(folder) == ALL
+
+    def test_a_link_to_what_is_around_the_folder_is_not_followed(self, tmp_path):
+        pictures(tmp_path / "others")
+        picture(tmp_path / "mine" / "g0.jpg", 0)
+        for name, target in (("up", ".."), ("root", "/"), ("here", ".")):
+            (tmp_path / "mine" / name).symlink_to(target, target_is_directory=True)
+        text(tmp_path / "mine" / "captions.txt", "image,caption", "g0.jpg,a dog")
+        assert everything(tmp_path / "mine") == {0: ["a dog"]}
+
+    def test_folders_may_lie_deep(self, tmp_path):
+        deep = tmp_path.joinpath(*["d"] * 1200)
+        for folder in reversed([deep, *deep.parents]):
+            folder.mkdir(exist_ok=True)
+        picture(deep / "g0.jpg", 0)
+        text(tmp_path / "captions.txt", "image,caption", "g0.jpg,a dog")
+        assert everything(tmp_path) == {0: ["a dog"]}
 
     def test_a_picture_by_the_name_of_a_second_link_is_the_same_picture(self, tmp_path):
         pictures(tmp_path / "real")
@@ -757,6 +791,15 @@ class TestParquet:
         self.table(tmp_path / "x.parquet", [0])
         pq.write_table(pq.read_table(tmp_path / "x.parquet").slice(0, 0), tmp_path / "x.parquet")
         refused(tmp_path, "x.parquet: holds no rows")
+
+    @pytest.mark.parametrize("size", [0, 10, 300])
+    def test_a_cut_copy_in_the_cache_is_made_again(self, tmp_path, size):
+        path = self.table(tmp_path / "a.parquet", range(COUNT))
+        assert everything(path, cache_dir=tmp_path / "c") == ALL
+        for copy in (tmp_path / "c").rglob("*.arrow"):
+            copy.write_bytes(copy.read_bytes()[:size])
+        with pytest.warns(UserWarning, match="made again"):
+            assert everything(path, cache_dir=tmp_path / "c") == ALL
 
     def test_a_file_written_anew_is_read_anew(self, tmp_path):
         path = self.table(tmp_path / "a.parquet", range(3))
