@@ -308,9 +308,13 @@ def table_text(rows: list[dict]) -> str:
 
 
 def read_table(path: Path) -> list[dict]:
-    """The rows of a CSV file: numbers and booleans as such, an empty cell as None."""
+    """The rows of a CSV file: numbers and booleans as such, an empty cell as None.
+
+    Raises MissingError or InputError, that names the file, for one that is not there or is no table.
+    """
     empty = {"keep_default_na": False, "na_values": [""]}
-    table = pandas.read_csv(path, dtype_backend="numpy_nullable", **empty)
+    with reading(path, "a table in CSV"):
+        table = pandas.read_csv(path, dtype_backend="numpy_nullable", **empty)
     return [
         {name: None if value is pandas.NA else value for name, value in row.items()}
         for row in table.astype(object).to_dict("records")
