@@ -169,7 +169,9 @@ class _Rows:
     def _unmade(self, parts: dict[Path, slice]) -> list[Path]:
         """The marks of the parts that are still to be made; what a cut run made is checked, the rest cleared away."""
         self._preallocate()
-        there = [(part, mark.read_text("ascii", "replace")) for mark, part in parts.items() if mark.is_file()]
+        there = [
+            (part, mark.read_text(encoding="ascii", errors="replace")) for mark, part in parts.items() if mark.is_file()
+        ]
         for part in self._altered(self.unfinished, there):
             self.mark(part).unlink()
         self._clear({self.unfinished, *(mark for mark in parts if mark.is_file())})
@@ -207,7 +209,7 @@ class _Rows:
 
     def _finish(self) -> None:
         """Append the seal and give the file its name."""
-        digests = [self.mark(part).read_text("ascii") for part in self.parts(self.size)]
+        digests = [self.mark(part).read_text(encoding="ascii") for part in self.parts(self.size)]
         seal = json.dumps({"size": self.size, "digests": digests}).encode()
         with self.unfinished.open("r+b") as file:
             file.seek(self.place(self.shape[0]))

@@ -4,9 +4,12 @@ Several processes run the same code side by side: each takes its share of the ro
 Their folders must be the same, on one machine or on a shared disk.
 """
 
+import atexit
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lora_distill.errors import InputError
@@ -79,7 +82,23 @@ def connect(cpu: bool = False) -> "PartialState":
     if count() > 1 and (missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]):
         raise InputError(f"{', '.join(missing)}: not set, though RANK is; accelerate launch and torchrun set them")
     # without a GPU accelerate connects processes only if told that they run on the CPU; else each believes to be alone
-    return PartialState(cpu=cpu or not torch.cuda.is_available(), timeout=PATIENCE)
+    state = PartialState(cpu=cpu or not torch.cuda.is_available(), timeout=PATIENCE)
+    if count() > 1:
+        _leave_at_exit()
+    return state
+
+
+@cache
+def _leave_at_exit() -> None:
+    """Close the connections before Python ends: their threads could abort a process that has succeeded."""
+    import torch
+
+    def leave() -> None:
+        with suppress(Exception):  # another process has ended before
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+
+    atexit.register(leave)
 
 
 def all_rows(rows: "Tensor") -> "Tensor":

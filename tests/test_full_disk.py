@@ -19,7 +19,7 @@ from lora_distill.arrays import mapped_rows
 from lora_distill.data import captioned, scenes
 from lora_distill.errors import RunError
 from lora_distill.judge.pictures import kept_pictures
-from lora_distill.pipeline import save_png
+from lora_distill.pipeline import save_picture
 from lora_distill.storage import (
     SEAL,
     atomic_write,
@@ -58,7 +58,7 @@ WORK = {
     "scenes": lambda folder: captioned.scene_dataset("noto", "8k", "test", 0, cache_dir=folder),
     "value": lambda folder: keep_value(folder / "simulate.json", {"total": "x" * 3000}),
     "table": lambda folder: save_table(folder / "table.csv", [{"a": "x" * 3000}]),
-    "picture": lambda folder: save_png(IMAGES, folder / "sample.png"),
+    "picture": lambda folder: save_picture(IMAGES, folder / "sample.png"),
     "text": lambda folder: atomic_write(folder / "index.json", json.dumps(["x" * 3000])),
     "pipeline": pipeline,
 }

@@ -80,7 +80,7 @@ def text_files(path: Path) -> Iterator[tuple[int, set[str | None]]]:
             value.value for value in [*node.args, *(key.value for key in node.keywords)] if hasattr(value, "value")
         }
         named = {key.arg for key in node.keywords}
-        opens = name == "open" and of not in {"Image", "webbrowser"} and not modes & BINARY
+        opens = name == "open" and of not in {"Image", "os", "webbrowser"} and not modes & BINARY
         if opens or name in {"read_text", "write_text"} or "text" in named & {"text", "universal_newlines"}:
             yield node.lineno, named
 

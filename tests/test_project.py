@@ -107,7 +107,7 @@ def test_from_a_wheel_what_needs_a_checkout_says_so(wheel, tmp_path):
 
     done = run("settings")
     assert done.returncode == 2 and done.stderr.endswith(
-        ": profiles lie in a checkout of the repository, and none is here; the path of a YAML file works too\n"
+        ": profiles lie in a checkout of the repository; the path of a YAML file works too\n"
     )
     assert "seed: 1 " in run("settings", "--profile", "mine.yaml").stdout
     done = run("reproduce", "--profile", "mine.yaml")

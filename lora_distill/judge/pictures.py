@@ -116,7 +116,7 @@ def _clear_altered(pictures: Pictures, paths: list[Path]) -> None:
 def pictures_key(folder: Path) -> str:
     """The key of the pictures in a folder; empty where there are none."""
     with reading(folder / KEY, "the key of pictures"):
-        return (folder / KEY).read_text("ascii", "replace") if (folder / KEY).exists() else ""
+        return (folder / KEY).read_text(encoding="ascii", errors="replace") if (folder / KEY).exists() else ""
 
 
 def stored_pictures(folder: Path, count: int, key: str) -> Pictures:

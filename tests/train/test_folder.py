@@ -113,7 +113,7 @@ def test_a_folder_in_which_another_run_writes_is_one_line(command, pictures, tmp
     out = tmp_path / "a.safetensors"
     with locked(work_folder(out)):
         code, _, said = command(pictures, "--out", out)
-    assert code == 1 and said.count("\n") == 1 and "another run writes there" in said
+    assert code == 1 and said.count("\n") == 1 and "another process writes there" in said
 
 
 def test_a_place_that_cannot_be_written_is_said_before_the_pipeline_is_loaded(command, pictures, tmp_path, monkeypatch):
