@@ -953,7 +953,7 @@ def test_byte_order_marks_between_lines_and_texts_that_cannot_be_seen(tmp_path):
     text(tmp_path / "metadata.jsonl", *("\ufeff" + json.dumps({"file_name": i, "text": SAID[i]}) for i in IMAGES))
     assert everything(tmp_path) == ALL
     text(tmp_path / "metadata.jsonl", *(json.dumps({"file_name": i, "text": "\u200b"}) for i in IMAGES))
-    refused(tmp_path, "none of them empty")
+    refused(tmp_path, "12 of 12 images have no caption")
 
 
 @pytest.mark.parametrize("kind", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())])
