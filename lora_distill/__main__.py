@@ -1,6 +1,7 @@
 """The command line: `python -m lora_distill COMMAND`. What is wrong with the input is said in one line."""
 
 import os
+import re
 import sys
 import traceback
 from contextlib import nullcontext, suppress
@@ -450,7 +451,8 @@ def _versions() -> str:
 def _said(error: Exception) -> str:
     """An error in one line: our own message, or where and how something else failed."""
     if isinstance(error, InputError | RunError):
-        return getattr(error, "strerror", None) or str(error)
+        said = getattr(error, "strerror", None) or str(error)
+        return re.sub(r"[\x00-\x1f\x7f]", lambda sign: f"\\x{ord(sign[0]):02x}", said)  # of a name
     if isinstance(error, ModuleNotFoundError) and (package := str(error.name).partition(".")[0]) in NOTEBOOK_PACKAGES:
         return f"{package} is not installed: pip install 'lora_distill[series]'"
     if isinstance(error, ModuleNotFoundError) and not error.name:  # ours, as raised where an extra is missing

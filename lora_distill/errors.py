@@ -21,6 +21,10 @@ class RunError(RuntimeError):
     """A run that failed, though nothing was wrong with what it was given."""
 
 
+POINTER = b"version https://git-lfs.github.com/spec/"  # how a file begins that git-lfs has not fetched
+NOT_FETCHED = "a pointer of git-lfs in place of the file; run git lfs pull"
+
+
 class WriteError(OSError, RunError):
     """A file that could not be written, for instance because the disk is full."""
 
@@ -39,7 +43,17 @@ def reading(place: str | Path, expected: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise MissingError(f"{error.filename or place}: not found; expected {expected}") from error
     except Exception as error:  # a library may raise anything
-        raise InputError(f"{place}: expected {expected} ({one_line(error)})") from error
+        reason = NOT_FETCHED if is_pointer(place) else one_line(error)
+        raise InputError(f"{place}: expected {expected} ({reason})") from error
+
+
+def is_pointer(place: str | Path) -> bool:
+    """Whether a file is what git-lfs leaves in its place until it is fetched."""
+    try:
+        with open(place, "rb") as file:
+            return file.read(len(POINTER)) == POINTER
+    except (OSError, ValueError):
+        return False
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:

@@ -214,3 +214,10 @@ def test_a_full_disk_is_one_line(command, monkeypatch, tmp_path):
     code, _, err = command("sample", "a lion above a bus", "--steps", "1", "--out", str(picture))
     last_line = err.rpartition("\r")[2].strip()  # after the progress bar
     assert code == 1 and last_line == f"{picture} could not be written: No space left on device"
+
+
+def test_a_name_with_line_ends_does_not_break_the_line():
+    from lora_distill.__main__ import _said
+    from lora_distill.errors import InputError
+
+    assert _said(InputError("a\nb\x1b.jpg: no caption")) == r"a\x0ab\x1b.jpg: no caption"

@@ -20,7 +20,7 @@ import os
 import posixpath
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -43,11 +43,22 @@ from lora_distill.data.readers import (
 )
 from lora_distill.errors import InputError, MissingError, one_line
 
-NO_DATA = {"__macosx", "__pycache__", "@eadir", "#recycle", "$recycle.bin", "lost+found", "node_modules"}
-IMAGE_FILE = re.compile(rf".+{IMAGE_SUFFIX}", re.IGNORECASE)
-SPLIT_WORD = re.compile(rf"(?:^|[._\- ])({'|'.join(SPLIT_NAMES)})(?=[._\- ]|$)", re.IGNORECASE)
-SPLIT_FILE = re.compile(r"(?:^|[._\-])(train|dev|val|test)(?:Images)?\.txt$", re.IGNORECASE)
+NO_DATA = {"__macosx", "__pycache__", "lost+found", "node_modules", "system volume information"}
+NO_DATA |= {"@eadir", "@tmp", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "recycler"}
+IMAGE_FILE = re.compile(rf".+{IMAGE_SUFFIX}\s*", re.IGNORECASE | re.DOTALL)
+SPLITS = "|".join(SPLIT_NAMES)
+YEAR = r"(?:20\d\d)?"  # of COCO
+SPLIT_WORD = re.compile(rf"(?:^|[._\- ])({SPLITS}){YEAR}(?=[._\- ]|$)", re.IGNORECASE)
+OF_WHAT = r"(?:[._\- ]?(?:images?|imgs?|set|data|split|list|files|names|ids))?"
+SPLIT_FOLDER = re.compile(
+    rf"(?:partial-|split=|(?:images?|imgs?|data)[._\- ]?)?({SPLITS}){YEAR}{OF_WHAT}", re.IGNORECASE
+)
+SPLIT_FILE = re.compile(rf"(?:^|[._\-])({SPLITS}){OF_WHAT}\.(?:txt|lst)$", re.IGNORECASE)
+UNREAD_SPLITS = re.compile(r"(?:.*[._\- ])?splits?(?:[._\- ].*)?\.(?:json|ya?ml|csv|tsv|txt)", re.IGNORECASE)
+BESIDE = ("", ".txt", ".caption", ".json", ".npz", ".npy", ".xmp", ".xml", ".html", ".md", ".safetensors", ".toml")
 PACKED = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+BESIDE_RANK = 6  # of texts beside images
 LEMMAS = 8  # rank of Flickr8k's captions in their dictionary forms
 KNOWN = "metadata.jsonl, metadata.csv, dataset.json, *.token, captions.txt, results.csv, a .txt beside each image"
 
@@ -79,6 +90,7 @@ def read_folder(
         notes.append(f"{tree.root}: {best.name} is read, {parquet} rows of pictures in parquet are not")
     if splits:
         rows = _with_splits(best, candidates, tree, skip_unusable, notes)
+    _no_text_beside_another_file(best, tree, skip_unusable, notes)
     missing = sorted(tree.images - tree.copies(best.covered))
     if missing:
         count = f"{len(missing)} of {len(tree.images)} images have no caption in {best.name}"
@@ -93,8 +105,29 @@ def read_folder(
 
 def named(names: Iterable[str]) -> str:
     """The first five of some names."""
-    names = [name.encode("utf-8", "backslashreplace").decode() for name in names]
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    names = list(names)
+    return ", ".join(map(_printable, names[:5])) + (", ..." if len(names) > 5 else "")
+
+
+def _printable(name: str) -> str:
+    """A name on one line, without the middle where it is no name but, say, a picture in base64."""
+    name = CONTROL.sub(lambda sign: f"\\x{ord(sign[0]):02x}", name.encode("utf-8", "backslashreplace").decode())
+    return name if len(name) <= 300 else f"{name[:100]}...{name[-100:]}"
+
+
+def _no_text_beside_another_file(best: "Candidate", tree: "Tree", skip_unusable: bool, notes: list[str]) -> None:
+    """Where texts lie beside the images, one beside a file that is none by its name is an error or a note."""
+    if best.rank < BESIDE_RANK:
+        return
+    texts = [name for name in sorted(tree.paths) if posixpath.splitext(name)[1].lower() in (".txt", ".caption")]
+    others = [other for text in texts if (other := tree.beside(text))]
+    if others:
+        said = (
+            f"{tree.root}: {len(others)} files with a text beside them are no pictures by their names: {named(others)}"
+        )
+        if not skip_unusable:
+            raise InputError(f"{said}; convert them, take them away, or set skip_unusable to leave them out")
+        notes.append(f"{said}; left out")
 
 
 # ---------------------------------------------------------------------------------------------- the files
@@ -134,7 +167,7 @@ class Tree:
             composed = normalize("NFC", entry.name)
             name = below + (composed if spellings[composed] == 1 else entry.name)
             try:
-                kind = "folder" if entry.is_dir() else "file" if entry.is_file() else ""
+                kind = "folder" if entry.is_dir() else "file" if entry.is_file() or _is_lost(entry) else ""
             except OSError:  # a link to itself
                 continue
             if kind == "file":
@@ -143,6 +176,16 @@ class Tree:
                 now.append((Path(entry.path), f"{name}/"))
             elif kind == "folder" and not self.root.resolve().is_relative_to(os.path.realpath(entry.path)):
                 later.append((Path(entry.path), f"{name}/"))
+
+    def beside(self, text: str) -> str | None:
+        """The file that a text lies beside as beside an image, though it is none by its name: 1.psd and 1.txt."""
+        stem = posixpath.splitext(text)[0]
+        same = [name for name in self._stems.get(stem, []) if posixpath.splitext(name)[1].lower() not in BESIDE]
+        return same[0] if same and stem not in self.stems and stem not in self.images else None
+
+    @cached_property
+    def _stems(self) -> dict[str, list[str]]:
+        return _grouped(self.paths, lambda name: posixpath.splitext(name)[0])
 
     @cached_property
     def stems(self) -> set[str]:
@@ -238,6 +281,11 @@ class Tree:
         return names | also
 
 
+def _is_lost(entry: os.DirEntry) -> bool:
+    """Whether an entry is a picture by its name, but a link that leads nowhere."""
+    return entry.is_symlink() and IMAGE_FILE.fullmatch(entry.name) is not None and not os.path.exists(entry.path)
+
+
 def _ends(folder: str) -> list[str]:
     """What to cut off a folder's path "a/b/" to have itself and each that it lies in: "", "b/", "a/b/"."""
     parts = folder.split("/")[:-1]
@@ -323,7 +371,11 @@ def _candidates(tree: Tree) -> list[Candidate]:
             _read(one, lambda name=name, reader=reader: _rows_of(name, reader, tree))
             groups.setdefault((rank, _without_split(name)), []).append(one)
     found = [candidate for group in groups.values() for candidate in _merged(group)]
-    found += [beside for suffix, rank in ((".txt", 6), (".caption", 7)) if (beside := _beside(tree, suffix, rank))]
+    found += [
+        beside
+        for suffix, rank in ((".txt", BESIDE_RANK), (".caption", BESIDE_RANK + 1))
+        if (beside := _beside(tree, suffix, rank))
+    ]
     return sorted(found, key=lambda candidate: candidate.rank)
 
 
@@ -394,8 +446,23 @@ def split_word(name: str) -> str | None:
     return _folder_word(folders)
 
 
+def split_words(names: Sequence[str]) -> list[str | None]:
+    """`split_word` of each name; a folder in which all lie says nothing: dev/train/, dev/test/."""
+    return [split_word(name) for name in _apart(names)]
+
+
+def _apart(names: Sequence[str]) -> list[str]:
+    """The names without the folders in which all lie."""
+    parts = [name.split("/") for name in names]
+    shared, most = 0, min((len(folders) for folders in parts), default=1) - 1
+    while shared < most and len({folders[shared] for folders in parts}) == 1:
+        shared += 1
+    return ["/".join(part[shared:]) for part in parts]
+
+
 def _folder_word(folders: str) -> str | None:
-    return next((SPLIT_NAMES[part.lower()] for part in folders.split("/") if part.lower() in SPLIT_NAMES), None)
+    found = filter(None, map(SPLIT_FOLDER.fullmatch, folders.split("/")))
+    return next((SPLIT_NAMES[word[1].lower()] for word in found), None)
 
 
 def _without_split(name: str) -> str:
@@ -406,7 +473,7 @@ def _merged(group: list[Candidate]) -> list[Candidate]:
     """Caption files of one name as one candidate if each is of a split, or has images of its own."""
     if len(group) == 1:
         return group
-    words = [split_word(one.files[0]) for one in group]
+    words = split_words([one.files[0] for one in group])
     apart = sum(len(one.covered) for one in group) == len(set().union(*(one.covered for one in group)))
     of_splits = all(words) and len(set(words)) > 1
     if not (of_splits or (apart and all(one.covered for one in group))):
@@ -434,7 +501,7 @@ def _best(candidates: list[Candidate], tree: Tree, parquet: int) -> Candidate | 
     readable = [one for one in candidates if not one.error]
     best = max(
         (one for one in readable if one.covered or one.known),
-        key=lambda one: (len(one.covered), any(row.split for row in one.rows), -one.rank),
+        key=lambda one: (len(one.covered), any(row.split for row in one.rows), -one.rank, one.known),
         default=None,
     )
     broken = [one for one in candidates if one.error and one.known]
@@ -510,6 +577,9 @@ def _with_splits(
         home = {row.file: row.split for row in other.rows if row.split and row.file in best.covered}
         if other is not best and 2 * len(home) >= len(best.covered) > 0:
             return _at_home(best.rows, home, f"split of {other.name}", tree, notes)
+    unread = [name for name in sorted(tree.paths) if UNREAD_SPLITS.fullmatch(posixpath.basename(name))]
+    if unread := [name for name in unread if name not in best.files and not _is_beside(name, tree)]:
+        notes.append(f"{tree.root}: {named(unread)} is not read; splits are made from a hash of each name")
     return best.rows
 
 
@@ -557,7 +627,7 @@ def _split_files(best: Candidate, tree: Tree, skip_unusable: bool, notes: list[s
 
 def _by_folders(rows: list[Row], tree: Tree) -> list[Row] | None:
     """The rows with the splits that the images' folders name; None if these name none, or one for all."""
-    words = [_folder_word(folder_of(row.file or row.image)) for row in rows]
+    words = [_folder_word(folder_of(name)) for name in _apart([row.file or row.image for row in rows])]
     if None in words and any(words):
         inside = next(row.image for row, word in zip(rows, words, strict=True) if word)
         outside = next(row.image for row, word in zip(rows, words, strict=True) if not word)

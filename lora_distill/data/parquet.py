@@ -11,9 +11,17 @@ import pyarrow.parquet as pq
 from datasets import Dataset, Features, Image, concatenate_datasets, load_dataset
 from datasets.config import HF_DATASETS_CACHE
 
-from lora_distill.data.layouts import Tree, folder_of, split_word
+from lora_distill.data.layouts import Tree, folder_of, split_words
 from lora_distill.data.pictures import content_digest, raw_images
-from lora_distill.data.readers import CAPTION_COLUMNS, Row, checked_captions, checked_split, columns_of
+from lora_distill.data.readers import (
+    CAPTION_COLUMNS,
+    Row,
+    checked_captions,
+    checked_split,
+    columns_of,
+    is_split_column,
+    own_split,
+)
 from lora_distill.data.tables import kept_table, loaded_tables
 from lora_distill.errors import InputError, MissingError, one_line, reading
 from lora_distill.storage import cache_key
@@ -60,7 +68,7 @@ def read_parquet(tree: Tree, names: Sequence[str], cache_dir: Path | None) -> tu
     Splits are those of the column `split` if there is one, else of the files' or folders' names. Raises ValueError
     with file and row.
     """
-    words = [split_word(name) for name in names]
+    words = split_words(names)
     if None in words and any(words):
         inside = next(name for name, word in zip(names, words, strict=True) if word)
         outside = names[words.index(None)]
@@ -133,7 +141,7 @@ def _schema(path: Path) -> pa.Schema:
 
 
 def _is_binary(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
 
 
 def _caption_columns(columns: Sequence[str], place: str) -> list[str]:
@@ -147,20 +155,20 @@ def _caption_columns(columns: Sequence[str], place: str) -> list[str]:
 def _texts(columns: Sequence[str], place: str = "") -> list[str]:
     """The columns beside the image that are read."""
     name = next((name for name in ID_COLUMNS if name in columns), None)
-    wanted = (*_caption_columns(columns, place), name, "split")
-    return [column for column in columns if column in wanted]
+    wanted = (*_caption_columns(columns, place), name)
+    return [column for column in columns if column in wanted or is_split_column(column)]
 
 
 def _table_rows(columns: Sequence[str], records: Sequence[dict], place: str, split: str | None) -> Iterator[Row]:
     """A row for each record of a table; its image is the record's name, "" where it has none."""
     caption_columns = columns_of(columns, place)[1]
     name = next((name for name in ID_COLUMNS if name in columns), None)
+    decided = any(column.strip().lower() == "split" for column in columns)
     for number, record in enumerate(records):
         row = f"{place}, row {number}"
         values = [record[column] for column in caption_columns if record[column] is not None]
         captions = [text for value in values for text in checked_captions(value, row)]
-        own_split = record.get("split")
-        own = checked_split(own_split, row) if own_split is not None else None if "split" in columns else split
+        own = own_split(record, row) or (None if decided else split)
         yield Row(row, "" if name is None or record[name] is None else str(record[name]), captions, own)
 
 

@@ -15,7 +15,7 @@ import PIL.Image
 import PIL.ImageOps
 from datasets import Dataset, Image
 
-from lora_distill.errors import InputError, one_line
+from lora_distill.errors import NOT_FETCHED, InputError, is_pointer, one_line
 
 
 def raw_images(dataset: Dataset) -> Dataset:
@@ -37,7 +37,8 @@ def opened(image: dict, draft: tuple[str | None, tuple[int, int]] | None = None)
     except FileNotFoundError:
         raise InputError("missing") from None
     except PIL.UnidentifiedImageError:
-        raise InputError("cannot identify image file") from None
+        pointer = image["bytes"] is None and is_pointer(image["path"])
+        raise InputError(NOT_FETCHED if pointer else "cannot identify image file") from None
     except Exception as error:  # a decoder may raise anything
         raise InputError(one_line(error)) from None
 
@@ -124,11 +125,12 @@ def upright_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
 def _scaled(image: PIL.Image.Image) -> PIL.Image.Image:
     """A grey image of 16 bits, 32 bits or floats, in 8 bits; Pillow's own conversion cuts all above 255 off.
 
-    Floats are in [0, 1]; floats and 32 bits are also in [0, 255] or [0, 65535].
+    Floats are in [0, 1]; floats and 32 bits are also in [0, 255] or [0, 65535]. Floats that pass 1 by less than 1 are
+    in no known range: as one of 255 the picture would be black.
     """
     values = np.asarray(image, dtype=np.float64)
     low, high = values.min(), values.max()
-    if not (low >= 0 and high <= 65535):
+    if not (low >= 0 and high <= 65535) or (image.mode == "F" and 1 < high < 2):
         raise InputError(f"its values lie between {low:g} and {high:g}, in none of the ranges 0 to 1, 255 and 65535")
     eight_bits = 1 if image.mode == "F" and high <= 1 else 255
     top = 65535 if image.mode.startswith("I;16") or high > 255 else eight_bits

@@ -3,23 +3,29 @@
 No reader looks at images; `data.layouts` finds the files, joins them with the images and chooses among them.
 """
 
+import ast
 import csv
+import io
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+import tokenize
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lora_distill.errors import InputError, reading
+from lora_distill.errors import NOT_FETCHED, POINTER, InputError, reading
 
 SPLIT_NAMES = {
     **dict.fromkeys(("train", "training", "restval"), "train"),  # restval: Karpathy's name for more of COCO's training
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
+SPLIT_COLUMNS = ("split", "subset", "partition")  # of the last two, values that are no splits are something else
 IMAGE_COLUMNS = ("file_name", "filename", "image", "image_name", "image_path", "image_file", "path", "file", "img")
 CAPTION_COLUMNS = ("captions", "caption", "text", "comment", "sentence", "description", "raw")
 NUMBERED_CAPTION = re.compile(r"caption_?\d+")
@@ -27,6 +33,7 @@ IMAGE_SUFFIX = r"\.(jpe?g?|jfif|a?png|webp|gif|bmp|tiff?|avif|hei[cf]|jp2|jxl|p[
 IMAGE_NAME = re.compile(rf".*{IMAGE_SUFFIX}(\.\d+)?", re.IGNORECASE | re.DOTALL)  # .jpg.1 is in Flickr8k
 NUMBERED_IMAGE = re.compile(rf"(.*{IMAGE_SUFFIX}(?:\.\d+)?)#\d+", re.IGNORECASE | re.DOTALL)
 LINE_END = re.compile(r"\r\n|\r|\n")  # no others: U+2028, a form feed and the like are text
+INVISIBLE = "\u00ad\u200b\u200c\u200d\u200e\u200f\u2060"  # a text of these and blanks alone is blank
 LONGEST_FIELD = 100  # lines that a quoted field may have
 
 
@@ -49,6 +56,20 @@ def checked_split(name: object, place: str) -> str:
     return known
 
 
+def own_split(record: Mapping[str, object], place: str) -> str | None:
+    """The split that a record says, in a column that may be written in capitals; None if it says none."""
+    named = {key.strip().lower(): value for key, value in record.items() if isinstance(key, str)}
+    for column in SPLIT_COLUMNS:
+        value = named.get(column)
+        if value is not None and (column == "split" or str(value).strip().lower() in SPLIT_NAMES):
+            return checked_split(value, place)
+    return None
+
+
+def is_split_column(name: object) -> bool:
+    return isinstance(name, str) and name.strip().lower() in SPLIT_COLUMNS
+
+
 def checked_captions(captions: object, place: str) -> list[str]:
     """Captions, a text or a list of them, without blanks around them; blank ones stay, as "".
 
@@ -57,13 +78,24 @@ def checked_captions(captions: object, place: str) -> list[str]:
     texts = [captions] if isinstance(captions, str) else captions
     if not isinstance(texts, list) or not all(isinstance(text, str) and is_text(text) for text in texts):
         raise InputError(f"{place}: expected captions, none of them empty, got {_short(captions)}")
-    return [text.strip() for text in texts]
+    return [trimmed(text) for text in texts]
+
+
+def trimmed(text: str) -> str:
+    """A text without blanks around it; "" where nothing of it can be seen."""
+    text = text.strip()
+    return text if text.strip(INVISIBLE + " \t\r\n") else ""
 
 
 def text_of(path: Path) -> str:
-    """The text of a file: UTF-8, or UTF-16 with a byte order mark. Raises ValueError with the line for another."""
+    """The text of a file: UTF-8, or UTF-16 with a byte order mark. Raises ValueError with the line for another.
+
+    Marks in the text are those of files that were put together; they are left out.
+    """
     with reading(path, "a text file"):
         content = path.read_bytes()
+    if content.startswith(POINTER):
+        raise InputError(f"{path}: {NOT_FETCHED}")
     coding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
     try:
         text = content.decode(coding)
@@ -74,7 +106,7 @@ def text_of(path: Path) -> str:
     if (end := text.find("\0")) >= 0:
         line = text.count("\n", 0, end) + 1
         raise InputError(f"{path}, line {line}: expected text in UTF-8 (a NUL byte)")
-    return text
+    return text.replace("\ufeff", "")
 
 
 def lines_of(path: Path) -> Iterator[tuple[str, str]]:
@@ -131,8 +163,7 @@ def record_row(record: object, place: str) -> Row:
         raise InputError(f"{place}: expected {RECORD}")
     values = [record[column] for column in columns if record[column] is not None]
     captions = [text for value in values for text in checked_captions(value, place)]
-    split = record.get("split")
-    return Row(place, record[image], captions, None if split is None else checked_split(split, place))
+    return Row(place, record[image], captions, own_split(record, place))
 
 
 def _no_key_twice(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -215,11 +246,17 @@ def parquet_records(path: Path) -> Iterator[Row]:
     with reading(path, expected):
         schema = pq.read_schema(path)
         image, captions = columns_of(schema.names, str(path))
-        if image is None or not pa.types.is_string(schema.field(image).type):
+        if image is None or not _is_string(schema.field(image).type):
             raise InputError(f"{path}: expected {expected}")
-        columns = [name for name in schema.names if name in (image, *captions, "split")]
+        columns = [name for name in schema.names if name in (image, *captions) or is_split_column(name)]
         records = pq.read_table(path, columns=columns).to_pylist()
     yield from (record_row(record, f"{path}, row {number}") for number, record in enumerate(records))
+
+
+def _is_string(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
 # ---------------------------------------------------------------------------------------------- lines
@@ -236,14 +273,34 @@ def token_file(path: Path) -> Iterator[Row]:
 
 
 BOXES = re.compile(r"\s*\d+(\s+[\d.]+){4,}\s*")
+MARKUP = re.compile(r"\{\\rtf|<\?xml|<!doctype|<(html|svg|x:xmpmeta|annotation)\b", re.IGNORECASE)
+DRAWN = re.compile(r"Negative prompt:|Steps: \d+, Sampler:")  # what programs that draw write beside their pictures
 
 
 def captions_beside(image: str, path: Path) -> Row:
     """The captions of one image from a file beside it: every line that is not blank is one."""
-    captions = [line.strip() for _, line in lines_of(path)]
-    if captions and all(map(BOXES.fullmatch, captions)):
-        raise InputError(f"{path}, line 1: expected a caption, got numbers: {_short(captions[0])}")
-    return Row(str(path), image, captions)
+    lines = [line.strip() for _, line in lines_of(path)]
+    if lines and (what := _no_captions(lines)):
+        raise InputError(f"{path}, line 1: expected a caption, got {what}: {_short(lines[0])}")
+    return Row(str(path), image, [line for line in lines if trimmed(line)])
+
+
+def _no_captions(lines: list[str]) -> str | None:
+    """What the lines of a text are if they are no captions."""
+    if all(map(BOXES.fullmatch, lines)):
+        return "numbers"
+    if MARKUP.match(lines[0]):
+        return "a document"
+    if any(map(DRAWN.match, lines)):
+        return "the settings of a program that draws; leave the caption alone"
+    return "JSON" if lines[0][0] in "{[" and _is_json("\n".join(lines)) else None
+
+
+def _is_json(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict | list)
+    except (ValueError, RecursionError):
+        return False
 
 
 # ---------------------------------------------------------------------------------------------- tables
@@ -253,11 +310,11 @@ BARS = "| "  # between columns there is then no quoting: quotation marks are tex
 
 @dataclass(frozen=True)
 class _Columns:
-    """Where a table has what; `width` is the number of its columns."""
+    """Where a table has what, the splits with their names; `width` is the number of its columns."""
 
     image: int
     captions: list[int]
-    split: int | None
+    splits: dict[str, int]
     width: int
     lists: bool = False  # the column is called captions or raw: a cell may be a list in JSON
 
@@ -354,16 +411,16 @@ def _columns(records: list[tuple[str, str, list[str]]]) -> tuple[_Columns, bool]
     heads = [_head(cell) for cell in cells]
     image, captions = columns_of(heads, place)
     if image is not None and captions and not is_image_name(_unnumbered(cells[0])):
-        twice = [head for head in (image, *captions, "split") if heads.count(head) > 1]
+        twice = [head for head in (image, *captions, *SPLIT_COLUMNS) if heads.count(head) > 1]
         if twice:
             raise InputError(f"{place}: two columns are called {twice[0]}")
-        split = heads.index("split") if "split" in heads else None
+        splits = {head: heads.index(head) for head in SPLIT_COLUMNS if head in heads}
         where = [heads.index(caption) for caption in captions]
-        return _Columns(heads.index(image), where, split, len(cells), captions in (["captions"], ["raw"])), True
+        return _Columns(heads.index(image), where, splits, len(cells), captions in (["captions"], ["raw"])), True
     if len(cells) > 1 and is_image_name(_unnumbered(cells[0])):
         numbered = all(len(cells) > 2 and cells[1].strip().isdecimal() for _, _, cells in records)
         width = 3 if numbered else 2
-        return _Columns(0, [width - 1], None, width), False
+        return _Columns(0, [width - 1], {}, width), False
     raise InputError(
         f"{place}: expected a header with a column for the image ({', '.join(IMAGE_COLUMNS[:4])}, ...) and one for the "
         f"caption ({', '.join(CAPTION_COLUMNS[:4])}, ...), or an image and its caption, got {_short(cells)}"
@@ -389,13 +446,50 @@ def _fitted(cells: list[str], block: str, columns: _Columns, delimiter: str, pla
 
 def _table_row(place: str, cells: list[str], columns: _Columns) -> Row:
     texts = [cells[column] for column in columns.captions]
-    if columns.lists and re.fullmatch(r'\s*\[\s*".*"\s*\]\s*', texts[0], re.DOTALL):
-        texts = _json(texts[0], place, "a list of captions")
-    elif len(texts) > 1:
+    if len(texts) > 1:
         texts = [text for text in texts if text.strip()]  # an image may have fewer captions than there are columns
-    split = cells[columns.split] if columns.split is not None else ""
+    elif texts:
+        texts = _listed(texts[0], columns.lists, place)
+    splits = {head: cells[column] for head, column in columns.splits.items() if cells[column].strip()}
     image = _unnumbered(cells[columns.image])
-    return Row(place, image, checked_captions(texts, place), checked_split(split, place) if split.strip() else None)
+    return Row(place, image, checked_captions(texts, place), own_split(splits, place))
+
+
+LISTED = re.compile(r"\s*\[\s*(['\"]).*['\"]\s*,?\s*\]\s*", re.DOTALL)
+
+
+def _listed(cell: str, lists: bool, place: str) -> list[str]:
+    """The captions of a cell: a list as JSON or Python writes it, or one text.
+
+    Raises ValueError for a list without commas, as numpy writes it, and, where `lists` are expected, for broken JSON.
+    """
+    if not LISTED.fullmatch(cell):
+        return [cell]
+    for read in (json.loads, _python_list):
+        try:
+            found = read(cell.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+        if isinstance(found, list) and all(isinstance(one, str) for one in found):
+            if read is _python_list and _two_texts_meet(cell):
+                raise InputError(f"{place}: expected commas between the captions of a list, got {_short(cell)}")
+            return found
+    if lists and cell.strip().lstrip("[ ")[0] == '"':
+        raise InputError(f"{place}: expected a list of captions")
+    return [cell]
+
+
+def _python_list(text: str) -> object:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a backslash in a caption
+        return ast.literal_eval(text)
+
+
+def _two_texts_meet(cell: str) -> bool:
+    """Whether two texts stand side by side: Python reads them as one."""
+    kinds = [token.type for token in tokenize.generate_tokens(io.StringIO(cell.strip()).readline)]
+    plain = [kind for kind in kinds if kind not in (tokenize.NL, tokenize.NEWLINE)]
+    return any(pair == (tokenize.STRING, tokenize.STRING) for pair in pairwise(plain))
 
 
 Reader = Callable[[Path], Iterator[Row]]

@@ -833,3 +833,135 @@ class TestShares:
             pictures(tmp_path / name)
             records(tmp_path / name / "metadata.jsonl", IMAGES, split="train" if name == "mine" else "test")
         refused(tmp_path / "mine", "all images of split 'train' are in the test split of", without=tmp_path / "judged")
+
+
+# ---------------------------------------------------------------------------------------------- found by strangers
+
+
+def beside(folder: Path, numbers) -> None:
+    for number in numbers:
+        picture(folder / f"g{number}.jpg", number)
+        text(folder / f"g{number}.txt", SAID[f"g{number}.jpg"])
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("train2017", "test2017"),
+        ("training_set/cats", "test_set/cats"),
+        ("train_images", "test_images"),
+        ("images-train", "images-test"),
+        ("training/train", "training/test"),
+        ("dev/train", "dev/test"),
+    ],
+)
+def test_folders_of_splits_by_other_names(tmp_path, train, test):
+    beside(tmp_path / train, range(8))
+    beside(tmp_path / test, range(8, COUNT))
+    splits = {number: split for number, (_, split) in whole(tmp_path).items()}
+    assert splits == {number: "train" if number < 8 else "test" for number in range(COUNT)}
+
+
+@pytest.mark.parametrize(("train", "test"), [("split=train", "split=test"), ("default/partial-train", "default/test")])
+def test_folders_of_splits_in_parquet_by_other_names(tmp_path, train, test):
+    for folder, numbers in ((train, range(8)), (test, range(8, COUNT))):
+        table = {"image": [content(number) for number in numbers], "caption": [SAID[f"g{n}.jpg"] for n in numbers]}
+        (tmp_path / folder).mkdir(parents=True)
+        pq.write_table(pa.table(table), tmp_path / folder / "0.parquet")
+    splits = {number: split for number, (_, split) in whole(tmp_path, cache_dir=tmp_path / "kept").items()}
+    assert splits == {number: "train" if number < 8 else "test" for number in range(COUNT)}
+
+
+@pytest.mark.parametrize("names", ["training testing", "train_images test_images", "train_list test_list"])
+def test_lists_of_splits_by_long_names(tmp_path, names):
+    beside(tmp_path / "img", range(COUNT))
+    first, second = names.split()
+    text(tmp_path / f"{first}.txt", *IMAGES[:8])
+    text(tmp_path / f"{second}.txt", *IMAGES[8:])
+    splits = {number: split for number, (_, split) in whole(tmp_path).items()}
+    assert splits == {number: "train" if number < 8 else "test" for number in range(COUNT)}
+
+
+def test_splits_that_are_not_read_are_named(tmp_path):
+    beside(tmp_path, range(COUNT))
+    text(tmp_path / "splits.json", json.dumps({"train": IMAGES[:8], "test": IMAGES[8:]}))
+    with pytest.warns(UserWarning, match=r"splits\.json is not read"):
+        captioned_images(tmp_path, "train")
+
+
+@pytest.mark.parametrize("column", ["Split", "subset"])
+def test_columns_of_splits_by_other_names(tmp_path, column):
+    pictures(tmp_path)
+    text(tmp_path / "metadata.jsonl", *(json.dumps({"file_name": i, "text": SAID[i], column: HOME[i]}) for i in IMAGES))
+    assert whole(tmp_path) == AT_HOME
+
+
+@pytest.mark.parametrize("write", [str, json.dumps])
+def test_lists_of_captions_in_a_cell(tmp_path, write):
+    pictures(tmp_path)
+    with open(tmp_path / "captions.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["image", "caption"], *([i, write([SAID[i], "it's two"])] for i in IMAGES)])
+    assert everything(tmp_path) == {number: [*said, "it's two"] for number, said in ALL.items()}
+
+
+def test_a_list_without_commas_is_refused(tmp_path):
+    pictures(tmp_path)
+    text(tmp_path / "captions.csv", "image,caption", *(f"{image},['one' 'two']" for image in IMAGES))
+    refused(tmp_path, "expected commas between the captions")
+
+
+@pytest.mark.parametrize(
+    ("lines", "what"),
+    [
+        (["version https://git-lfs.github.com/spec/v1", "size 21"], "run git lfs pull"),
+        (["a dog", "Negative prompt: blurry", "Steps: 20, Sampler: Euler a"], "a program that draws"),
+        (['{"caption": "a dog"}'], "got JSON"),
+        (["{\\rtf1\\ansi a dog}"], "got a document"),
+        (["<!DOCTYPE html>", "404"], "got a document"),
+    ],
+)
+def test_what_is_no_caption_beside_a_picture_is_refused(tmp_path, lines, what):
+    beside(tmp_path, range(2))
+    text(tmp_path / "g1.txt", *lines)
+    refused(tmp_path, what)
+
+
+def test_a_picture_behind_a_broken_link_is_missing(tmp_path):
+    beside(tmp_path, range(COUNT))
+    (tmp_path / "g3.jpg").unlink()
+    (tmp_path / "g3.jpg").symlink_to("../blobs/g3")
+    with pytest.raises(InputError, match=r"g3\.jpg \(missing\)"):
+        captioned_images(tmp_path, "all")
+
+
+@pytest.mark.parametrize("name", ["a\nb.jpg", "a.jpg "])
+def test_odd_names_of_pictures_are_read(tmp_path, name):
+    beside(tmp_path, range(2))
+    picture(tmp_path / name, 2)
+    text(tmp_path / f"{name.partition('.')[0]}.txt", "odd")
+    assert len(captioned_images(tmp_path, "all")) == 3
+
+
+def test_a_text_beside_what_is_no_picture_by_its_name_is_refused(tmp_path):
+    beside(tmp_path, range(2))
+    text(tmp_path / "a.psd", "8BPS")
+    text(tmp_path / "a.txt", "a drawing")
+    refused(tmp_path, r"no pictures by their names: a\.psd", split="all")
+    with pytest.warns(UserWarning, match=r"a\.psd; left out"):
+        assert len(captioned_images(tmp_path, "all", skip_unusable=True)) == 2
+
+
+def test_byte_order_marks_between_lines_and_texts_that_cannot_be_seen(tmp_path):
+    pictures(tmp_path)
+    text(tmp_path / "metadata.jsonl", *("\ufeff" + json.dumps({"file_name": i, "text": SAID[i]}) for i in IMAGES))
+    assert everything(tmp_path) == ALL
+    text(tmp_path / "metadata.jsonl", *(json.dumps({"file_name": i, "text": "\u200b"}) for i in IMAGES))
+    refused(tmp_path, "12 of 12 images have no caption")
+
+
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())])
+def test_names_in_parquet_by_other_types(tmp_path, kind):
+    pictures(tmp_path)
+    table = pa.table({"file_name": pa.array(IMAGES).cast(kind), "text": list(SAID.values())})
+    pq.write_table(table, tmp_path / "metadata.parquet")
+    assert everything(tmp_path) == ALL

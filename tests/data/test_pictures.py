@@ -178,3 +178,15 @@ def test_a_digest_is_that_of_the_content(tmp_path):
     path.write_bytes(image["bytes"] + b"x")
     assert content_digest({"bytes": None, "path": str(path)}) != content_digest(image)
     assert content_digest(None) is content_digest({"bytes": None, "path": "/no/such"}) is None
+
+
+def test_floats_a_little_above_one_are_no_black_picture():
+    ramp = PIL.Image.fromarray(np.linspace(0, 1.3, 64, dtype=np.float32).reshape(8, 8))
+    with pytest.raises(InputError, match=r"between 0 and 1\.3"):
+        upright_rgb(ramp)
+
+
+def test_a_picture_that_git_lfs_has_not_fetched_says_so(tmp_path):
+    path = tmp_path / "a.jpg"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n", encoding="utf-8")
+    assert "git lfs pull" in problem({"bytes": None, "path": str(path)})
