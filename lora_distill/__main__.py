@@ -415,16 +415,16 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # a pipe may have an encoding without some letters, an ASCII one for one
         if stream is not None:  # closed by who started us
             stream.reconfigure(errors="replace")
-    if "--version" in own:
-        print(_versions())
-        return
     try:
-        app()
+        if "--version" in own:
+            print(_versions(), flush=True)
+        else:
+            app()
     except Exception as error:
         if debug:
             raise
         with suppress(OSError):  # the exit code says it too
-            print(_said(error), file=sys.stderr)
+            print(*_said(error).splitlines(), file=sys.stderr)  # one line, whatever a file's name holds
         sys.exit(2 if isinstance(error, InputError) else 1)
 
 

@@ -98,6 +98,7 @@ def test_without_a_checkout_every_command_says_that_one_is_needed(command, tmp_p
         (">&-", 0, ""),
         ("2>&-", 0, ""),
         (">/dev/full", 1, "the output: No space left on device\n"),
+        ("--version >/dev/full", 1, "the output: No space left on device\n"),
         ("--profile nope 2>/dev/full", 2, ""),
         ("--profile nope 2>&-", 2, ""),
         ("| head -n 1", 0, ""),
@@ -171,6 +172,13 @@ def test_a_cpu_runtime_that_is_not_installed_is_one_line(command, monkeypatch):
     monkeypatch.setattr(series, "prepare", deploy)
     code, _, err = command("prepare")
     assert (code, err) == (1, "the CPU runtime is not installed: pip install 'lora_distill[cpu]'\n")
+
+
+def test_the_name_of_a_file_breaks_no_line(command, tmp_path):
+    path = tmp_path / "a\nb.yaml"
+    path.write_text("profile: c\n", encoding="utf-8")
+    code, _, errors = command("settings", "--profile", str(path))
+    assert code == 2 and errors.count("\n") == 1
 
 
 def test_unknown_profile_is_one_line(command):
