@@ -142,6 +142,26 @@ def test_verdicts_are_not_printed_from_tables_that_were_edited(command, tmp_path
     assert err == f"{path} was changed since it was committed; git checkout restores it\n"
 
 
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        ({"seed": 0, "since_removed": 1}, ""),
+        ({"seed": 7}, ", made with seed: 7, not as the profile says now"),
+        ({"seed": 7, "data": "x"}, ", made with seed: 7 and 1 more, not as the profile says now"),
+        ([], ""),
+    ],
+)
+def test_verdicts_of_a_run_with_other_settings_say_so(command, tmp_path, monkeypatch, made, said):
+    """A profile is edited after its run: without a word, the old numbers would be taken for its own."""
+    folder = tmp_path / "run" / "figures"
+    folder.mkdir(parents=True)
+    shutil.copy(repository_root() / "figures" / "full" / "02_quality.csv", folder)
+    (folder.parent / "manifest.json").write_text(json.dumps({"settings": made}), encoding="utf-8")
+    monkeypatch.setattr("lora_distill.settings.results_dir", lambda _: folder)
+    code, out, _ = command("claims", "--profile", "full")
+    assert code == 0 and out.splitlines()[0].endswith(f"run/figures{said}")
+
+
 def test_a_run_that_is_not_finished_is_not_published(command, tmp_path):
     (tmp_path / "never.yaml").write_text("profile: never\n", encoding="utf-8")
     code, _, err = command("publish", "--profile", str(tmp_path / "never.yaml"))
