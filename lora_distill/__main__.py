@@ -183,18 +183,27 @@ def report(profile: Profile = "cpu") -> None:
     from lora_distill.settings import load_settings, run_dir
     from lora_distill.storage import locked
 
-    folder = run_dir(load_settings(profile))
+    folder = run_dir(checked := load_settings(profile))
     with locked(folder) if folder.is_dir() else nullcontext():
-        print(os.path.relpath(pages.write(folder)))
+        written = pages.write(folder)
+        print(os.path.relpath(written) + _other_settings(folder, checked))
 
 
 def _results(profile: str) -> Path:
     """The folder with the figures and tables of a profile, which is named on the way."""
     from lora_distill.settings import load_settings, results_dir
 
-    folder = results_dir(load_settings(profile))
-    print(f"reading {os.path.relpath(folder)}")
+    folder = results_dir(checked := load_settings(profile))
+    print(f"reading {os.path.relpath(folder)}{_other_settings(folder.parent, checked)}")
     return folder
+
+
+def _other_settings(folder: Path, checked: "Settings") -> str:
+    """Where a run was made with other settings than its profile has now, what follows its name; else empty."""
+    from lora_distill.publish import stamps
+
+    other = stamps.other_settings(folder, checked.model_dump())
+    return f", {other}" * bool(other)
 
 
 @app.command(rich_help_panel=SERIES)
@@ -416,16 +425,16 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # a pipe may have an encoding without some letters, an ASCII one for one
         if stream is not None:  # closed by who started us
             stream.reconfigure(errors="replace")
-    if "--version" in own:
-        print(_versions())
-        return
     try:
-        app()
+        if "--version" in own:
+            print(_versions(), flush=True)
+        else:
+            app()
     except Exception as error:
         if debug:
             raise
         with suppress(OSError):  # the exit code says it too
-            print(_said(error), file=sys.stderr)
+            print(*_said(error).splitlines(), file=sys.stderr)  # one line, whatever a file's name holds
         sys.exit(2 if isinstance(error, InputError) else 1)
 
 

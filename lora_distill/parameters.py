@@ -5,11 +5,14 @@
 
 import ast
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
 from inspect import isroutine
 from types import ModuleType
 from typing import Any
 
 MARK, READER = "profile", "from_notebook"  # the parameters cell assigns the first; the cell after it calls the second
+RUNNERS = {"run_cell_magic", "run_line_magic"}  # what IPython writes for %%time and %time
+MAGICS = {"time", "capture", "prun"}  # that run code as it would run without them
 BLOCKS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)  # names in them are not the notebook's
 
 
@@ -29,24 +32,25 @@ def parameters(namespace: dict[str, Any], known: Collection[str]) -> dict[str, A
         namespace["_settings_checked"] = True
     found = {}
     for name in [name for name in namespace if name in written or (name in known and name not in computed)]:
-        value = namespace[name]
+        value, literal = namespace[name], written.get(name)
+        if literal is not None and (name in computed or _is_code(value)):  # a later cell left something else there
+            value = ast.literal_eval(literal)
         if _is_parameter(name, value) or (name in known and not _is_code(value)):
-            found[name] = _value(written.get(name), value)
+            found[name] = value
     return found
 
 
 def assigned(sources: Iterable[str], known: Collection[str]) -> tuple[dict[str, ast.expr | None], set[str]]:
     """The names that the parameters cell and what ran from it to the call of `READER` assigned, each with its value.
 
-    Later cells add the known names that they assign a plain value. The second are the known names that they computed
-    and that are not among the first.
+    Later cells add the known names that they assign a plain value. The second are the known names that they computed.
     """
     names: dict[str, ast.expr | None] = {}
     computed: set[str] = set()
     reading = True
     for source in sources:
         try:
-            body = ast.parse(source).body
+            body = [part for statement in ast.parse(source).body for part in _run_by(statement)]
         except (SyntaxError, ValueError, RecursionError, MemoryError):  # IPython said so when the cell ran
             continue
         end = next((number for number, statement in enumerate(body) if _reads(statement)), len(body))
@@ -61,7 +65,16 @@ def assigned(sources: Iterable[str], known: Collection[str]) -> tuple[dict[str, 
         names |= {name: value for part in after for name, value in _targets(part) if name in known and _plain(value)}
         computed |= {name for part in after for name in _stored(part) if name in known}
         reading = reading and end == len(body)
-    return names, computed - names.keys()
+    return names, computed
+
+
+def _run_by(statement: ast.stmt) -> list[ast.stmt]:
+    """A statement, or the statements in a magic that runs them here, as IPython keeps `%%time` above a cell."""
+    match statement:
+        case ast.Expr(ast.Call(ast.Attribute(attr=magic), [ast.Constant(name), *_, ast.Constant(str(code))])):
+            with suppress(SyntaxError, ValueError):
+                return ast.parse(code).body if magic in RUNNERS and name in MAGICS else [statement]
+    return [statement]
 
 
 def _reads(statement: ast.stmt) -> bool:
@@ -101,11 +114,6 @@ def _plain(value: ast.expr | None) -> bool:
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         return False
     return True
-
-
-def _value(written: ast.expr | None, present: Any) -> Any:
-    """The value of a name as it was written; a loop of a later cell may have left another one."""
-    return present if written is None else ast.literal_eval(written)
 
 
 def _is_code(value: Any) -> bool:

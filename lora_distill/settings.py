@@ -352,8 +352,13 @@ def located(key: str, source: str) -> str:
     with reading(f"{key}: {shown(source)}", "a file, a folder or a hub id"):  # ~nobody, or a name of 300 letters
         if (path := repository_root() / Path(source).expanduser()).exists():
             return str(path)
+    if re.fullmatch("none|null|no|false", source, re.IGNORECASE):  # else a hub id, asked for long after the start
+        none = ', or "" for none' if re.fullmatch(NAMED.get(key, "(?!)"), "") else ""
+        raise InputError(f"{key}: expected a folder or a hub id{none}, got the text {shown(source)}")
     if "scenes" in NAMED.get(key, "") and re.fullmatch("scenes(/.*)?", source):
         raise InputError(f"{key}: expected scenes/noto or scenes/fluent with /8k or /30k, got the text {shown(source)}")
+    if others := [other for other, names in NAMED.items() if names and re.fullmatch(names, source)]:
+        raise InputError(f"{key}: {source} is a value of {others[0]}; expected a folder or a hub id here")
     return source
 
 

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, ConfigMixin, DDIMScheduler, StableDiffusion
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from lora_distill.errors import InputError, MissingError
+from lora_distill.errors import InputError, MissingError, reading
 
 BUNDLED = Path(__file__).parent / "assets" / "pipeline"
 LONGEST_NAME = 255  # of a file or folder
@@ -93,7 +93,10 @@ def unet_config(pipeline: str) -> dict[str, Any]:
     """
     if pipeline == SD15_SHAPE:
         return dict(meta_unet(SD15_UNET).config)
-    return part_config(UNet2DConditionModel, pipeline_source(pipeline), "unet")
+    config = part_config(UNet2DConditionModel, source := pipeline_source(pipeline), "unet")
+    if not isinstance(config.get("down_block_types"), list | tuple):
+        raise InputError(f"{source}: unet/config.json: no list of down_block_types")
+    return config
 
 
 def part_config(kind: type[ConfigMixin], source: Path | str, part: str) -> dict[str, Any]:
@@ -109,7 +112,7 @@ def part_config(kind: type[ConfigMixin], source: Path | str, part: str) -> dict[
 
 def meta_unet(config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
     """A UNet on the meta device: parameters have shapes and no values. Adapters can be added to it."""
-    with torch.device("meta"):
+    with reading("unet/config.json", "the config of a UNet of Stable Diffusion"), torch.device("meta"):
         return UNet2DConditionModel.from_config(dict(config)).to(dtype=dtype)
 
 

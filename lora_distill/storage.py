@@ -526,11 +526,15 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout, with -dirty at its end when tracked files differ from it; None outside of git."""
+    """The commit of the checkout, with -dirty at its end when tracked files differ from it.
+
+    None where git is not here or the code is not in a repository; one around it, of other files, does not count.
+    """
     try:
-        commit = _git("rev-parse", "HEAD")
-        changes = _git("status", "--porcelain", "--untracked-files=no")
-    except FileNotFoundError:  # no git on this machine
+        known = _git("ls-files", "--", str(Path(__file__).resolve()))
+        commit = _git("rev-parse", "HEAD") if known else ""
+        changes = _git("status", "--porcelain", "--untracked-files=no") if commit else ""
+    except OSError:  # no git on this machine, or one that does not start
         return None
     return f"{commit}-dirty" if changes else commit or None
 

@@ -98,6 +98,7 @@ def test_without_a_checkout_every_command_says_that_one_is_needed(command, tmp_p
         (">&-", 0, ""),
         ("2>&-", 0, ""),
         (">/dev/full", 1, "the output: No space left on device\n"),
+        ("--version >/dev/full", 1, "the output: No space left on device\n"),
         ("--profile nope 2>/dev/full", 2, ""),
         ("--profile nope 2>&-", 2, ""),
         ("| head -n 1", 0, ""),
@@ -141,6 +142,26 @@ def test_verdicts_are_not_printed_from_tables_that_were_edited(command, tmp_path
     assert err == f"{path} was changed since it was committed; git checkout restores it\n"
 
 
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        ({"seed": 0, "since_removed": 1}, ""),
+        ({"seed": 7}, ", made with seed: 7, not as the profile says now"),
+        ({"seed": 7, "data": "x"}, ", made with seed: 7 and 1 more, not as the profile says now"),
+        ([], ""),
+    ],
+)
+def test_verdicts_of_a_run_with_other_settings_say_so(command, tmp_path, monkeypatch, made, said):
+    """A profile is edited after its run: without a word, the old numbers would be taken for its own."""
+    folder = tmp_path / "run" / "figures"
+    folder.mkdir(parents=True)
+    shutil.copy(repository_root() / "figures" / "full" / "02_quality.csv", folder)
+    (folder.parent / "manifest.json").write_text(json.dumps({"settings": made}), encoding="utf-8")
+    monkeypatch.setattr("lora_distill.settings.results_dir", lambda _: folder)
+    code, out, _ = command("claims", "--profile", "full")
+    assert code == 0 and out.splitlines()[0].endswith(f"run/figures{said}")
+
+
 def test_a_run_that_is_not_finished_is_not_published(command, tmp_path):
     (tmp_path / "never.yaml").write_text("profile: never\n", encoding="utf-8")
     code, _, err = command("publish", "--profile", str(tmp_path / "never.yaml"))
@@ -171,6 +192,13 @@ def test_a_cpu_runtime_that_is_not_installed_is_one_line(command, monkeypatch):
     monkeypatch.setattr(series, "prepare", deploy)
     code, _, err = command("prepare")
     assert (code, err) == (1, "the CPU runtime is not installed: pip install 'lora_distill[cpu]'\n")
+
+
+def test_the_name_of_a_file_breaks_no_line(command, tmp_path):
+    path = tmp_path / "a\nb.yaml"
+    path.write_text("profile: c\n", encoding="utf-8")
+    code, _, errors = command("settings", "--profile", str(path))
+    assert code == 2 and errors.count("\n") == 1
 
 
 def test_unknown_profile_is_one_line(command):

@@ -162,3 +162,22 @@ def test_nothing_is_said_of_a_profile_with_its_values(capsys, name):
     assert from_notebook(load_settings(name).model_dump()) == load_settings(name)
     assert from_notebook({"profile": "mine", "lora_rank": 8}).lora_rank == 8
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("magic", ["%%time", "%%capture"])
+def test_a_magic_above_the_parameters_hides_no_misspelt_key(run, magic):
+    assert run(f"{magic}\n{CELL_1}", CELL_2).lora_rank == 4
+    assert run(f"{magic}\n{CELL_1.replace('rank', 'rnak')}", CELL_2) == MISSPELT
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["%time lora_rank = 8", "(lora_rank := 8)", "globals()['lora_rank'] = 8", "exec('lora_rank = 8')"],
+)
+def test_the_value_counts_that_is_there_however_it_was_set(run, source):
+    assert run(CELL_1, source, CELL_2).lora_rank == 8
+
+
+def test_a_later_import_of_a_key_leaves_the_written_value(run):
+    run(CELL_1 + "\nstyle = 'fluent'", CELL_2, "from lora_distill.publish import claims as style")
+    assert run(CELL_2).style == "fluent"

@@ -164,3 +164,13 @@ def test_the_map_names_sections_that_make_or_show_what_it_links():
 def test_licences_are_shipped():
     for name in ("LICENSE", "lora_distill/assets/LICENSE-noto.txt", "lora_distill/assets/LICENSE-fluent.txt"):
         assert (ROOT / name).stat().st_size > 300
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="an archive has no attributes")
+def test_git_changes_no_line_end_whatever_is_set():
+    """With core.autocrlf, as git for Windows has it, no table would have the digest that stands in SHA256SUMS."""
+    done = subprocess.run(
+        ["git", "check-attr", "text", "README.md", "figures/full/02_quality.csv"],
+        cwd=ROOT, capture_output=True, encoding="utf-8",
+    )  # fmt: skip
+    assert [line.split(": ")[-1] for line in done.stdout.splitlines()] == ["unset", "unset"]

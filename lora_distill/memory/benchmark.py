@@ -48,7 +48,7 @@ Rows = list[dict[str, Any]]
 
 def parts_of(device: str, config: report.Config) -> list[Part]:
     """The parts for a device, most wanted first; the side of images is that of the UNet's training, and smaller."""
-    full = 8 * config["sample_size"]
+    full = report.own_resolution(config)
     least = 8 * 2 ** (len(config["down_block_types"]) - 1)
     sides = [side for side in (full, full // 2, full // 8) if side >= least and side % least == 0]
     return _on_a_cpu(sides) if device == "cpu" else _on_a_gpu(full)

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from lora_distill.errors import InputError, MissingError
+from lora_distill.errors import InputError, MissingError, reading
 from lora_distill.memory.account import account
 from lora_distill.memory.report import GB, RESERVE, TERA
 from lora_distill.memory.schemes import INFERENCE, TOKENS, TRAINING, Setup, Training
@@ -97,18 +97,19 @@ def model_of(pipeline: str, resolution: int) -> Model:
         source = pipeline_source(pipeline)
         unet, vae = unet_config(pipeline), part_config(AutoencoderKL, source, "vae")
         text = _text_config(source)
-    with torch.device("meta"):
-        networks = meta_unet(unet), AutoencoderKL.from_config(dict(vae)), CLIPTextModel(text)
-    channels = networks[1].config.block_out_channels
-    side = resolution // 2 ** (len(channels) - 1)
-    operations = _operations(networks[0], networks[1], side)
+    with reading(pipeline, "configs of Stable Diffusion"):
+        with torch.device("meta"):
+            networks = meta_unet(unet), AutoencoderKL.from_config(dict(vae)), CLIPTextModel(text)
+        channels = networks[1].config.block_out_channels
+        side = resolution // 2 ** (len(channels) - 1)
+        operations = _operations(networks[0], networks[1], side)
     return Model(unet, tuple(map(_parameters, networks)), channels[0], *operations)
 
 
 def _text_config(source: Path | str) -> CLIPTextConfig:
     try:
         return CLIPTextConfig.from_pretrained(source, subfolder="text_encoder")
-    except (OSError, ValueError):
+    except Exception:  # transformers raises errors of its own for values that do not fit
         raise MissingError(f"{source}: no readable text_encoder/config.json") from None
 
 

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from lora_distill import storage
+from lora_distill.errors import InputError
 from lora_distill.memory.account import account, largest_batch
 from lora_distill.memory.measure import Peak, measure_cuda, simulate, track
 from lora_distill.memory.schemes import INFERENCE, TERMS, TRAINING, Scheme, Setup, find_scheme
@@ -274,6 +275,14 @@ def results(config: Config, saved: Rows, compared: Rows) -> dict[str, dict[str, 
     return {"memory of SD 1.5 at 512 px (UNet part)": lines}
 
 
+def own_resolution(config: Config) -> int:
+    """The side of the images that a UNet was made for. Raises `InputError` where its config says none that it takes."""
+    side, least = config.get("sample_size"), 2 ** (len(config["down_block_types"]) - 1)
+    if type(side) is not int or side < least or side % least:
+        raise InputError(f"unet/config.json: sample_size: expected a multiple of {least}, got {side!r}")
+    return 8 * side
+
+
 def write(
     settings: Settings, names: Sequence[str] = tuple(TRAINING | INFERENCE), batches: Sequence[int] = BATCHES
 ) -> list[str]:
@@ -282,7 +291,7 @@ def write(
     Peaks are on paper and simulated, of training with and without gradient checkpointing.
     """
     config, folder, cache_dir = unet_config(settings.pipeline), figures_dir(settings), run_dir(settings) / "cache"
-    resolution = 8 * config["sample_size"]
+    resolution = own_resolution(config)
     modes = [
         (name, Setup(resolution=resolution, checkpointing=checkpointing))
         for name in names

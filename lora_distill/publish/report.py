@@ -2,7 +2,6 @@
 
 import base64
 import html
-import json
 import re
 import warnings
 from collections.abc import Iterable
@@ -118,12 +117,7 @@ def contents(pages: dict[str, str]) -> str:
 
 def made(folder: Path) -> str:
     """What made the run, from its manifest; empty without one, as the next run writes it anew."""
-    try:
-        manifest = json.loads((folder / stamps.MANIFEST).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return ""
-    if not isinstance(manifest, dict):
-        return ""
+    manifest = stamps.manifest(folder)
     return " · ".join(str(manifest[key]) for key in ("written", "device", "commit") if manifest.get(key))
 
 

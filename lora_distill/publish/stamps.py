@@ -32,7 +32,7 @@ TABLES = ("*.csv", "*.json", "*_images.png")  # what figures are drawn from and 
 def read(folder: Path, name: str) -> dict[str, Any]:
     """The stamp of a finished notebook in a run's folder; empty when there is none or it is damaged."""
     try:
-        content = (folder / f"{name}{STAMP}").read_bytes()
+        content = path.read_bytes() if (path := folder / f"{name}{STAMP}").is_file() else b""  # a pipe would wait
         _Stamp.model_validate_json(content)
         return json.loads(content)
     except (OSError, ValueError, RecursionError):
@@ -97,6 +97,30 @@ def why_changed(folder: Path, stamp: dict[str, Any]) -> str:
     return next(
         (why for name, tree in stamp.get("trees", {}).items() if (why := _why_tree(folder / name, name, tree))), ""
     )
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    """What a run's manifest says; empty where there is none or it is damaged, as the next run writes it anew."""
+    path = folder / MANIFEST
+    try:
+        found = json.loads(path.read_bytes()) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def other_settings(folder: Path, settings: dict[str, Any]) -> str:
+    """What a run's manifest says that it was made with where it differs from these settings, in words; else empty.
+
+    A key that either lacks does not count: settings are added with time.
+    """
+    made = manifest(folder).get("settings")
+    if not isinstance(made, dict):
+        return ""
+    if not (others := [key for key, value in settings.items() if key in made and made[key] != value]):
+        return ""
+    more = f" and {len(others) - 1} more" * (len(others) > 1)
+    return f"made with {others[0]}: {str(made[others[0]])[:60]}{more}, not as the profile says now"
 
 
 # ---------------------------------------------------------------------------------------------- digests

@@ -13,6 +13,7 @@ from diffusers import DDIMScheduler
 
 from lora_distill import __main__ as cli
 from lora_distill import settings as settings_module
+from lora_distill.errors import InputError
 from lora_distill.memory import benchmark, parts
 from lora_distill.memory.benchmark import MEMORY, SECONDS
 from lora_distill.memory.measure import simulate
@@ -181,6 +182,13 @@ def test_on_a_cpu_the_two_schemes_of_the_claim_come_first_and_every_scheme_at_ev
     steps = [part for part in chosen if part.kind == "step" and part.batch == 1]
     assert len(steps) == 3 * 12 and {part.resolution for part in steps} == {512, 256, 64}
     assert {part.precision for part in chosen if part.kind == "passes"} == {"float32", "bfloat16"}
+
+
+@pytest.mark.parametrize("side", [None, [64, 64], 0, 3, 10, "64", 64.0])
+def test_a_unet_that_does_not_say_its_side_is_one_line(side):
+    with pytest.raises(InputError, match=r"^unet/config.json: sample_size: expected a multiple of 8, got ") as error:
+        benchmark.parts_of("cpu", SD15 | {"sample_size": side})
+    assert "\n" not in str(error.value)
 
 
 def test_on_a_gpu_batches_go_to_16_and_images_to_768_px(monkeypatch):

@@ -1,5 +1,6 @@
 """The plan of a profile: its operations are those of its runs, and what does not fit is said before anything starts."""
 
+import json
 import sys
 import time
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from lora_distill import __main__ as cli
+from lora_distill import rehearsal
 from lora_distill.memory import plan as plans
 from lora_distill.memory.plan import Plan, Work, model_of, plan, work
 from lora_distill.pipeline import load_pipeline
@@ -122,6 +124,30 @@ def test_a_pipeline_that_is_not_there_is_one_line(command, tmp_path):
     (tmp_path / "mine.yaml").write_text(f"profile: mine\npipeline: {tmp_path}/none\n")
     code, out, err = command("plan", "--profile", str(tmp_path / "mine.yaml"))
     assert code == 2 and not out and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("unet", "down_block_types", None),
+        ("unet", "down_block_types", []),
+        ("unet", "down_block_types", ["Nope"]),
+        ("unet", "block_out_channels", []),
+        ("unet", "cross_attention_dim", None),
+        ("unet", "in_channels", 9),
+        ("vae", "latent_channels", "4"),
+        ("vae", "block_out_channels", [8, 8]),
+        ("text_encoder", "num_attention_heads", 7),
+    ],
+)
+def test_configs_that_no_network_has_are_one_line(command, tmp_path, part, key, value):
+    rehearsal.write_pipeline(tmp_path / "pipeline")
+    path = tmp_path / "pipeline" / part / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    (tmp_path / "mine.yaml").write_text(f"profile: mine\npipeline: {tmp_path}/pipeline\n")
+    code, out, err = command("plan", "--profile", str(tmp_path / "mine.yaml"))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert f"{part}/config.json" in err or err.startswith(str(tmp_path / "pipeline"))
 
 
 def test_reproduce_stops_in_one_line_before_anything_runs_where_a_profile_does_not_fit(command, monkeypatch):

@@ -268,8 +268,36 @@ def test_manifest_says_what_made_a_result(monkeypatch):
     assert account["settings"]["profile"] == "cpu" and {"python", "torch"} <= account["versions"].keys()
     assert "cores" in account["device"] or "NVIDIA" in account["device"]
     json.dumps(account)
-    monkeypatch.setenv("PATH", "")
-    assert storage.git_commit() is None
+
+
+class TestGitCommit:
+    """Another repository's commit would stand under results that it did not make."""
+
+    def in_repository(self, root: Path, monkeypatch) -> Path:
+        """A repository with a commit of some file, and the code in it, not committed."""
+        (root / "lora_distill").mkdir()
+        (root / "lora_distill" / "storage.py").touch()
+        (root / "mine.txt").touch()
+        commit = ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "mine"]
+        for command in (["init", "-q"], ["add", "mine.txt"], commit):
+            subprocess.run(["git", *command], cwd=root, check=True)
+        monkeypatch.setattr(storage, "__file__", str(root / "lora_distill" / "storage.py"))
+        monkeypatch.setattr(storage, "repository_root", lambda: root)
+        return root
+
+    def test_of_a_repository_around_the_code(self, tmp_path, monkeypatch):
+        root = self.in_repository(tmp_path, monkeypatch)
+        assert storage.git_commit() is None  # an unpacked archive in a folder that is somebody's repository
+        subprocess.run(["git", "add", "lora_distill"], cwd=root, check=True)
+        assert storage.git_commit().endswith("-dirty")
+
+    def test_without_git(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("PATH", "")
+        assert storage.git_commit() is None
+        (tmp_path / "git").write_text("not a program", encoding="utf-8")
+        (tmp_path / "git").chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        assert storage.git_commit() is None
 
 
 DRIVER = """
