@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lora_distill.errors import InputError, RunError, one_line
+from lora_distill.errors import InputError, RunError, one_line, printable
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -450,7 +450,7 @@ def _versions() -> str:
 def _said(error: Exception) -> str:
     """An error in one line: our own message, or where and how something else failed."""
     if isinstance(error, InputError | RunError):
-        return getattr(error, "strerror", None) or str(error)
+        return printable(getattr(error, "strerror", None) or str(error))
     if isinstance(error, ModuleNotFoundError) and (package := str(error.name).partition(".")[0]) in NOTEBOOK_PACKAGES:
         return f"{package} is not installed: pip install 'lora_distill[series]'"
     if isinstance(error, ModuleNotFoundError) and not error.name:  # ours, as raised where an extra is missing

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from lora_distill import __main__ as cli
 from lora_distill import adapters
@@ -203,6 +205,15 @@ def test_a_fault_of_the_program_is_one_line_with_its_place_and_debug_keeps_the_t
     assert code == 1 and err.startswith("JSONDecodeError: Expecting value") and "__main__.py, line" in err
     with pytest.raises(json.JSONDecodeError):
         command("prepare", "--debug")
+
+
+def test_names_in_a_file_are_shown_and_not_obeyed(command, tmp_path):
+    """Line ends and escapes of a terminal, and a name of a million letters."""
+    for name in ("unet.x\n\x1b[31my.lora_C.weight", "unet." + "x" * 10**6 + ".lora_C.weight"):
+        save_file({name: torch.ones(2)}, tmp_path / "lora.safetensors")
+        code, _, said = command("export", str(tmp_path / "lora.safetensors"), "--out", str(tmp_path / "o.safetensors"))
+        assert code == 2 and said.count("\n") == 1 and said.strip().isprintable() and len(said) < 3000
+        assert "lora.safetensors: unet.x" in said and "no part of a LoRA" in said
 
 
 def test_a_full_disk_is_one_line(command, monkeypatch, tmp_path):
