@@ -251,6 +251,7 @@ def train(
     from lora_distill import processes
     from lora_distill.train import folder as own
 
+    folder, out = folder.expanduser(), out.expanduser()  # of --out=~/x a shell leaves the ~
     own.checked_output(out)
     options = {"pipeline": pipeline, "steps": steps, "rank": rank, "batch_size": batch_size, "seed": seed}
     options |= {"learning_rate": learning_rate, "resolution": resolution}
@@ -285,6 +286,7 @@ def sample(
     """
     from lora_distill.drawing import Wishes, draw
 
+    out = out.expanduser()
     draw(prompts, out, pipeline, lora, Wishes(steps, guidance_scale, scheduler, resolution, seed))
     print(out)
 
@@ -297,6 +299,7 @@ def export(
     """Write a LoRA in the form of kohya-ss, which ComfyUI, AUTOMATIC1111 and diffusers read."""
     from lora_distill.lora_files import lora_path, read_lora, write_kohya
 
+    out = out.expanduser()
     if out.suffix != ".safetensors":
         raise InputError(f"{out}: expected a name that ends in .safetensors")
     if out.resolve() == lora_path(lora).resolve():
@@ -378,7 +381,7 @@ def plan(
 def pretrain(
     preset: Annotated[str, typer.Option(help="short or full")] = "full",
     out: Annotated[Path, typer.Option(help="folder of the pipeline")] = Path("runs/pretraining/pipeline"),
-    seed: Annotated[int, typer.Option(min=0, help="seed of weights and data")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="seed of weights and data")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:
     """Train the bundled pipeline from nothing; interrupted, it goes on where it stopped."""
@@ -403,8 +406,9 @@ def model_card(
     from lora_distill.pipeline import BUNDLED
     from lora_distill.pretrain import model_card as card
 
-    card.write(folder or BUNDLED, count)
-    print((folder or BUNDLED) / "README.md")
+    folder = (folder or BUNDLED).expanduser()
+    card.write(folder, count)
+    print(folder / "README.md")
 
 
 def main() -> None:
