@@ -1,7 +1,6 @@
 """The command line: `python -m lora_distill COMMAND`. What is wrong with the input is said in one line."""
 
 import os
-import re
 import sys
 import traceback
 from contextlib import nullcontext, suppress
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lora_distill.errors import InputError, RunError, one_line
+from lora_distill.errors import InputError, RunError, one_line, printable
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -261,6 +260,7 @@ def train(
     from lora_distill import processes
     from lora_distill.train import folder as own
 
+    folder, out = folder.expanduser(), out.expanduser()  # of --out=~/x a shell leaves the ~
     own.checked_output(out)
     options = {"pipeline": pipeline, "steps": steps, "rank": rank, "batch_size": batch_size, "seed": seed}
     options |= {"learning_rate": learning_rate, "resolution": resolution}
@@ -295,6 +295,7 @@ def sample(
     """
     from lora_distill.drawing import Wishes, draw
 
+    out = out.expanduser()
     draw(prompts, out, pipeline, lora, Wishes(steps, guidance_scale, scheduler, resolution, seed))
     print(out)
 
@@ -307,6 +308,7 @@ def export(
     """Write a LoRA in the form of kohya-ss, which ComfyUI, AUTOMATIC1111 and diffusers read."""
     from lora_distill.lora_files import lora_path, read_lora, write_kohya
 
+    out = out.expanduser()
     if out.suffix != ".safetensors":
         raise InputError(f"{out}: expected a name that ends in .safetensors")
     if out.resolve() == lora_path(lora).resolve():
@@ -388,7 +390,7 @@ def plan(
 def pretrain(
     preset: Annotated[str, typer.Option(help="short or full")] = "full",
     out: Annotated[Path, typer.Option(help="folder of the pipeline")] = Path("runs/pretraining/pipeline"),
-    seed: Annotated[int, typer.Option(min=0, help="seed of weights and data")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="seed of weights and data")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:
     """Train the bundled pipeline from nothing; interrupted, it goes on where it stopped."""
@@ -413,8 +415,9 @@ def model_card(
     from lora_distill.pipeline import BUNDLED
     from lora_distill.pretrain import model_card as card
 
-    card.write(folder or BUNDLED, count)
-    print((folder or BUNDLED) / "README.md")
+    folder = (folder or BUNDLED).expanduser()
+    card.write(folder, count)
+    print(folder / "README.md")
 
 
 def main() -> None:
@@ -460,8 +463,7 @@ def _versions() -> str:
 def _said(error: Exception) -> str:
     """An error in one line: our own message, or where and how something else failed."""
     if isinstance(error, InputError | RunError):
-        said = getattr(error, "strerror", None) or str(error)
-        return re.sub(r"[\x00-\x1f\x7f]", lambda sign: f"\\x{ord(sign[0]):02x}", said)  # of a name
+        return printable(getattr(error, "strerror", None) or str(error))
     if isinstance(error, ModuleNotFoundError) and (package := str(error.name).partition(".")[0]) in NOTEBOOK_PACKAGES:
         return f"{package} is not installed: pip install 'lora_distill[series]'"
     if isinstance(error, ModuleNotFoundError) and not error.name:  # ours, as raised where an extra is missing

@@ -56,6 +56,12 @@ def is_pointer(place: str | Path) -> bool:
         return False
 
 
+def printable(message: str, limit: int = 2000) -> str:
+    """A message on one line, of which a terminal obeys nothing: names in a file may hold line ends and escapes."""
+    shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in message)
+    return shown if len(shown) <= limit else f"{shown[: limit // 2]} ... {shown[-limit // 2 :]}"
+
+
 def one_line(error: BaseException, limit: int = 300) -> str:
     """An error's message on one line; the name of its kind where it has none."""
     return " ".join(str(error).split())[:limit] or type(error).__name__

@@ -122,13 +122,19 @@ def read_lora(path: Path) -> LoraFile:
     path = lora_path(path)
     tensors, metadata = _contents(path)
     _check_kind(path, tensors)
-    if wrong := [name for name, value in tensors.items() if not value.is_floating_point()]:
-        raise InputError(f"{path}: {wrong[0]}: expected floating-point numbers, got {tensors[wrong[0]].dtype}")
-    tensors = {name: value if value.element_size() in (2, 4) else value.float() for name, value in tensors.items()}
+    tensors = {name: _as_floats(f"{path}: {name}", value) for name, value in tensors.items()}
     check_finite(tensors, str(path), error=DamagedFileError)
     config = _config(path, tensors, metadata)
     layers = {name: _layer(path, name, parts, config) for name, parts in _by_layer(path, tensors).items()}
     return LoraFile(path, layers, metadata, rank_stabilised=bool(config and config.get("use_rslora")))
+
+
+def _as_floats(place: str, value: Tensor) -> Tensor:
+    """A tensor in 16 or 32 bits; an alpha may be a whole number, as tools that extract and merge write a rank."""
+    whole = value.dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8) and place.endswith(".alpha")
+    if not value.is_floating_point() and not whole:
+        raise InputError(f"{place}: expected floating-point numbers, got {value.dtype}")
+    return value if value.is_floating_point() and value.element_size() in (2, 4) else value.float()
 
 
 def lora_path(path: Path) -> Path:
@@ -252,7 +258,8 @@ def _config(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, st
         config = json.loads(text)
     if not isinstance(config, dict):
         raise InputError(f"{place}: expected a table of PEFT's config, got {type(config).__name__}")
-    config = {key.removeprefix("unet."): value for key, value in config.items() if not key.startswith("text_encoder.")}
+    of_unet = {key.removeprefix("unet."): value for key, value in config.items() if key.startswith("unet.")}
+    config = of_unet or {key: value for key, value in config.items() if not key.startswith("text_encoder.")}
     _check_config(place, config)
     return config
 

@@ -26,7 +26,7 @@ from lora_distill.pipeline_files import (
     check_kind,
     check_loaded,
     check_names,
-    weight_files,
+    loaded_files,
 )
 from lora_distill.settings import Settings
 from lora_distill.shapes import BUNDLED, SD15_SHAPE, part_config, pipeline_source, stable_diffusion_15
@@ -121,7 +121,7 @@ def _variants(source: Path | str) -> tuple[str | None, ...]:
     """The variants to try: of a folder the one it has, of a hub id first the plain files, then fp16."""
     if not isinstance(source, Path):
         return None, "fp16"
-    only_fp16 = any(all(".fp16" in file.name for file in weight_files(source / part)) for part in WEIGHTS)
+    only_fp16 = any(not loaded_files(source / part, None) and loaded_files(source / part, "fp16") for part in WEIGHTS)
     return ("fp16",) if only_fp16 else (None,)
 
 

@@ -32,6 +32,7 @@ CONFIGS = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.
 KINDS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
 # Pipelines of the same parts, told apart by how they are sampled.
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "LatentConsistencyModelPipeline")
+STEMS = {"text_encoder": "model"}  # names of weights by transformers; others are by diffusers
 DIGESTS = BUNDLED.with_name("pipeline.sha256")  # of the bundled pipeline, as sha256sum writes them
 LARGEST_SIDE = 1024  # of latents
 SPARE = re.compile(r"position_ids|text_projection|logit_scale")  # tensors of a text encoder that are not needed
@@ -91,13 +92,34 @@ def weight_files(part: Path) -> set[Path]:
     return {path for path in part.glob("*.safetensors") if not path.name.startswith(".")}
 
 
+def loaded_files(part: Path, variant: str | None) -> set[Path]:
+    """Those of a part's files that are loaded: of the variant where the part has it; others may lie beside them.
+
+    Where a file and an index of shards are both there, diffusers takes the shards and transformers the file.
+    """
+    stem = STEMS.get(part.name, "diffusion_pytorch_model")
+    for kind in dict.fromkeys((variant, None)):
+        whole = part / f"{stem}.{kind}.safetensors" if kind else part / f"{stem}.safetensors"
+        index = part / (f"{stem}.safetensors.index.{kind}.json" if kind else f"{stem}.safetensors.index.json")
+        found = {whole} if whole.is_file() else set()
+        if index.is_file() and not (found and part.name in STEMS):
+            found = _shards(index)
+        if found:
+            return found
+    return set()
+
+
+def _shards(index: Path) -> set[Path]:
+    shards = json_table(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(_is_name(shard) for shard in shards.values()):
+        raise InputError(f"{index}: weight_map: expected names of tensors with the names of their files")
+    return {index.parent / shard for shard in shards.values()}
+
+
 def _check_weights(part: Path) -> None:
     files = weight_files(part)
-    for index in part.glob("*.safetensors.index.json"):
-        shards = json_table(index).get("weight_map")
-        if not isinstance(shards, dict) or not all(_is_name(shard) for shard in shards.values()):
-            raise InputError(f"{index}: weight_map: expected names of tensors with the names of their files")
-        files |= {part / shard for shard in shards.values()}
+    for index in (*part.glob("*.safetensors.index.json"), *part.glob("*.safetensors.index.*.json")):
+        files |= _shards(index)
     if not files and any(part.glob("*.bin")):
         raise MissingError(f"{part}: pickled weights (.bin) alone, which are not loaded; a .safetensors file is needed")
     if not files:
@@ -111,6 +133,10 @@ def _is_name(shard: Any) -> bool:
 
 
 def _check_tensors(file: Path) -> None:
+    if file.is_symlink() and not file.exists():
+        raise MissingError(f"{file}: a link to a file that is not there, {file.readlink()}; download it again")
+    if file.exists() and not file.is_file():
+        raise InputError(f"{file}: expected a file of weights, there is something else")
     try:
         with safe_open(file, framework="pt"):
             pass
@@ -190,6 +216,10 @@ def check_loaded(pipe: StableDiffusionPipeline, place: Path | str) -> None:
     for part, kind in KINDS.items():
         if not isinstance(getattr(pipe, part), kind):
             raise InputError(f"{place}: {part}: expected a {kind.__name__}, got {type(getattr(pipe, part)).__name__}")
+        unfilled = [name for name, value in getattr(pipe, part).state_dict().items() if value.is_meta]
+        if unfilled:
+            named = f"{len(unfilled)} tensors are missing from the weights, {min(unfilled)}"
+            raise DamagedFileError(f"{_join(place, part)}: {named}; files that lie beside are not loaded")
         hint = "another download may be whole"
         check_finite(getattr(pipe, part).state_dict(), _join(place, part), hint, error=DamagedFileError)
     text, unet, vae = pipe.text_encoder.config, pipe.unet.config, pipe.vae.config
@@ -272,9 +302,7 @@ def blame(folder: Path) -> None:
 def check_names(pipe: StableDiffusionPipeline, folder: Path, variant: str | None) -> None:
     """Raise InputError where files lack tensors that a part has, which would be random, or hold others."""
     for part in WEIGHTS:
-        every = weight_files(folder / part)
-        of_variant = {file for file in every if f".{variant}." in file.name or f".{variant}-" in file.name}
-        files = of_variant or {file for file in every if ".fp16" not in file.name}  # a part may lack the variant
+        files = loaded_files(folder / part, variant)
         dtypes = {name: kind for file in files for name, kind in _dtypes(file).items()}
         if odd := [
             name for name, kind in dtypes.items() if not kind.startswith(("F", "BF")) and not SPARE.search(name)

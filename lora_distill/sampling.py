@@ -188,7 +188,10 @@ def _draws_noise(pipe: StableDiffusionPipeline, sampler: Sampler) -> bool:
 def _embedded_guidance(pipe: StableDiffusionPipeline, sampler: Sampler, count: int) -> Tensor | None:
     dim = pipe.unet.config.time_cond_proj_dim
     if (dim is None) != (sampler.embedded_guidance is None):
-        raise InputError("embedded_guidance is for a UNet with time_cond_proj_dim, and such a UNet needs it")
+        raise InputError(
+            "embedded_guidance is for a UNet with time_cond_proj_dim, a full LCM, and such a UNet needs it; "
+            "LatentConsistencyModelPipeline of diffusers draws with one from a folder"
+        )
     if dim is None:
         return None
     scales = torch.full((count,), sampler.embedded_guidance, device=pipe.unet.device)

@@ -254,8 +254,9 @@ def check_writable(path: Path) -> None:
     with _writing(path):
         if path.is_dir():
             raise InputError(f"{path}: a folder; expected the name of a file")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
+        target = _target(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=target.parent).close()
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from lora_distill import __main__ as cli
 from lora_distill import adapters
@@ -231,6 +233,47 @@ def test_a_fault_of_the_program_is_one_line_with_its_place_and_debug_keeps_the_t
     assert code == 1 and err.startswith("JSONDecodeError: Expecting value") and "__main__.py, line" in err
     with pytest.raises(json.JSONDecodeError):
         command("prepare", "--debug")
+
+
+def test_a_tilde_that_the_shell_left_is_the_home_folder(command, tmp_path, monkeypatch):
+    """bash expands ~ in --out ~/x and not in --out=~/x."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "here")
+    layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    save_file({f"{layer}.lora_A.weight": torch.ones(2, 8), f"{layer}.lora_B.weight": torch.ones(8, 2)}, "l.safetensors")
+    assert command("export", "l.safetensors", "--out=~/kohya.safetensors")[0] == 0
+    assert command("sample", "a lion left of a bus", "--steps=1", "--out=~/picture.png")[0] == 0
+    assert command("train", "~/no-pictures", "--out=~/lora.safetensors")[0] == 2
+    assert {path.name for path in (tmp_path / "home").glob("[!.]*")} == {"kohya.safetensors", "picture.png"}
+    assert {path.name for path in (tmp_path / "here").iterdir()} == {"l.safetensors"}
+
+
+@pytest.mark.parametrize("seed", [2**32, 2**63, 10**30, -1])
+def test_a_seed_that_is_none_is_refused_by_every_command_that_takes_one(command, seed, tmp_path):
+    commands = (["pretrain", "--preset=short", f"--out={tmp_path / 'p'}"], ["sample", "x"], ["train", str(tmp_path)])
+    for arguments in commands:
+        code, _, said = command(*arguments, f"--seed={seed}")
+        assert code == 2 and "--seed" in said and "not foreseen" not in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_links_that_lead_in_a_circle_are_said_before_a_picture_is_drawn(command, tmp_path, monkeypatch):
+    (tmp_path / "a.png").symlink_to("a.png")
+    monkeypatch.setattr("lora_distill.drawing.load_pipeline", lambda *_, **__: pytest.fail("was loaded"))
+    code, _, said = command("sample", "a lion", "--out", str(tmp_path / "a.png"))
+    assert code == 1 and "a.png could not be written: Too many levels of symbolic links" in said
+
+
+def test_names_in_a_file_are_shown_and_not_obeyed(command, tmp_path):
+    """Line ends and escapes of a terminal, and a name of a million letters."""
+    for name in ("unet.x\n\x1b[31my.lora_C.weight", "unet." + "x" * 10**6 + ".lora_C.weight"):
+        save_file({name: torch.ones(2)}, tmp_path / "lora.safetensors")
+        code, _, said = command("export", str(tmp_path / "lora.safetensors"), "--out", str(tmp_path / "o.safetensors"))
+        assert code == 2 and said.count("\n") == 1 and said.strip().isprintable() and len(said) < 3000
+        assert "lora.safetensors: unet.x" in said and "no part of a LoRA" in said
 
 
 def test_a_full_disk_is_one_line(command, monkeypatch, tmp_path):

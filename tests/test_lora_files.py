@@ -371,6 +371,15 @@ def test_a_config_that_is_not_a_table_is_refused(lora, tmp_path, text):
         read_lora(path)
 
 
+def test_of_a_config_for_several_parts_the_one_of_the_unet_counts(lora, adapted, inputs, tmp_path):
+    fields = {"unet.r": 2, "r": 9, "unet.lora_alpha": 3, "lora_alpha": 8, "text_encoder.lora_alpha": 7}
+    metadata = {LORA_ADAPTER_METADATA_KEY: json.dumps(fields)}
+    save_file(renamed(lora, prefix="unet."), tmp_path / "lora.safetensors", metadata)
+    unet = small_unet()
+    load_adapter(unet, "mine", tmp_path / "lora.safetensors")
+    assert torch.equal(output(unet, inputs), output(adapted, inputs))
+
+
 @pytest.mark.parametrize("value", [None, False, [], 0, ""])
 def test_unknown_fields_that_are_off_are_left_out(lora, adapted, inputs, tmp_path, value):
     save_file(renamed(lora, prefix="unet."), tmp_path / "lora.safetensors", packed(of_tomorrow=value, target_modules=7))
@@ -404,6 +413,16 @@ def test_alpha_in_two_places_is_refused(lora, tmp_path):
     save_file(of_kohya(lora), tmp_path / "lora.safetensors", packed())
     with pytest.raises(InputError, match="alpha is in the metadata and in a tensor"):
         read_lora(tmp_path / "lora.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.float16, torch.float8_e4m3fn])
+def test_an_alpha_may_be_a_whole_number_or_a_short_one(lora, inputs, tmp_path, dtype):
+    """Tools that extract, merge or resize a LoRA write its rank as alpha."""
+    tensors = {key: value.to(dtype) if key.endswith(".alpha") else value for key, value in of_kohya(lora).items()}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    unet = small_unet()
+    load_adapter(unet, "mine", tmp_path / "lora.safetensors")
+    assert torch.equal(output(unet, inputs), output(stock(tmp_path / "lora.safetensors"), inputs))
 
 
 @pytest.mark.parametrize("alpha", [0.0, -1.0, torch.nan, torch.inf])

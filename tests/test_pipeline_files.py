@@ -255,6 +255,60 @@ def test_weights_that_were_not_downloaded_are_named(folder, content, said):
     refused(folder, said)
 
 
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_file_beside_the_weights_is_neither_loaded_nor_taken_for_what_they_lack(folder, part):
+    before, (path,) = fingerprint(load_pipeline(str(folder))), (folder / part).glob("*.safetensors")
+    tensors = load_file(path)
+    save_file(
+        {name: torch.zeros_like(value) for name, value in tensors.items()}, path.with_stem(f"{path.stem}.non_ema")
+    )
+    save_file({"emb_params": torch.ones(2)}, path.with_stem("something_else"))
+    assert fingerprint(load_pipeline(str(folder))) == before
+    tensors.pop(max(tensors))
+    path.unlink()
+    save_file(tensors, path, {"format": "pt"})
+    refused(folder, rf"{part}: 1 of \d+ tensors are missing from the weights")
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_shards_that_do_not_hold_what_their_index_says_are_refused(folder, part):
+    (path,) = (folder / part).glob("*.safetensors")
+    tensors, names = load_file(path), [f"{path.stem}-{number:05}-of-00002.safetensors" for number in (1, 2)]
+    for number, name in enumerate(names):
+        save_file({key: tensors[key] for key in list(tensors)[number::2]}, path.with_name(name), {"format": "pt"})
+    path.unlink()
+    index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(tensors, names[0])}
+    path.with_name(f"{path.name}.index.json").write_text(json.dumps(index), encoding="utf-8")
+    refused(folder, rf"{part}: \d+ .*tensors are missing from the weights|cannot be loaded")
+
+
+def test_a_part_that_has_its_fp16_file_beside_another_file_is_loaded_from_it(folder):
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    before, tensors = fingerprint(load_pipeline(str(folder))), load_file(path)
+    save_file(tensors, path.with_stem(f"{path.stem}.fp16"), {"format": "pt"})
+    save_file({name: value * 0 for name, value in tensors.items()}, path.with_stem(f"{path.stem}.non_ema"))
+    path.unlink()
+    assert fingerprint(load_pipeline(str(folder))) == before
+
+
+def test_a_link_to_a_file_that_is_gone_and_what_is_no_file_are_named(folder):
+    """As in a cache of the hub whose blobs were deleted or half downloaded. A pipe would be waited for."""
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    path.unlink()
+    path.symlink_to("../../blobs/0123")
+    refused(folder, r"unet/.*: a link to a file that is not there, \.\./\.\./blobs/0123; download it again")
+    path.unlink()
+    os.mkfifo(path)
+    refused(folder, "expected a file of weights, there is something else")
+
+
+def test_the_names_of_shards_of_a_variant_are_those_of_diffusers(folder):
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    index = path.with_name("diffusion_pytorch_model.safetensors.index.fp16.json")
+    index.write_text(json.dumps({"weight_map": {"a": "none.safetensors"}}), encoding="utf-8")
+    refused(folder, r"none\.safetensors: missing, though the index beside it names it")
+
+
 def test_a_vocabulary_in_two_files_is_read(folder):
     before = load_pipeline("bundled").tokenizer("a lion left of a bus").input_ids
     model = json.loads((folder / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))["model"]
