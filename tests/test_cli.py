@@ -291,4 +291,4 @@ def test_a_name_with_line_ends_does_not_break_the_line():
     from lora_distill.__main__ import _said
     from lora_distill.errors import InputError
 
-    assert _said(InputError("a\nb\x1b.jpg: no caption")) == r"a\x0ab\x1b.jpg: no caption"
+    assert _said(InputError("a\nb\x1b.jpg: no caption")) == r"a\nb\x1b.jpg: no caption"
