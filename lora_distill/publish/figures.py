@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field, TypeAdapter
 
 from lora_distill import processes
 from lora_distill.errors import InputError, MissingError, reading
+from lora_distill.publish import stamps
 from lora_distill.publish.plots import FIGURES
 from lora_distill.publish.stamps import PROVENANCE, sha256
 from lora_distill.publish.style import grouped
@@ -84,6 +85,7 @@ def redraw(folder: Path, *, pdf: bool = False) -> list[Path]:
                 _write(stack, folder / file, content)
     if _provenance(folder)[0] != provenance:
         atomic_write(folder / PROVENANCE, provenance_text(provenance))
+    stamps.renew(folder.parent, (folder / f"{name}.{kind}" for name in names for kind in ("svg", "png")))
     return [folder / f"{name}.svg" for name in names]
 
 

@@ -24,7 +24,7 @@ from papermill.exceptions import PapermillExecutionError
 from lora_distill import processes
 from lora_distill.errors import InputError, MissingError, RunError, one_line
 from lora_distill.publish import beside, claims, report, stamps
-from lora_distill.publish.stamps import MANIFEST, STAMP, deleting
+from lora_distill.publish.stamps import MANIFEST, deleting
 from lora_distill.settings import Settings, check_paths, figures_dir, load_settings, repository_root, run_dir
 from lora_distill.storage import (
     atomic_write,
@@ -263,12 +263,13 @@ def why_stale(path: Path, settings: Settings, folder: Path) -> str:
 def run_key(path: Path, settings: Settings, folder: Path) -> str:
     """SHA-256 over all that a notebook's results depend on: its code, the settings, `RESULTS`, the notebooks it reads.
 
-    Stamps carry the time of the run, so that a notebook is run again whenever one that it reads was.
+    Of those their keys and the times of their ends count, so that a notebook is run again whenever one that it reads
+    was, and not when its figures were drawn again.
     """
-    read = [stamp for number in READS.get(path.name[:2], ()) for stamp in sorted(folder.glob(f"{number}_*{STAMP}"))]
+    read = [stamps.read(folder, name) for name in stamps.names(folder) if name[:2] in READS.get(path.name[:2], ())]
     parts = [code_digest(report.read_notebook(path)), settings.model_dump_json(), str(RESULTS)]
-    texts = (stamp.read_text(encoding="utf-8", errors="replace") for stamp in read)
-    return hashlib.sha256(json.dumps([*parts, *texts]).encode()).hexdigest()
+    runs = [[stamp["key"], stamp.get("finished")] for stamp in read]
+    return hashlib.sha256(json.dumps([*parts, *runs]).encode()).hexdigest()
 
 
 def code_cells(notebook: NotebookNode) -> list[NotebookNode]:

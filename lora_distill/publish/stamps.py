@@ -7,7 +7,7 @@ large, by a digest of their content too, which is only computed again when a nam
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,16 @@ def names(folder: Path) -> list[str]:
 def write(folder: Path, name: str, stamp: dict[str, Any]) -> None:
     """Write the stamp of a notebook."""
     atomic_write(folder / f"{name}{STAMP}", json.dumps(stamp, indent=2) + "\n")
+
+
+def renew(folder: Path, paths: Iterable[Path]) -> None:
+    """Take over files of a run that were made again from the same results, such as figures that were drawn again."""
+    fresh = {path.relative_to(folder).as_posix(): sha256(path) for path in paths if path.is_file()}
+    for name in names(folder):
+        stamp = read(folder, name)
+        changed = {file: fresh[file] for file, digest in stamp["outputs"].items() if fresh.get(file, digest) != digest}
+        if changed:
+            write(folder, name, stamp | {"outputs": stamp["outputs"] | changed})
 
 
 def remove(folder: Path, name: str) -> None:

@@ -71,6 +71,17 @@ def test_what_is_lost_or_altered_is_named(run, stamp, name, damage, why):
     assert stamps.why_changed(run, stamp) == why
 
 
+def test_figures_that_were_drawn_again_are_taken_over_and_nothing_else(run, stamp):
+    stamps.write(run, "02_b", stamp)
+    for name in ("02_b.ipynb", "figures/02_x.csv"):
+        (run / name).write_text("drawn by another version", encoding="utf-8")
+    stamps.renew(run, [run / "figures/02_x.csv", run / "figures/02_lost.svg"])
+    renewed = stamps.read(run, "02_b")
+    assert stamps.why_changed(run, renewed) == "02_b.ipynb was changed since it ran"
+    assert renewed["outputs"]["figures/02_x.csv"] == stamps.sha256(run / "figures/02_x.csv")
+    assert renewed | {"outputs": stamp["outputs"]} == stamp
+
+
 def test_a_copy_of_a_run_is_as_good_as_the_run(run, stamp):
     """Other times, same content."""
     for path in (path for path in run.rglob("*") if path.is_file()):
