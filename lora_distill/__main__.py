@@ -170,7 +170,7 @@ def figures(
 
 def _held(figures: Path) -> "AbstractContextManager[None]":
     """A run that a command writes figures into, held meanwhile; a folder of the repository is not."""
-    from lora_distill.storage import locked
+    from lora_distill.writing import locked
 
     return locked(figures.parent) if figures.name == "figures" else nullcontext()
 
@@ -180,7 +180,7 @@ def report(profile: Profile = "cpu") -> None:
     """Write the notebooks that ran, with their contents and results, as HTML that needs no network."""
     from lora_distill.publish import report as pages
     from lora_distill.settings import load_settings, run_dir
-    from lora_distill.storage import locked
+    from lora_distill.writing import locked
 
     folder = run_dir(checked := load_settings(profile))
     with locked(folder) if folder.is_dir() else nullcontext():
@@ -226,8 +226,8 @@ def distill(profile: Profile = "cpu") -> None:
     from lora_distill.data.teacher import teacher_for
     from lora_distill.pipeline import pipeline_for
     from lora_distill.settings import run_dir
-    from lora_distill.storage import locked
     from lora_distill.train.recipes import distil_lora, lora_file
+    from lora_distill.writing import locked
 
     checked = _runnable(profile)
     with locked(folder := run_dir(checked)):
@@ -322,7 +322,7 @@ def memory(profile: Profile = "sd15-shape") -> None:
     """Write the peak memory of every scheme, on paper and simulated; `measure` measures it."""
     from lora_distill.memory import report
     from lora_distill.settings import load_settings, run_dir
-    from lora_distill.storage import locked
+    from lora_distill.writing import locked
 
     checked = load_settings(profile)
     with locked(run_dir(checked)):
@@ -341,7 +341,7 @@ def measure(
     from lora_distill.devices import choose_device
     from lora_distill.memory import benchmark
     from lora_distill.settings import run_dir
-    from lora_distill.storage import locked
+    from lora_distill.writing import locked
 
     checked = _runnable(profile)
     with locked(run_dir(checked)):
@@ -396,7 +396,7 @@ def pretrain(
     """Train the bundled pipeline from nothing; interrupted, it goes on where it stopped."""
     from lora_distill.devices import choose_device
     from lora_distill.pretrain import text_to_image
-    from lora_distill.storage import locked
+    from lora_distill.writing import locked
 
     if preset not in text_to_image.PRESETS:
         raise InputError(f"no preset {preset!r}; there are {', '.join(text_to_image.PRESETS)}")

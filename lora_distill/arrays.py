@@ -23,7 +23,8 @@ import torch
 
 from lora_distill import processes
 from lora_distill.errors import InputError, MissingError, RunError, WriteError, reading
-from lora_distill.storage import LOCK, locked, unseen
+from lora_distill.storage import unseen
+from lora_distill.writing import LOCK, locked
 
 LENGTH = 8  # bytes at the end of a file: how long its seal is
 Make = Callable[[list[slice]], Iterable[torch.Tensor]]

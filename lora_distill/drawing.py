@@ -21,7 +21,7 @@ from lora_distill.lora_files import MADE_BY, read_lora
 from lora_distill.pipeline import check_suffix, decode_latents, encode_prompts, load_pipeline, save_picture
 from lora_distill.sampling import NAMED, Sampler, initial_noise, sample_in_batches, sampler_name
 from lora_distill.settings import PACKAGE
-from lora_distill.storage import check_writable
+from lora_distill.writing import check_writable
 
 FEW_STEPS = 8  # up to so many are for a LoRA that was distilled for few steps
 STUDENT = "student"  # the adapter's name

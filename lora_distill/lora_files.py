@@ -23,7 +23,8 @@ from torch import Tensor
 
 from lora_distill.errors import InputError, MissingError, reading
 from lora_distill.finite import check_finite
-from lora_distill.storage import DamagedFileError, seal, whole_file, write_safetensors
+from lora_distill.storage import DamagedFileError, seal, write_safetensors
+from lora_distill.writing import whole_file
 
 SEAL = "seal"  # the field with the digest of tensors and all other fields
 MADE_BY = "made_by"  # the field by which headers of this package are known

@@ -30,7 +30,7 @@ from lora_distill.pipeline_files import (
 )
 from lora_distill.settings import Settings
 from lora_distill.shapes import BUNDLED, SD15_SHAPE, part_config, pipeline_source, stable_diffusion_15
-from lora_distill.storage import atomic_write
+from lora_distill.writing import atomic_write
 
 for library in (diffusers, transformers):
     library.utils.logging.disable_progress_bar()  # loading is short, and the bars would stay in notebooks

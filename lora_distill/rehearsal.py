@@ -24,7 +24,7 @@ from lora_distill import processes
 from lora_distill.data.captioned import split_by_id
 from lora_distill.errors import InputError, RunError
 from lora_distill.settings import Settings, load_settings
-from lora_distill.storage import locked
+from lora_distill.writing import locked
 
 SEED = 0
 VERSION_FILE = "version.json"  # in the inputs: the code that made them, and a digest of every file

@@ -20,17 +20,9 @@ from lora_distill.data import captioned, scenes
 from lora_distill.errors import RunError
 from lora_distill.judge.pictures import kept_pictures
 from lora_distill.pipeline import save_picture
-from lora_distill.storage import (
-    SEAL,
-    atomic_write,
-    cached,
-    cached_parts,
-    keep_value,
-    locked,
-    save_table,
-    whole_folder,
-)
+from lora_distill.storage import SEAL, cached, cached_parts, keep_value, save_table
 from lora_distill.train.loop import train
+from lora_distill.writing import atomic_write, locked, whole_folder
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8)
 ROWS = torch.arange(4000.0).view(100, 40)

@@ -12,7 +12,8 @@ from lora_distill import rehearsal
 from lora_distill.data.captioned import captioned_images
 from lora_distill.judge.features import load_extractor
 from lora_distill.pipeline import load_pipeline
-from lora_distill.storage import digest, locked
+from lora_distill.storage import digest
+from lora_distill.writing import locked
 
 LATER_KEYS = {"time_cond_proj_dim", "scaling_factor", "prediction_type", "timestep_spacing", "force_upcast"}
 

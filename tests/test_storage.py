@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 
 from lora_distill.storage import (
     DamagedFileError,
-    atomic_write,
     cached_parts,
     digest,
     load_tensors,
@@ -22,8 +21,8 @@ from lora_distill.storage import (
     resident_peak_mb,
     save_table,
     save_tensors,
-    whole_file,
 )
+from lora_distill.writing import atomic_write, whole_file
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor([1, 2]), "c": torch.ones(3, dtype=torch.bfloat16)}
 

@@ -28,7 +28,8 @@ from lora_distill.judge.pictures import Pictures, kept_pictures, pictures_key, s
 from lora_distill.pipeline import decode_latents, encode_prompts, to_uint8
 from lora_distill.sampling import Sampler, initial_noise, sample, step_generators
 from lora_distill.settings import Settings
-from lora_distill.storage import atomic_write, cache_key, digest
+from lora_distill.storage import cache_key, digest
+from lora_distill.writing import atomic_write
 
 JUDGED = 1  # version of sampled pictures, in the keys of their caches: raise it when they change
 EXTRACTOR, FD = "EfficientNet-Lite0", "fd_efficientnet_lite0"

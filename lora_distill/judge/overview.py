@@ -9,7 +9,7 @@ from lora_distill.data.captioned import bundled_scenes, set_names
 from lora_distill.judge.judge import COLUMNS, EXTRACTOR, FD, Method, Quality
 from lora_distill.judge.tables import BASE, TEACHER, sd_column
 from lora_distill.sampling import sampler_name
-from lora_distill.storage import atomic_write
+from lora_distill.writing import atomic_write
 
 pandas.set_option("display.max_colwidth", None)  # results are sentences: a notebook shows them whole
 

@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from lora_distill import processes
 from lora_distill.errors import InputError, MissingError, reading
-from lora_distill.storage import atomic_write, unseen, whole_file
+from lora_distill.storage import unseen
+from lora_distill.writing import atomic_write, whole_file
 
 KEY = "key.txt"  # beside pictures: what they depend on
 SEAL = "seal"  # the name of the text in a PNG that holds its digest

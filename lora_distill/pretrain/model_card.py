@@ -14,7 +14,8 @@ from lora_distill.judge.metrics import Proportion, prompt_alignment
 from lora_distill.pipeline import decode_latents, encode_prompts, load_pipeline, to_uint8
 from lora_distill.pretrain.text_to_image import CAPTION_DROPOUT, CAPTION_NOISE
 from lora_distill.sampling import Sampler, initial_noise, sample_in_batches
-from lora_distill.storage import atomic_write, device_name, now
+from lora_distill.storage import device_name, now
+from lora_distill.writing import atomic_write
 
 GUIDANCE_SCALES = (1.0, 2.0, 3.0, 5.0, 7.5, 10.0)
 STEPS = 25

@@ -26,8 +26,9 @@ from lora_distill.pretrain.parts import (
     tokenize,
 )
 from lora_distill.pretrain.vae import draw_all, encode_all, train_vae
-from lora_distill.storage import cache_key, check_place, device_name, digest, git_commit, versions, whole_folder
+from lora_distill.storage import cache_key, device_name, digest, git_commit, versions
 from lora_distill.train.loop import Schedule, train
+from lora_distill.writing import check_place, whole_folder
 
 CAPTION_DROPOUT = 0.1  # fraction of captions replaced by "", so that the model also learns the unconditional output
 # Fraction of captions that are of another image, as in data from the web: a model that learns p(image | caption) then

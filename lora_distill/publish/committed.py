@@ -15,7 +15,7 @@ from lora_distill.publish.figures import provenance_text, read_provenance
 from lora_distill.publish.series import SeriesError
 from lora_distill.publish.stamps import PROVENANCE
 from lora_distill.settings import Settings, figures_dir, load_settings, repository_root, run_dir
-from lora_distill.storage import atomic_write, locked, whole_file
+from lora_distill.writing import atomic_write, locked, whole_file
 
 IN_NOTEBOOKS = "cpu"  # the profile whose outputs the committed notebooks hold
 README = "README.md"

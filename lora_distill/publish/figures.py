@@ -21,7 +21,8 @@ from lora_distill.publish.plots import FIGURES
 from lora_distill.publish.stamps import PROVENANCE, sha256
 from lora_distill.publish.style import grouped
 from lora_distill.settings import ENOUGH_PROMPTS, PACKAGE, Settings, figures_dir
-from lora_distill.storage import atomic_write, device_name, git_commit, read_table, table_text, whole_file
+from lora_distill.storage import device_name, git_commit, read_table, table_text
+from lora_distill.writing import atomic_write, whole_file
 
 STYLE = PACKAGE / "assets" / "figures.mplstyle"
 THUMBNAIL = 128  # pixels, as a grid shows a picture at most an inch wide

@@ -22,7 +22,7 @@ from lora_distill.errors import InputError, MissingError, reading
 from lora_distill.publish import claims, stamps
 from lora_distill.publish.plots import FIGURES
 from lora_distill.settings import PACKAGE
-from lora_distill.storage import atomic_write
+from lora_distill.writing import atomic_write
 
 RESULTS = TypeAdapter(dict[str, dict[str, str | int | float | None]])
 ON_INDEX = ("02_same_noise", "04_speed")

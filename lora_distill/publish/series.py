@@ -26,15 +26,8 @@ from lora_distill.errors import InputError, MissingError, RunError, one_line
 from lora_distill.publish import beside, claims, report, stamps
 from lora_distill.publish.stamps import MANIFEST, deleting
 from lora_distill.settings import Settings, check_paths, figures_dir, load_settings, repository_root, run_dir
-from lora_distill.storage import (
-    atomic_write,
-    git_commit,
-    locked,
-    manifest,
-    now,
-    resident_peak_mb,
-    whole_file,
-)
+from lora_distill.storage import git_commit, manifest, now, resident_peak_mb
+from lora_distill.writing import atomic_write, locked, whole_file
 
 RESULTS = 1  # version of the tables and figures that the module makes for the notebooks: raise it when they change
 READS = {"04": ("01", "02", "03")}  # the notebooks whose files a notebook reads, itself or through the module

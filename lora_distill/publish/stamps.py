@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel, model_validator
 
 from lora_distill.errors import InputError, MissingError, WriteError, reading
-from lora_distill.storage import atomic_write
+from lora_distill.writing import atomic_write
 
 STAMP = ".stamp.json"
 MANIFEST = "manifest.json"  # of a run: what made it

@@ -15,8 +15,8 @@ from lora_distill.errors import InputError, MissingError
 from lora_distill.pipeline import pipeline_for
 from lora_distill.settings import Settings, check_paths, checked
 from lora_distill.shapes import unet_config
-from lora_distill.storage import locked, whole_file
 from lora_distill.train.recipes import finetune_lora, lora_file, train_lcm_lora
+from lora_distill.writing import locked, whole_file
 
 Method = Literal["finetune", "lcm-lora"]
 RATES = {"finetune": (3e-3, 1e-4), "lcm-lora": (1e-3, 1e-4)}  # of each method: for the bundled pipeline, for others

@@ -29,8 +29,9 @@ from tqdm import tqdm
 from lora_distill import processes
 from lora_distill.errors import InputError, MissingError, RunError
 from lora_distill.finite import check_finite, not_finite
-from lora_distill.storage import DamagedFileError, atomic_write, load_tensors, locked, resident_peak_mb, save_tensors
+from lora_distill.storage import DamagedFileError, load_tensors, resident_peak_mb, save_tensors
 from lora_distill.train.optimizer import build_optimizer, like
+from lora_distill.writing import atomic_write, locked
 
 CHECKPOINT = "checkpoint.safetensors"  # of an unfinished training
 RESULT = "result.safetensors"  # of a finished one

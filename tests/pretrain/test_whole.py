@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lora_distill import storage
+from lora_distill import writing
 from lora_distill.errors import InputError, RunError, WriteError
 from lora_distill.pretrain import model_card, text_to_image, vae
 from lora_distill.pretrain.parts import build_text_encoder, build_tokenizer
@@ -170,7 +170,7 @@ def test_where_the_system_cannot_exchange_folders_it_is_replaced_in_two_steps(pi
     folder = tmp_path / "pipeline"
     saved(pipe, folder)
     (folder / "scores.json").write_text("{}", encoding="utf-8")
-    monkeypatch.setattr(storage.ctypes, "CDLL", lambda *_: object())
+    monkeypatch.setattr(writing.ctypes, "CDLL", lambda *_: object())
     saved(pipe, folder)
     assert "scores.json" not in contents(folder) and [path.name for path in tmp_path.iterdir()] == ["pipeline"]
 

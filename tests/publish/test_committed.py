@@ -7,7 +7,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from lora_distill import settings, storage
+from lora_distill import settings, storage, writing
 from lora_distill.publish import claims, committed, report, series, stamps
 from lora_distill.publish.series import SeriesError
 
@@ -267,7 +267,7 @@ def test_a_readme_in_another_encoding_is_one_line(checkout):
 def test_a_run_that_is_being_written_is_not_published(checkout, run):
     run("cpu")
     with (
-        storage.locked(checkout / "runs" / "cpu"),
+        writing.locked(checkout / "runs" / "cpu"),
         pytest.raises(RuntimeError, match="writes there"),
     ):
         committed.publish("cpu")

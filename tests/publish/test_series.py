@@ -17,7 +17,7 @@ from papermill.iorw import LocalHandler
 
 import lora_distill
 from lora_distill import __main__ as cli
-from lora_distill import settings, storage
+from lora_distill import settings, storage, writing
 from lora_distill.errors import InputError, RunError
 from lora_distill.publish import report, series, stamps
 from lora_distill.publish.series import SeriesError
@@ -523,7 +523,7 @@ class TestForce:
 
 class TestLock:
     def test_a_run_that_is_held_is_refused_in_one_line(self, executed, checkout):
-        with storage.locked(checkout / "runs" / "cpu"):
+        with writing.locked(checkout / "runs" / "cpu"):
             with pytest.raises(RunError, match=r"runs/cpu: another (run|process) writes there; wait for its end"):
                 series.reproduce("cpu")
             series.reproduce("other")

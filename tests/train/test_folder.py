@@ -10,9 +10,9 @@ from lora_distill import __main__ as cli
 from lora_distill.adapters import load_adapter
 from lora_distill.errors import InputError
 from lora_distill.pipeline import load_pipeline
-from lora_distill.storage import locked
 from lora_distill.train import folder as own
 from lora_distill.train.folder import folder_settings, train_folder, work_folder
+from lora_distill.writing import locked
 
 
 @pytest.fixture

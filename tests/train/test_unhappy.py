@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from lora_distill.errors import InputError, RunError
-from lora_distill.storage import load_tensors, locked, save_tensors
+from lora_distill.storage import load_tensors, save_tensors
 from lora_distill.train.loop import CHECKPOINT, LOG, RESULT, Schedule, train
+from lora_distill.writing import locked
 
 PLAN = Schedule(steps=6, batch_size=2, learning_rate=0.1, log_every=100, checkpoint_every=100)
 OFTEN = replace(PLAN, checkpoint_every=2)
