@@ -30,8 +30,9 @@ from lora_distill.judge.pictures import kept_pictures
 from lora_distill.pretrain import text_to_image
 from lora_distill.pretrain.text_to_image import Preset, pretrain
 from lora_distill.storage import cached_folder, cached_parts, digest, keep_value, kept_value
-from lora_distill.train.loop import Schedule, train
+from lora_distill.train.loop import train
 from lora_distill.train.objectives import GuidanceDistillation
+from lora_distill.train.step import Schedule
 from lora_distill.writing import locked
 
 CHANGING = ("training.json", "log.jsonl")  # with times in them

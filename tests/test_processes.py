@@ -17,7 +17,9 @@ from lora_distill import processes
 from lora_distill.arrays import mapped_rows
 from lora_distill.errors import InputError
 from lora_distill.storage import load_tensors
-from lora_distill.train.loop import CHECKPOINT, LOG, RESULT, Schedule, train
+from lora_distill.train.checkpoint import CHECKPOINT, LOG, RESULT
+from lora_distill.train.loop import train
+from lora_distill.train.step import Schedule
 
 TESTS = Path(__file__).parent
 
@@ -33,7 +35,8 @@ from lora_distill.adapters import add_adapter, plain_copy
 from lora_distill.data.encoded import consistency_batches
 from lora_distill.arrays import mapped_rows
 from lora_distill.storage import save_tensors
-from lora_distill.train.loop import Schedule, train
+from lora_distill.train.loop import train
+from lora_distill.train.step import Schedule
 from lora_distill.train.objectives import ConsistencyDistillation, ConsistencyMimicry, GuidanceDistillation
 
 torch.set_num_threads(1)

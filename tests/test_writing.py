@@ -362,7 +362,7 @@ def test_the_look_for_writes_finds_them(tmp_path):
 
 def test_a_killed_writer_leaves_the_old_file_and_the_next_start_nothing_else(tmp_path):
     script = (
-        "import os, sys\nfrom pathlib import Path\nfrom lora_distill.storage import whole_file\n"
+        "import os, sys\nfrom pathlib import Path\nfrom lora_distill.writing import whole_file\n"
         "with whole_file(Path(sys.argv[1])) as path:\n    path.write_text('half')\n    os.kill(os.getpid(), 9)\n"
     )
     (tmp_path / "file").write_text("old", encoding="utf-8")

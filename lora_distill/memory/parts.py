@@ -23,7 +23,7 @@ from lora_distill.memory.steps import Step, prepare
 from lora_distill.pipeline import decode_latents, encode_prompts, load_pipeline
 from lora_distill.sampling import Sampler, initial_noise, sample
 from lora_distill.shapes import SD15_SCHEDULER, unet_config
-from lora_distill.train.loop import Schedule, TrainingStep
+from lora_distill.train.step import Schedule, TrainingStep
 
 GUIDANCE = 7.5  # of the two works; no time and no memory depends on it
 PROMPT = "a brown dog"

@@ -19,8 +19,8 @@ from lora_distill.errors import InputError
 from lora_distill.memory import schemes
 from lora_distill.memory.schemes import TOKENS, Inference, Scheme, Setup, Training
 from lora_distill.shapes import SD15_SCHEDULER, materialise, meta_unet
-from lora_distill.train.loop import Schedule, TrainingStep
 from lora_distill.train.objectives import ConsistencyDistillation, Denoising, GuidanceDistillation
+from lora_distill.train.step import Schedule, TrainingStep
 
 Batch = dict[str, Tensor]
 

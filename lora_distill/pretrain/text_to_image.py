@@ -27,7 +27,8 @@ from lora_distill.pretrain.parts import (
 )
 from lora_distill.pretrain.vae import draw_all, encode_all, train_vae
 from lora_distill.storage import cache_key, device_name, digest, git_commit, versions
-from lora_distill.train.loop import Schedule, train
+from lora_distill.train.loop import train
+from lora_distill.train.step import Schedule
 from lora_distill.writing import check_place, whole_folder
 
 CAPTION_DROPOUT = 0.1  # fraction of captions replaced by "", so that the model also learns the unconditional output

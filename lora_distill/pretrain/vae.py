@@ -13,7 +13,8 @@ from lora_distill import processes
 from lora_distill.data import scenes
 from lora_distill.pretrain.parts import PRETRAINED, build_vae
 from lora_distill.storage import cache_key
-from lora_distill.train.loop import Schedule, train
+from lora_distill.train.loop import train
+from lora_distill.train.step import Schedule
 
 CROP_SIZE = 32
 

@@ -32,7 +32,8 @@ from lora_distill.writing import atomic_write, locked, whole_file
 RESULTS = 1  # version of the tables and figures that the module makes for the notebooks: raise it when they change
 READS = {"04": ("01", "02", "03")}  # the notebooks whose files a notebook reads, itself or through the module
 PRETRAINING = "00"  # makes the bundled pipeline: not part of a run, which reads the committed one
-TRAINING_FILES = ("result.safetensors", "checkpoint.safetensors", "log.jsonl")  # of train.loop, a folder a training
+# of train.checkpoint, in the folder of each training
+TRAINING_FILES = ("result.safetensors", "checkpoint.safetensors", "log.jsonl")
 NOT_TRAININGS = ("cache", "inputs", "figures", "images", "report")  # folders of a run, in which no training lies
 # Kernels announce their transport at the start, and as an error the interrupt that comes before their shutdown.
 KERNEL = {"kernel_name": "python3", "extra_arguments": ["--log-level=CRITICAL"]}

@@ -22,7 +22,7 @@ MANIFEST = "manifest.json"  # of a run: what made it
 PROVENANCE = "provenance.json"  # of its figures: what made each; shared by notebooks, as the manifest, and in no stamp
 PICTURES = "images/{}/*/*"  # the pictures of a notebook: a folder for each method and seed
 PICTURE = re.compile(r"\d+\.png|key\.txt")
-TRAINING = "result.safetensors"  # of train.loop, in the folder of each training
+TRAINING = "result.safetensors"  # of train.checkpoint, in the folder of each training
 SUMS = "SHA256SUMS"  # of committed tables; `sha256sum -c` reads it too
 TABLES = ("*.csv", "*.json", "*_images.png")  # what figures are drawn from and verdicts rest on
 

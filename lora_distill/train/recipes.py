@@ -23,8 +23,9 @@ from lora_distill.lora_files import MADE_BY
 from lora_distill.pipeline import adapter_dtype, encode_prompts, with_unet
 from lora_distill.settings import PACKAGE, Settings
 from lora_distill.storage import cache_key, digest
-from lora_distill.train.loop import Milestones, Schedule, train
+from lora_distill.train.loop import Milestones, train
 from lora_distill.train.objectives import ConsistencyDistillation, ConsistencyMimicry, Denoising, GuidanceDistillation
+from lora_distill.train.step import Schedule
 
 RECIPE = 2  # version of recipes, loop and objectives, part of the keys of trainings: raise it when a result changes
 LCM_SAMPLING_STEPS = 4  # of the few that it is trained for, what its LoRA file proposes

@@ -13,7 +13,7 @@ from transformers import CLIPTextModel
 from lora_distill.data.captioned import captioned_images
 from lora_distill.data.encoded import LEFT_OR_RIGHT, Framing, encode_images, image_batches, views
 from lora_distill.pipeline import encode_prompts, load_pipeline
-from lora_distill.train.loop import step_generator
+from lora_distill.train.step import step_generator
 
 COUNT = 6
 SQUARE = Framing(64)

@@ -13,7 +13,8 @@ from lora_distill.memory.measure import Tracker, simulate, track
 from lora_distill.memory.schemes import INFERENCE, TRAINING, Setup, find_scheme
 from lora_distill.memory.steps import prepare
 from lora_distill.shapes import unet_config
-from lora_distill.train.loop import Schedule, train
+from lora_distill.train.loop import train
+from lora_distill.train.step import Schedule
 
 BUNDLE, SD15 = unet_config("bundled"), unet_config("sd15-shape")
 TRAINED = ["full_finetune", "lora_finetune", "lora_distillation_shared", "lcm_lora_shared"]  # each objective

@@ -16,7 +16,7 @@ from lora_distill.pretrain.parts import (
     tokenize,
 )
 from lora_distill.pretrain.text_to_image import CAPTION_DROPOUT, CAPTION_NOISE, Preset, TextToImage
-from lora_distill.train.loop import Schedule
+from lora_distill.train.step import Schedule
 
 IMAGES, CLEAN_STEPS, COUNT = 200, 7, 4000
 

@@ -11,7 +11,7 @@ from lora_distill.data import scenes
 from lora_distill.pretrain import text_to_image
 from lora_distill.pretrain.parts import PROMPT_LENGTH, build_text_encoder, build_tokenizer, build_unet, tokenize
 from lora_distill.pretrain.text_to_image import PRESETS, CaptionReading, Preset, pretrain
-from lora_distill.train.loop import Schedule
+from lora_distill.train.step import Schedule
 
 CAPTIONS = text_to_image.grammar_captions(seed=0)
 TINY = Preset(

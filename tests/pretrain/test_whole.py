@@ -14,7 +14,8 @@ from lora_distill.errors import InputError, RunError, WriteError
 from lora_distill.pretrain import model_card, text_to_image, vae
 from lora_distill.pretrain.parts import build_text_encoder, build_tokenizer
 from lora_distill.pretrain.text_to_image import Preset, pretrain, train_text_encoder, train_text_to_image
-from lora_distill.train.loop import RESULT, Schedule
+from lora_distill.train.checkpoint import RESULT
+from lora_distill.train.step import Schedule
 
 TINY = Preset(
     images=8,

@@ -62,7 +62,7 @@ def test_the_same_call_again_trains_nothing_and_gives_the_same_weights(pictures,
     assert train_folder(pictures, tmp_path / "a.safetensors", settings) == 3
     first = own.lora_file(work_folder(tmp_path / "a.safetensors"), "lora").read_bytes()
     assert (tmp_path / "a.safetensors").read_bytes() == first
-    monkeypatch.setattr("lora_distill.train.loop.TrainingStep.__call__", lambda *_: pytest.fail("it trains"))
+    monkeypatch.setattr("lora_distill.train.step.TrainingStep.__call__", lambda *_: pytest.fail("it trains"))
     monkeypatch.setattr("lora_distill.data.encoded.views", lambda *_: pytest.fail("it encodes"))
     (tmp_path / "a.safetensors").unlink()
     train_folder(pictures, tmp_path / "a.safetensors", settings)

@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 from lora_distill.storage import load_tensors
-from lora_distill.train.loop import CHECKPOINT, LOG, RESULT, Schedule, step_generator, train
+from lora_distill.train.checkpoint import CHECKPOINT, LOG, RESULT
+from lora_distill.train.loop import train
+from lora_distill.train.step import Schedule, step_generator
 
 PLAN = Schedule(
     steps=6, batch_size=4, learning_rate=0.05, warmup_steps=2, log_every=2, checkpoint_every=2, weight_decay=0.1
@@ -129,7 +131,8 @@ import torch
 from lora_distill.adapters import add_adapter
 from lora_distill.train.objectives import GuidanceDistillation
 from lora_distill.storage import save_tensors
-from lora_distill.train.loop import Schedule, train
+from lora_distill.train.loop import train
+from lora_distill.train.step import Schedule
 from conftest import small_unet
 from diffusers import DDIMScheduler
 

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from lora_distill.storage import load_tensors
-from lora_distill.train.loop import CHECKPOINT, Schedule, train
+from lora_distill.train.checkpoint import CHECKPOINT
+from lora_distill.train.loop import train
+from lora_distill.train.step import Schedule
 
 PLAN = Schedule(steps=6, batch_size=2, learning_rate=0.1, log_every=1)
 

@@ -19,9 +19,11 @@ from lora_distill.pipeline import load_pipeline
 from lora_distill.sampling import Sampler
 from lora_distill.settings import Settings
 from lora_distill.train import optimizer
-from lora_distill.train.loop import CHECKPOINT, Schedule, TrainingStep, train
+from lora_distill.train.checkpoint import CHECKPOINT
+from lora_distill.train.loop import train
 from lora_distill.train.objectives import ConsistencyDistillation, ConsistencyMimicry, Denoising, GuidanceDistillation
 from lora_distill.train.recipes import distil_full_copy, distil_lora
+from lora_distill.train.step import Schedule, TrainingStep
 
 SETTINGS = Settings(train_steps=2, batch_size=2, warmup_steps=1, log_every=1, lora_rank=2)
 EMPTY = torch.zeros(1, 5, 8)
@@ -246,7 +248,7 @@ def test_another_number_of_processes_is_another_training(teacher, tmp_path, monk
 def test_a_batch_that_the_processes_cannot_share_evenly_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(processes, "count", lambda: 4)
     with pytest.raises(ValueError, match="batch_size: expected a multiple of the 4 processes, got 6"):
-        from lora_distill.train.loop import own_rows
+        from lora_distill.train.step import own_rows
 
         own_rows(6)
 

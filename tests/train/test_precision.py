@@ -13,8 +13,10 @@ from lora_distill.adapters import add_adapter
 from lora_distill.data.encoded import consistency_batches
 from lora_distill.errors import RunError
 from lora_distill.storage import load_tensors
-from lora_distill.train.loop import CHECKPOINT, RESULT, Schedule, train
+from lora_distill.train.checkpoint import CHECKPOINT, RESULT
+from lora_distill.train.loop import train
 from lora_distill.train.objectives import ConsistencyDistillation, GuidanceDistillation
+from lora_distill.train.step import Schedule
 
 PLAN = Schedule(steps=6, batch_size=2, learning_rate=1e-3, log_every=1, checkpoint_every=4)
 # dtype of W0, of what is trained, autocast

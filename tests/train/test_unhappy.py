@@ -11,7 +11,9 @@ from torch import nn
 
 from lora_distill.errors import InputError, RunError
 from lora_distill.storage import load_tensors, save_tensors
-from lora_distill.train.loop import CHECKPOINT, LOG, RESULT, Schedule, train
+from lora_distill.train.checkpoint import CHECKPOINT, LOG, RESULT
+from lora_distill.train.loop import train
+from lora_distill.train.step import Schedule
 from lora_distill.writing import locked
 
 PLAN = Schedule(steps=6, batch_size=2, learning_rate=0.1, log_every=100, checkpoint_every=100)
@@ -235,7 +237,7 @@ def test_two_trainings_of_one_folder_do_not_mix(tmp_path):
 
 def test_a_kill_frees_the_lock_and_what_it_left_is_swept(tmp_path):
     script = (
-        "import os, sys\nfrom pathlib import Path\nfrom lora_distill.storage import locked, whole_file\n"
+        "import os, sys\nfrom pathlib import Path\nfrom lora_distill.writing import locked, whole_file\n"
         "folder = Path(sys.argv[1])\n"
         "with locked(folder), whole_file(folder / 'checkpoint.safetensors') as path:\n"
         "    path.write_text('half')\n    os.kill(os.getpid(), 9)\n"
