@@ -47,7 +47,13 @@ def main() -> None:
             _run(start["whole"], token)
             length = time.monotonic() - clock
             print(f"undisturbed: {length:.0f} s", flush=True)
-            problems = [found for _ in range(options.kills) for found in _kill(start["cut"], token, rng, length)]
+            problems, kills = [], 0
+            while kills < options.kills and not problems:
+                killed, found = _kill(start["cut"], token, rng.uniform(1, 0.9 * length))
+                problems, kills = problems + found, kills + killed
+                if not killed:  # it has ended: begin anew
+                    problems += _differences(runs["whole"], runs["cut"])
+                    shutil.rmtree(runs["cut"])
             _run(start["cut"], token)
             problems += _differences(runs["whole"], runs["cut"])
         finally:

@@ -398,7 +398,7 @@ def test_what_reads_trainings_of_several_processes_looks_for_theirs(tmp_path):
     for name, count in (("01_a", 1), ("02_b", 4), ("03_c", 4)):
         (tmp_path / f"{name}.ipynb").touch()
         stamp = {"key": "", "commit": None, "outputs": {}, "processes": count}
-        (tmp_path / f"{name}{series.STAMP}").write_text(json.dumps(stamp), encoding="utf-8")
+        (tmp_path / f"{name}{stamps.STAMP}").write_text(json.dumps(stamp), encoding="utf-8")
     assert series.made_by(Path("04_evaluation.ipynb"), tmp_path) == 4
     assert series.made_by(Path("02_b.ipynb"), tmp_path) == 1
 
