@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, Features, Image, concatenate_datasets, load_dataset
 from datasets.config import HF_DATASETS_CACHE
 
-from lora_distill.data.layouts import Tree, folder_of, split_words
+from lora_distill.data.layouts import split_words
 from lora_distill.data.pictures import content_digest, raw_images
 from lora_distill.data.readers import (
     CAPTION_COLUMNS,
@@ -23,6 +23,7 @@ from lora_distill.data.readers import (
     own_split,
 )
 from lora_distill.data.tables import kept_table, loaded_tables
+from lora_distill.data.tree import Tree, folder_of
 from lora_distill.errors import InputError, MissingError, one_line, reading
 from lora_distill.storage import cache_key
 
