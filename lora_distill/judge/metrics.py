@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPProcessor
 
-from lora_distill.data.scenes import Reader, Scene, agreement
+from lora_distill.data.scenes import Scene
 from lora_distill.data.teacher import Prompts
 from lora_distill.errors import InputError, MissingError, one_line
 from lora_distill.judge import distances
 from lora_distill.judge.features import LAYERS, Features, cached_features, extract, load_extractor, pretrained_clip
 from lora_distill.judge.pictures import Pictures, batches
+from lora_distill.judge.reader import Reader, judge_images
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Proportion:
 
 def prompt_alignment(images: np.ndarray, scenes: list[Scene], reader: Reader | None = None) -> dict[str, Proportion]:
     """The share of images (n, 64, 64, 3) uint8 that show what their scene says, by attribute and `all` together."""
-    right = agreement((reader or Reader()).read(images), scenes)
+    right = judge_images(images, scenes, reader).right
     return {name: Proportion(float(values.mean()), len(values)) for name, values in right.items()}
 
 

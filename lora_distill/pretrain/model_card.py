@@ -10,9 +10,10 @@ from diffusers import StableDiffusionPipeline
 from lora_distill.data import scenes
 from lora_distill.data.teacher import Prompts, scene_prompts
 from lora_distill.errors import reading
-from lora_distill.judge.metrics import Proportion, prompt_alignment
+from lora_distill.judge.metrics import Proportion
+from lora_distill.judge.reader import Verdicts, judge_images
 from lora_distill.pipeline import decode_latents, encode_prompts, load_pipeline, to_uint8
-from lora_distill.pretrain.text_to_image import CAPTION_DROPOUT, CAPTION_NOISE
+from lora_distill.pretrain.text_to_image import CAPTION_DROPOUT
 from lora_distill.sampling import Sampler, initial_noise, sample_in_batches
 from lora_distill.storage import device_name, now
 from lora_distill.writing import atomic_write
@@ -20,51 +21,60 @@ from lora_distill.writing import atomic_write
 GUIDANCE_SCALES = (1.0, 2.0, 3.0, 5.0, 7.5, 10.0)
 STEPS = 25
 SEED = 0
-NOTHING = dict.fromkeys(("all", "objects", "relation", "background", "style"), 0.0)
+NOTHING = dict.fromkeys(("n", "all", "objects", "background", "style", "object_share", "fit_error"), 1.0)
 EMPTY = {  # scores that are not there yet, to see whether a card can be written
-    "count": 1, "held_out_layouts": 0, "sampler": "", "seed": 0, "device": "", "guidance": {"1.0": NOTHING},
-    "reconstruction": {"noto": 0.0, "fluent": 0.0},
+    "count": 1, "unseen": 0, "sampler": "", "seed": 0, "device": "",
+    "guidance": {"1.0": {"all": NOTHING, **{str(n): NOTHING for n in scenes.COUNTS}, "seen": NOTHING,
+                         "unseen": NOTHING}},
+    "reconstruction": {"noto": {"all": NOTHING, "4": NOTHING}, "fluent": {"all": NOTHING, "4": NOTHING}},
 }  # fmt: skip
 
 
-def score(pipe: StableDiffusionPipeline, count: int = 1000) -> dict:
-    """Share of test images that the reader reads right: VAE reconstructions, and samples at each guidance scale."""
-    prompts = scene_prompts("noto", "test", count, SEED)
-    curve = {w: _alignment(pipe, prompts, w) for w in GUIDANCE_SCALES}
-    unseen = np.array([scene.layout in scenes.held_out_layouts() for scene in prompts.scenes])
+def score(pipe: StableDiffusionPipeline, count: int = 1000, split: str = "test") -> dict:
+    """What the reader says of VAE reconstructions, and of samples at each guidance scale, by number of objects."""
+    prompts = scene_prompts("noto", split, count, SEED)
     return {
         "count": count,
         "seed": SEED,
         "sampler": f"{type(pipe.scheduler).__name__}, {STEPS} steps",
         "device": device_name(str(pipe.device)),
         "scored": now(),
-        "held_out_layouts": int(unseen.sum()),
-        "reconstruction": {
-            "noto": _reconstruction(pipe, "noto", count),
-            "fluent": _reconstruction(pipe, "fluent", count),
-        },
-        "guidance": {str(w): {name: p.value for name, p in alignment.items()} for w, alignment in curve.items()},
+        "unseen": sum(scene.unseen for scene in prompts.scenes),
+        "reconstruction": {style: _reconstruction(pipe, style, count) for style in scenes.STYLES},
+        "guidance": {str(w): _sampled(pipe, prompts, w) for w in GUIDANCE_SCALES},
     }
 
 
-def _alignment(pipe: StableDiffusionPipeline, prompts: Prompts, guidance_scale: float) -> dict[str, Proportion]:
+def _sampled(pipe: StableDiffusionPipeline, prompts: Prompts, guidance_scale: float) -> dict[str, dict[str, float]]:
     noise = initial_noise(pipe, len(prompts), SEED)
     embeds, empty = encode_prompts(pipe, prompts.captions), encode_prompts(pipe, [""])
     sampler = Sampler(STEPS, guidance_scale)
     latents = sample_in_batches(pipe, sampler, noise, embeds, empty, SEED, title=f"w = {guidance_scale:g}")
-    return prompt_alignment(decode_latents(pipe, latents), prompts.scenes)
+    return _by_count(judge_images(decode_latents(pipe, latents), prompts.scenes), prompts.scenes)
+
+
+def _by_count(verdicts: Verdicts, data: list[scenes.Scene]) -> dict[str, dict[str, float]]:
+    """The means of what is measured: of all images, of those of each number of objects, of seen and unseen ones."""
+    unseen, objects = np.array([scene.unseen for scene in data]), np.array([scene.count for scene in data])
+    groups = {"all": unseen | True, **{str(n): objects == n for n in scenes.COUNTS}, "seen": ~unseen, "unseen": unseen}
+    columns = {**verdicts.right, "object_share": verdicts.object_share, "fit_error": verdicts.fit_error}
+    return {
+        name: {"n": int(rows.sum()), **{column: float(values[rows].mean()) for column, values in columns.items()}}
+        for name, rows in groups.items()
+        if rows.any()
+    }
 
 
 @torch.no_grad()
-def _reconstruction(pipe: StableDiffusionPipeline, style: str, count: int) -> float:
-    """The share of drawn test images that the reader reads right after the VAE: the ceiling of all scores."""
+def _reconstruction(pipe: StableDiffusionPipeline, style: str, count: int) -> dict[str, dict[str, float]]:
+    """What the reader says of drawn test images after the VAE: the ceiling of all scores."""
     data = scenes.sample_scenes(style, "test", count, SEED)
     images = []
     for start in range(0, count, 50):
         pixels = torch.from_numpy(np.stack([scenes.draw(scene) for scene in data[start : start + 50]]))
         latents = pipe.vae.encode(pixels.to(pipe.device).permute(0, 3, 1, 2).float() / 127.5 - 1).latent_dist.mean
         images.append(to_uint8(pipe.vae.decode(latents).sample))
-    return prompt_alignment(np.concatenate(images), data)["all"].value
+    return _by_count(judge_images(np.concatenate(images), data), data)
 
 
 def write(folder: Path, count: int = 1000) -> dict:
@@ -84,15 +94,15 @@ def write(folder: Path, count: int = 1000) -> dict:
 
 def render(training: dict, scores: dict) -> str:
     """The model card as Markdown, from the contents of training.json and scores.json alone."""
-    count = scores["count"]
-    best = max(scores["guidance"], key=lambda w: scores["guidance"][w]["all"])
-    gain = 100 * (scores["guidance"][best]["all"] - scores["guidance"]["1.0"]["all"])
-    ceiling = {style: Proportion(value, count) for style, value in scores["reconstruction"].items()}
-    rows = "\n".join(
-        f"| {float(w):g} | {Proportion(a['all'], count)} | {100 * a['objects']:.1f} % | {100 * a['relation']:.1f} % "
-        f"| {100 * a['background']:.1f} % | {100 * a['style']:.1f} % |"
-        for w, a in scores["guidance"].items()
+    count, guidance = scores["count"], {float(w): groups for w, groups in scores["guidance"].items()}
+    best = max(guidance, key=lambda w: guidance[w]["all"]["all"])
+    gains = {n: 100 * (guidance[best][n]["all"] - guidance[1.0][n]["all"]) for n in ("1", "4")}
+    predicted = " | ".join(f"{100 * (1 - 23 / 24 * training['caption_error']) ** n:.0f} %" for n in scenes.COUNTS)
+    ceilings = ", ".join(
+        f"{_share(found['all'])} ({style}; {_share(found['4'])} at four objects)"
+        for style, found in scores["reconstruction"].items()
     )
+    rows = "\n".join(_card_row(w, groups) for w, groups in guidance.items())
     stages = "\n".join(
         f"| {name.replace('_', ' ')} | {plan['steps']:,} | {plan['batch_size']} "
         f"| {plan['steps'] * plan['batch_size']:,} | {plan['learning_rate']:g} | {training['minutes'][name]:g} |"
@@ -100,18 +110,23 @@ def render(training: dict, scores: dict) -> str:
     )
     return f"""# A small Stable Diffusion of emoji scenes
 
-A pipeline in the folder layout of Stable Diffusion 1.5 for machines without a GPU or a network: 64 x 64 images of two
-emoji in a relation on a pastel background, 8 x 8 x 4 latents, v-prediction on Stable Diffusion's noise schedule.
-`StableDiffusionPipeline.from_pretrained` loads it as it is. It exists to study distillation and is good for nothing
-else.
+A pipeline in the folder layout of Stable Diffusion 1.5 for machines without a GPU or a network: 64 x 64 images of one
+to four emoji, each in its own quarter of a pastel background, 8 x 8 x 4 latents, v-prediction on Stable Diffusion's
+noise schedule. `StableDiffusionPipeline.from_pretrained` loads it as it is. It exists to study distillation and is good
+for nothing else.
 
 ## Training
 
 Data: {training["images"]:,} scenes of the bundled world (training split, base style Noto; the VAE saw both styles),
-drawn from seed {training["seed"]}, five captions an image. One layout in eight is held out of training. The text
-encoder first learnt to say from a caption, of either style, what its scene is, in place of CLIP's contrastive training,
-and then learnt on with the UNet. Meanwhile {CAPTION_DROPOUT:.0%} of the captions were empty, which guidance needs, and
-after {training["clean_steps"]:,} steps {CAPTION_NOISE:.0%} were another image's, as on the web, which guidance mends.
+drawn from seed {training["seed"]}, five captions an image. One (object, place) in eight is held out of training. The
+text encoder first learnt to say from a caption, of either style, what each quarter shows, in place of CLIP's
+contrastive training, and then learnt on with the UNet. Meanwhile {CAPTION_DROPOUT:.0%} of the captions were empty,
+which guidance needs.
+
+**The captions have errors, on purpose.** While the UNet was trained, each object of a caption was named at random with
+probability p = {training["caption_error"]:g}, as captions on the web are wrong. A model that learns this draws wrong
+objects as often, and guidance mends it. Without such errors guidance would have nothing to mend here.
+
 Notebook 00 with `pretrain: full`, or `python -m lora_distill pretrain --preset full`, makes it again.
 
 | stage | steps | batch | images or captions seen | learning rate | minutes |
@@ -123,18 +138,34 @@ Code: commit {training["commit"]}.
 
 ## Scores
 
-{count:,} prompts of the test split, {scores["held_out_layouts"]} of them with held-out layouts, {scores["sampler"]},
-seed {scores["seed"]}, float32, {scores["device"]}. "All correct" is the reader's verdict on objects, relation,
-background and style together; intervals are 95 % Wilson. Ceiling, the reader on VAE reconstructions of drawn test
-images: {ceiling["noto"]} (Noto), {ceiling["fluent"]} (Fluent).
+{count:,} prompts of the test split, each number of objects equally often, {scores["unseen"]} of them with a held-out
+(object, place); {scores["sampler"]}, seed {scores["seed"]}, float32, {scores["device"]}. "All right" is the reader's
+verdict on objects, places, background and style together, in per cent of the images; intervals are 95 % Wilson.
+"Objects" is the share of single objects that are right, "error" how far they are from a drawn one (0 is clean, 1 is
+nothing like it). Ceiling, all right on VAE reconstructions of drawn test images: {ceilings}.
 
-| guidance w | all correct | objects | relation | background | style |
-|---|---|---|---|---|---|
+| guidance w | all right | 1 object | 2 | 3 | 4 | seen | held out | objects | error |
+|---|---|---|---|---|---|---|---|---|---|
 {rows}
 
-Guidance matters here: w = 1 is {gain:.1f} points below w = {float(best):g}.
+The errors of the captions alone would leave at w = 1, (1 − 23p/24)^n for n objects: | {predicted} |.
+Guidance matters here: w = 1 is {gains["1"]:.1f} points below w = {best:g} at one object, {gains["4"]:.1f} at four.
 
 ## Licences
 
 Trained on renderings of Noto Emoji (Apache-2.0, Google) and Fluent Emoji (MIT, Microsoft); the weights are Apache-2.0.
 """
+
+
+def _share(found: dict[str, float]) -> str:
+    return str(Proportion(found["all"], int(found["n"])))
+
+
+def _card_row(guidance_scale: float, groups: dict[str, dict[str, float]]) -> str:
+    """A row of the card: all right by number of objects, and the measures of single objects."""
+    parts = " | ".join(f"{100 * groups[name]['all']:.1f}" for name in (*map(str, scenes.COUNTS), "seen", "unseen"))
+    everything = groups["all"]
+    return (
+        f"| {guidance_scale:g} | {_share(everything)} | {parts} | {100 * everything['object_share']:.1f} "
+        f"| {everything['fit_error']:.3f} |"
+    )

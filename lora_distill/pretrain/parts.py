@@ -11,8 +11,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from lora_distill.data import scenes
 
-PRETRAINED = 1  # version of the stages of pretraining, part of the keys of their folders: raise it when they change
-PROMPT_LENGTH = 24  # tokens; the longest caption has 16, start and end included
+PRETRAINED = 2  # version of the stages of pretraining, part of the keys of their folders: raise it when they change
+PROMPT_LENGTH = 36  # tokens; the longest caption has 35, start and end included
 
 
 def build_vae() -> AutoencoderKL:

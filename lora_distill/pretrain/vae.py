@@ -43,21 +43,24 @@ def train_vae(
 ) -> tuple[AutoencoderKL, dict[str, list[dict]]]:
     """Train the VAE on crops around the objects, then on whole images; return it with the logs of both stages.
 
-    `schedules` has one for each stage, `vae_crops` and `vae_images`. Two thirds of an image are flat background: crops
-    of a quarter of its area take a quarter of the time. The last steps take whole images, because the statistics of
-    the group norms differ.
+    `schedules` has one for each stage, `vae_crops` and `vae_images`. Half of an image is flat background: crops of a
+    quarter of its area take a quarter of the time. The last steps take whole images, because the statistics of the
+    group norms differ.
     """
     torch.manual_seed(seed)
     objective = Reconstruction(build_vae().to(device))
     data = [s for style in scenes.STYLES for s in scenes.sample_scenes(style, "train", images // 2, seed)]
     pixels = draw_all(data)
-    centres = torch.tensor([s.positions for s in data])  # (n, 2 objects, 2: x and y)
+    centres = [[(one.left + one.size // 2, one.top + one.size // 2) for one in s.objects] for s in data]
 
     def draw_crops(step: int, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
         rows = torch.randint(len(pixels), (batch_size,), generator=generator)
-        which = torch.randint(2, (batch_size,), generator=generator)
+        which = torch.randint(12, (batch_size,), generator=generator)  # of one to four objects each equally often
         jitter = torch.randint(-8, 9, (batch_size, 2), generator=generator)
-        corners = (centres[rows, which] + jitter - CROP_SIZE // 2).clamp(0, scenes.IMAGE_SIZE - CROP_SIZE)
+        around = torch.tensor(
+            [centres[r][w % len(centres[r])] for r, w in zip(rows.tolist(), which.tolist(), strict=True)]
+        )
+        corners = (around + jitter - CROP_SIZE // 2).clamp(0, scenes.IMAGE_SIZE - CROP_SIZE)
         crops = [
             pixels[row, :, y : y + CROP_SIZE, x : x + CROP_SIZE]
             for row, (x, y) in zip(rows.tolist(), corners.tolist(), strict=True)
