@@ -245,7 +245,7 @@ def test_a_tilde_that_the_shell_left_is_the_home_folder(command, tmp_path, monke
     layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     save_file({f"{layer}.lora_A.weight": torch.ones(2, 8), f"{layer}.lora_B.weight": torch.ones(8, 2)}, "l.safetensors")
     assert command("export", "l.safetensors", "--out=~/kohya.safetensors")[0] == 0
-    assert command("sample", "a lion left of a bus", "--steps=1", "--out=~/picture.png")[0] == 0
+    assert command("sample", "a lion at the upper left", "--steps=1", "--out=~/picture.png")[0] == 0
     assert command("train", "~/no-pictures", "--out=~/lora.safetensors")[0] == 2
     assert {path.name for path in (tmp_path / "home").glob("[!.]*")} == {"kohya.safetensors", "picture.png"}
     assert {path.name for path in (tmp_path / "here").iterdir()} == {"l.safetensors"}
@@ -282,7 +282,7 @@ def test_a_full_disk_is_one_line(command, monkeypatch, tmp_path):
 
     monkeypatch.setattr(Path, "write_bytes", full)
     picture = tmp_path / "lion.png"
-    code, _, err = command("sample", "a lion above a bus", "--steps", "1", "--out", str(picture))
+    code, _, err = command("sample", "a lion at the upper left", "--steps", "1", "--out", str(picture))
     last_line = err.rpartition("\r")[2].strip()  # after the progress bar
     assert code == 1 and last_line == f"{picture} could not be written: No space left on device"
 

@@ -281,7 +281,7 @@ def test_clip_score_is_the_mean_cosine_of_images_and_captions(tmp_path):
     processor.save_pretrained(tmp_path)
     images, captions = (
         drawn("noto", "val", 3, seed=0),
-        ["a lion left of a bus", "a crown", "on pink, an owl over a car"],
+        ["a lion at the upper left", "a crown", "on pink, an owl over a car"],
     )
 
     score = ClipCosine(captions, tmp_path, batch_size=2)(images)
