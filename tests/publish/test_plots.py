@@ -13,7 +13,9 @@ from lora_distill.publish.style import image_grid
 SHARE = {"low": 0.4, "high": 0.6, "n": 100}
 TERMS = {f"{term}_gb": 1.0 for term in plots_memory.COLOURS}
 DISTANCE = {f"fd_efficientnet_lite0{end}": value for end, value in (("", 90.0), ("_low", 88.0), ("_high", 92.0))}
-QUALITY = {"all_correct": 0.5, **DISTANCE, **SHARE}
+FIT = {"fit_error": 0.2, "fit_error_low": 0.1, "fit_error_high": 0.3}
+QUALITY = {"all_correct": 0.5, **FIT, **DISTANCE, **SHARE}
+ERRORS = {"errors": 0.5, "seeds": 2, **SHARE}
 ROWS = {
     "00_loss": [{"stage": s, "step": i, "loss": 1 / i} for s in ("vae_crops", "unet") for i in (1, 2)],
     "00_guidance": [
@@ -41,8 +43,21 @@ ROWS = {
          "seconds_an_image": 3.0, "saving_percent": 40.0}
         for h in ("run whole", "computed from passes") for s in "ab"
     ],
-    "02_guidance_curve": [{"guidance_scale": w, "teacher_guidance_scale": 3.0, **QUALITY} for w in (1.0, 3.0)],
-    "02_difference": [{"timestep": t, "relative_difference": 0.1} for t in (1, 2)],
+    "02_guidance_curve": [
+        {"guidance_scale": w, "objects": o, "teacher_guidance_scale": 3.0, **QUALITY, "predicted": p}
+        for w, p in ((1.0, 0.4), (3.0, None)) for o in ("all", *"1234")
+    ],
+    "02_difference": [
+        {"timestep": t, "quantity": q, "relative_difference": 0.1} for t in (1, 2) for q in ("v", "x0", "ε")
+    ],
+    "02_errors": [
+        {"method": m, "objects": o, "compositions": c, **ERRORS, "psnr_to_teacher_db": None if m == "a" else 20.0}
+        for m in "ab" for o in ("all", *"1234") for c in ("all", "seen", "held out")
+    ],
+    "02_errors_against_passes": [
+        {"method": m, "objects": o, "unet_passes": n, **ERRORS, "trained": m == "b"}
+        for m, n in (("a", 8), ("b", 4), ("b", 8)) for o in ("all", *"1234")
+    ],
     "02_loss": [{"method": m, "step": i, "loss": 0.1} for m in "ab" for i in (1, 2)],
     "02_quality_against_steps": [
         {"method": m, "step": i, **QUALITY} for m, i in (("a", 0), ("a", 1), ("teacher", None))
@@ -79,7 +94,7 @@ ROWS = {
         for r in (64, 96) for b in (1, 4) for m in "ab"
     ],
 }  # fmt: skip
-WITHOUT_LEGEND = {"00_loss", "02_difference", "04_speed"}  # a single curve a panel, or bars with their names
+WITHOUT_LEGEND = {"00_loss", "04_speed"}  # a single curve a panel, or bars with their names
 
 
 @pytest.fixture(autouse=True)
@@ -117,6 +132,40 @@ def test_the_front_is_the_best_that_so_many_evaluations_buy():
     ax = FIGURES["04_pareto"].draw(rows).axes[0]
     (front,) = [line for line in ax.lines if line.get_drawstyle() == "steps-post"]
     assert front.get_xydata().tolist() == [[1, 30], [2, 50], [4, 50], [8, 90]]
+
+
+class TestErrors:
+    def test_they_are_in_per_cent_on_a_log_axis_and_none_at_all_stands_at_half_a_picture(self):
+        rows = [
+            {"method": "a", "objects": o, "unet_passes": n, "errors": e, "low": e / 2, "high": 2 * e, "n": 50,
+             "seeds": 2, "trained": True}
+            for n, e in ((4, 0.25), (8, 0.0)) for o in "14"
+        ]  # fmt: skip
+        for ax, title in zip(plots.errors_against_passes(rows).axes, ("1 object", "4 objects"), strict=True):
+            assert (ax.get_yscale(), ax.get_title()) == ("log", title)
+            assert ax.lines[0].get_xydata().tolist() == [[4, 25], [8, 0.5]]
+
+    def test_a_curve_of_guidance_has_a_short_line_at_what_the_captions_leave_right(self):
+        ax = plots.quality_against_guidance(ROWS["02_guidance_curve"]).axes[0]
+        lines = [line.get_xydata().tolist() for line in ax.lines]
+        assert lines.count([[0.1, 40], [1.9, 40]]) == 4
+
+    def test_a_distance_stands_beside_lines_of_known_ones(self):
+        known = {"fd_efficientnet_lite0_floor": 3.0, "fd_efficientnet_lite0_vae": 10.0}
+        rows = [row | known for row in ROWS["02_guidance_curve"]]
+        levels = [line.get_ydata()[0] for line in plots.quality_against_guidance(rows).axes[2].lines]
+        assert {3.0, 10.0} <= set(levels)
+
+    def test_steps_of_a_share_are_errors_beside_the_teachers(self):
+        figure = plots.quality_against_steps([row | {"all_correct": 0.75} for row in ROWS["02_quality_against_steps"]])
+        assert [ax.get_ylabel() for ax in figure.axes] == ["errors, %", "fit error", "FD-EfficientNet-Lite0"]
+        assert list(figure.axes[0].lines[0].get_ydata()) == [25, 25]
+
+
+def test_a_loss_without_steps_is_a_line():
+    rows = [*ROWS["02_loss"], {"method": "untrained", "step": None, "loss": 0.5}]
+    (line,) = [line for line in plots.distillation_loss(rows).axes[0].lines if line.get_label() == "untrained"]
+    assert list(line.get_ydata()) == [0.5, 0.5]
 
 
 def test_the_terms_of_memory_have_colours():
@@ -169,7 +218,9 @@ def shown(figure) -> str:
 
 @pytest.mark.parametrize("measure", [{"clip_cosine": 0.3, **COSINE}, {"n": 60}], ids=["CLIP", "no CLIP"])
 def test_curves_of_photographs_are_of_the_cosine_or_of_the_distance_alone(measure):
-    curve = [{"guidance_scale": w, **measure, **FD, "teacher_guidance_scale": 7.5} for w in (1.0, 7.5)]
+    curve = [
+        {"guidance_scale": w, "objects": "all", **measure, **FD, "teacher_guidance_scale": 7.5} for w in (1.0, 7.5)
+    ]
     steps = [{"method": "LoRA", "step": step, **measure, **FD} for step in (0, 10)]
     steps = [row | dict.fromkeys(("low", "high") if "low" in row else ()) for row in steps]
     teacher = {"method": "teacher, two passes", "step": None, **measure, **FD}
