@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from lora_distill.publish import plots_memory
+from lora_distill.publish import plots_few_steps, plots_memory
 from lora_distill.publish.style import (
     ALIGNMENTS,
     REFERENCE,
@@ -127,36 +127,6 @@ def _quality_panels(xlabel: str, rows: Rows) -> tuple[Figure, Axes | None, Axes]
     for ax in first:
         ax.set(xlabel=xlabel, ylabel=ALIGNMENTS[aligned][0], title="alignment")
     return figure, first[0] if first else None, last
-
-
-# -------------------------------------------------------------------------------------------------------- 03: few steps
-
-
-def consistency_loss(rows: Rows) -> Figure:
-    """The consistency loss of the trainings, a curve a method."""
-    return loss_by_method(rows, "pseudo-Huber loss")
-
-
-def content_against_passes(rows: Rows) -> Figure:
-    """What counts against UNet evaluations: trained models solid, samplers of the base dotted.
-
-    A method of a single point is the guided teacher, a dashed line.
-    """
-    figure, ax = plt.subplots(figsize=(WIDTH, 2.8))
-    aligned = alignment_of(rows)
-    name, factor, top = ALIGNMENTS[aligned]
-    for method, points in grouped(rows, "method").items():
-        if len(points) == 1:
-            label = f"{method}, {points[0]['unet_passes']} evaluations"
-            ax.axhline(factor * points[0][aligned], label=label, **REFERENCE)
-        else:
-            style = {"linestyle": "-" if points[0]["trained"] else ":", **STYLES.get(method, {})}
-            value_with_interval(ax, points, "unet_passes", aligned, label=method, **style)
-    ax.set_xscale("log", base=2)
-    ax.xaxis.set_major_formatter("{x:g}")
-    ax.set(xlabel="UNet evaluations an image", ylabel=name, ylim=(0, top) if top else None)
-    ax.legend(fontsize=7)
-    return figure
 
 
 # ------------------------------------------------------------------------------------------- 04: evaluation and seconds
@@ -358,9 +328,12 @@ FIGURES = {
     "02_quality_against_steps": Plot(quality_against_steps, "Quality against training steps", KEPT),
     "02_same_noise": Plot(image_grid, "Teacher and students on the same noise", KEPT),
     "03_images": Plot(image_grid, "Six training images, one caption each"),
-    "03_loss": Plot(consistency_loss, "Consistency loss against training steps"),
-    "03_same_noise": Plot(image_grid, "Teacher, fine-tune, LCM and LCM-LoRA on the same noise", FLICKR),
-    "03_quality_against_passes": Plot(content_against_passes, "Content against UNet evaluations", FEW_STEPS),
+    "03_same_noise": Plot(image_grid, "Teacher, fine-tune and LCM-LoRA on the same noise", FLICKR),
+    "03_quality_against_passes": Plot(
+        plots_few_steps.quality_against_passes,
+        "Errors, cleanness and distance against UNet evaluations, and errors by number of objects",
+        FEW_STEPS,
+    ),
     "03_composition": Plot(image_grid, "LCM-LoRA and the fine-tune added up, four steps"),
     "04_distance": Plot(distance_bars, "The slides' Figure 1: Frechet distance by method", FLICKR),
     "04_speed": Plot(speed_bars, "The slides' Figure 2: seconds an image", ("lcm-lora-2-4-times-faster",)),
