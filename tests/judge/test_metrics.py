@@ -60,7 +60,9 @@ def test_a_proportion_reads_as_one_line():
 def test_alignment_is_1_for_the_scenes_that_were_drawn_and_0_for_others():
     shown = scenes.sample_scenes("noto", "val", 20, seed=0)
     images = np.stack([scenes.draw(s) for s in shown])
-    assert all(p.value == 1 and p.count == 20 for p in prompt_alignment(images, shown).values())
+    found = prompt_alignment(images, shown)
+    assert found.pop("fit_error").value < 0.01
+    assert all(score.value == 1 and score.count == 20 for score in found.values())
     others = [s for s in scenes.sample_scenes("noto", "val", 200, seed=1)][-20:]
     assert prompt_alignment(images, others)["all"].value == 0
 
@@ -68,12 +70,12 @@ def test_alignment_is_1_for_the_scenes_that_were_drawn_and_0_for_others():
 def test_alignment_of_saved_images_is_the_count_of_what_they_were_drawn_to_show(tmp_path):
     """PNGs that show what was asked, or something else in one known attribute; counted from their labels alone."""
     asked = scenes.sample_scenes("noto", "val", 12, seed=4)
-    other_colour = {"blue": "pink"}
+    other_colour, other_kind = {"blue": "pink"}, {"lion": "frog"}
     shown = [
         scene if i % 4 == 0 else
         replace(scene, style="fluent") if i % 4 == 1 else
         replace(scene, background=other_colour.get(scene.background, "blue")) if i % 4 == 2 else
-        replace(scene, first=scene.second, second=scene.first)
+        replace(scene, objects=tuple(replace(one, kind=other_kind.get(one.kind, "lion")) for one in scene.objects))
         for i, scene in enumerate(asked)
     ]  # fmt: skip
     for i, (scene, prompt) in enumerate(zip(shown, asked, strict=True)):
@@ -84,16 +86,15 @@ def test_alignment_of_saved_images_is_the_count_of_what_they_were_drawn_to_show(
     for path in tmp_path.glob("*.json"):
         shows, asks = json.loads(path.read_text()).values()
         same = {key: shows[key] == asks[key] for key in shows}
-        count["objects"] += sorted([shows["first"], shows["second"]]) == sorted([asks["first"], asks["second"]])
-        count["relation"] += same["first"] and same["second"] and same["axis"]
-        count["background"] += same["background"]
-        count["style"] += same["style"]
-        count["all"] += all(same[key] for key in ("first", "second", "axis", "background", "style"))
-    assert count == {"objects": 12, "relation": 9, "background": 9, "style": 9, "all": 3}
+        count.update({name: same[name] for name in ("objects", "background", "style")})
+        count["content"] += same["objects"] and same["background"]
+        count["all"] += all(same.values())
+    assert count == {"objects": 9, "background": 9, "style": 9, "content": 6, "all": 3}
 
     images = np.stack([np.asarray(Image.open(path)) for path in sorted(tmp_path.glob("*.png"))])
     measured = prompt_alignment(images, asked)
     assert {name: round(measured[name].value * 12) for name in count} == count
+    assert measured["object_share"].value == 0.75
 
 
 # ---------------------------------------------------------------------------------------------- distances
