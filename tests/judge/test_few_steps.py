@@ -136,8 +136,11 @@ def test_the_rivals_are_the_best_of_at_most_eight_evaluations():
 
 
 def test_of_distances_the_least_is_the_best():
-    rows = [{"method": m, "unet_passes": n, "objects": "all", FD: value, "trained": m == "LCM-LoRA 8k"}
-            for m, n, value in (("a", 4, 9.0), ("b", 8, 7.0), ("LCM-LoRA 8k", 1, 5.0), ("teacher", 9, 6.0))]  # fmt: skip
+    values = (("a", 4, 9.0), ("b", 8, 7.0), ("LCM-LoRA 8k", 1, 5.0), ("teacher", 9, 6.0))
+    rows = [
+        {"method": method, "unet_passes": passes, "objects": "all", FD: value, "trained": method == "LCM-LoRA 8k"}
+        for method, passes, value in values
+    ]
     assert words.rivals(rows, "LCM-LoRA 8k") == (
         "The best sampler of the base with at most 8 evaluations is b with 8 evaluations: FD 7.0. LCM-LoRA 8k with 1 "
         "evaluation: FD 5.0. teacher with 9 evaluations: FD 6.0."

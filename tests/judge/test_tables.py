@@ -179,14 +179,8 @@ def share(value):
     return Quality([None] * 8, {"content": Proportion(value, 8)}, None, "content")
 
 
-def test_a_point_of_content_knows_whether_training_made_it():
-    content = {"DDIM": {1: share(0.25)}, "LCM-LoRA": {1: share(0.5), 4: share(1.0)}}
-    rows = tables.passes_rows(content, ["LCM-LoRA"])
-    assert columns(rows, "method", "unet_passes", "content", "trained") == [
-        *(("DDIM", 1, 0.25, False), ("LCM-LoRA", 1, 0.5, True), ("LCM-LoRA", 4, 1.0, True))
-    ]
-    assert rows[1] | Proportion(0.5, 8).columns == rows[1]
-    shown = overview.passes(content)
+def test_points_are_shown_a_row_a_method_and_a_column_a_number_of_passes():
+    shown = overview.passes({"DDIM": {1: share(0.25)}, "LCM-LoRA": {1: share(0.5), 4: share(1.0)}})
     assert shown.loc["LCM-LoRA", 4] == "100.0 %" and shown.loc["DDIM", 4] == ""
 
 
@@ -253,9 +247,7 @@ def test_of_photographs_the_alignment_is_clips_cosine_and_there_is_no_style(pipe
 
 def test_curves_of_photographs_are_of_the_cosine_with_its_interval(judge, photographs):
     (curve,) = tables.guidance_rows({3.0: photographs[0]}, judge, 3.0)
-    (point,) = tables.passes_rows({"DDIM": {4: photographs[0]}}, [])
-    for row in (curve, point):
-        assert (row["clip_cosine"], row["low"], row["high"], row["n"]) == (0.3125, 0.2925, 0.3325, 8)
+    assert (curve["clip_cosine"], curve["low"], curve["high"], curve["n"]) == (0.3125, 0.2925, 0.3325, 8)
     log = [{"step": 0, "clip_cosine": 0.25, "fd_efficientnet_lite0": 90.0}]
     rows = tables.milestone_rows({"LoRA": log}, photographs[0], judge)
     assert columns(rows, "clip_cosine", "low") == [(0.25, None), (0.3125, 0.2925)]
@@ -268,12 +260,10 @@ def test_without_a_clip_the_distance_alone_is_judged(pipe, judge, qualities, mon
     bare = replace(qualities[1], key="", alignment={}, verdicts=None)
     (row,) = tables.quality_rows({"base": [bare]}, {"base": Method(GUIDED, pipe)}, judge, {})
     (curve,) = tables.guidance_rows({3.0: bare}, judge, 3.0)
-    (point,) = tables.passes_rows({"DDIM": {4: bare}}, [])
-    assert not [name for name in {**row, **curve, **point} if name.startswith(("all_", "content", "clip", "flickr"))]
-    assert curve["fd_efficientnet_lite0"] == point["fd_efficientnet_lite0"] == bare.frechet_distance
+    assert not [name for name in {**row, **curve} if name.startswith(("all_", "content", "clip", "flickr"))]
+    assert curve["fd_efficientnet_lite0"] == bare.frechet_distance
     log = [{"step": 0, "fd_efficientnet_lite0": 90.0}]
     assert [row["n"] for row in tables.milestone_rows({"LoRA": log}, bare, judge)] == [8, 8]
-    assert tables.mixture_rows({0.5: bare}) == [{"weight": 0.5, "fd_efficientnet_lite0": bare.frechet_distance}]
 
 
 def test_results_on_photographs_are_named_for_what_they_are():
@@ -337,18 +327,23 @@ def test_photographs_have_clips_cosine_and_no_floor_and_without_clip_no_place_on
     scored = image_set._replace(prompts=prompts, key="clip", align=lambda images: Aligned({"clip": cosine(0.3)}))
     row = tables.measure_rows("few steps", scored, seed=0)[0]
     assert (row["clip_cosine"], row["clip_cosine_sd"], row["fd_efficientnet_lite0_floor"]) == (0.3, 0, None)
-    curves = [{"method": "teacher", "unet_passes": 50, "clip_cosine": 0.3, "low": 0.2, "high": 0.4, "n": 8}]
+    curve = {"unet_passes": 50, "objects": "all", "low": 0.2, "high": 0.4, "n": 8, "trained": False}
+    curves = [{"method": "teacher", "clip_cosine": 0.3, "fd_efficientnet_lite0": 50.0, **curve}]
     sets = {"guided distillation": scored._replace(images={}), "few steps": scored}
     assert [row["method"] for row in tables.front_rows(curves, sets, "PNDM")] == ["LCM, all weights", "PNDM, guided"]
     bare = image_set._replace(prompts=prompts, key="", align=lambda images: Aligned({}))
     assert not [name for name in tables.measure_rows("few steps", bare, seed=0)[0] if name.startswith(("ali", "clip"))]
-    curves = [{"method": "DDIM", "unet_passes": 4, "fd_efficientnet_lite0": 50.0}]
-    assert tables.front_rows(curves, {"few steps": bare}, "DDIM") == curves
+    (point,) = tables.front_rows([{"method": "DDIM", "fd_efficientnet_lite0": 50.0, **curve}], {"few": bare}, "DDIM")
+    assert (point["method"], point["fd_efficientnet_lite0"]) == ("DDIM", 50.0)
 
 
 def test_the_front_is_the_curves_and_the_points_that_they_lack_in_the_order_of_passes(image_set):
     sets = {"guided distillation": image_set._replace(images={}), "few steps": image_set}
-    curves = tables.passes_rows({"teacher": {50: share(1.0)}, "DDIM, one pass": {1: share(0.5)}}, [])
+    curves = [
+        {"method": method, "unet_passes": passes, "objects": objects, "content": value, "fit_error": 0.2,
+         **Proportion(value, 8).columns, "trained": False}
+        for method, passes, value in (("teacher", 50, 1.0), ("DDIM, one pass", 1, 0.5)) for objects in ("all", "4")
+    ]  # fmt: skip
     rows = tables.front_rows(curves, sets, "DDIM")
     assert columns(rows, "method", "unet_passes", "content", "trained") == [
         *(("DDIM, one pass", 1, 0.5, False), ("LCM, all weights", 4, 0.0, True), ("DDIM, guided", 50, 1.0, False))
