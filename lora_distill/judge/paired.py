@@ -16,7 +16,7 @@ import numpy as np
 from lora_distill.errors import InputError
 from lora_distill.judge.pictures import batches
 
-RESAMPLES, DISTANCE_RESAMPLES = 1000, 200  # of shares and means; of distances, each of which costs a decomposition
+RESAMPLES, DISTANCE_RESAMPLES = 1000, 300  # of shares and means; of distances, each of which costs a decomposition
 LEVEL = 0.95
 ERRORS, FIT_ERROR, PSNR = "errors ratio", "fit error difference", "PSNR difference"
 FD_DIFFERENCE, FD_RATIO, KID_DIFFERENCE = "FD difference", "FD ratio", "KID difference"
