@@ -234,7 +234,7 @@ def method_rows(timings: Timings, baseline: str, deployed: str, steps: dict[str,
     return rows
 
 
-def contrast_rows(timings: Timings, contrasts: dict[str, tuple[str, str]], deployed: str, device: str) -> list[dict]:
+def contrast_rows(timings: Timings, contrasts: dict[str, tuple[str, str]], deployed: str, machine: str) -> list[dict]:
     """Contrasts {name: (method, against)} of the seconds of `time_runtimes`: a row each, runtime, threads and batch.
 
     The value is the seconds of one over those of the other, with its interval.
@@ -242,7 +242,7 @@ def contrast_rows(timings: Timings, contrasts: dict[str, tuple[str, str]], deplo
     return [
         {"contrast": name, "method": ours, "against": theirs, "measure": "seconds ratio",
          "runtime": runtime_name, "deployed": runtime_name == deployed, "threads": count, "batch": batch,
-         **_digits(_ratio(timed[ours], timed[theirs])), "n": len(timed[ours].unet), "device": device}
+         **_digits(_ratio(timed[ours], timed[theirs])), "repeats": len(timed[ours].unet), "machine": machine}
         for name, (ours, theirs) in contrasts.items()
         for (runtime_name, count, batch), timed in timings.items()
         if ours in timed and theirs in timed

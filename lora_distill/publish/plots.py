@@ -331,7 +331,7 @@ INFERENCE = ("memory-half-inference",)
 SPEED = ("inference-time-40-percent", "inference-time-as-deployed")
 FLICKR = ("finetune-fid-below-base", "lcm-lora-fid-above-base", "larger-data-better")
 FEW_STEPS = ("lcm-lora-alignment", "lcm-lora-against-untrained")
-OVER_BATCHES = ("time-over-batch-and-resolution", "lcm-lora-time-over-batch-and-resolution")
+OVER_BATCHES = ("time-over-batch-and-resolution",)
 
 FIGURES = {
     "00_world": Plot(image_grid, "Scenes of the bundled world, two styles"),

@@ -153,7 +153,13 @@ def test_contrasts_of_seconds_have_a_row_a_runtime_that_has_both():
     rows = timing.contrast_rows(TIMINGS, contrasts, "ONNX Runtime", "a CPU")
     assert [(row["runtime"], row["deployed"], row["value"]) for row in rows] == [
         ("PyTorch", False, 0.6), ("ONNX Runtime", True, 0.5)]  # fmt: skip
-    assert rows[0] == rows[0] | {"contrast": "student against teacher", "low": 0.6, "high": 0.6, "n": 1, "batch": 1}
+    assert rows[0] == rows[0] | {
+        "contrast": "student against teacher",
+        "low": 0.6,
+        "high": 0.6,
+        "repeats": 1,
+        "batch": 1,
+    }
 
 
 def test_a_forward_of_the_unet_is_timed_at_each_batch_size_and_number_of_threads(pipe):
@@ -223,7 +229,7 @@ def test_savings_stand_beside_the_bound_of_the_measured_times():
         {"method": name, "resolution": 64, "batch": 8, "steps": steps, "seconds_an_image": seconds, "unet": unet}
         for name, steps, seconds, unet in (("guided", 25, 2.0, 1.6), ("one pass", 25, 1.5, 1.1), ("few", 4, 0.5, 0.1))
     ]
-    guided, one_pass, few = compare_times(rows, "guided", {64: {8: 0.6, 16: 1.0}})
+    _, one_pass, few = compare_times(rows, "guided", {64: {8: 0.6, 16: 1.0}})
     assert one_pass["unet_share"] == 0.8 and one_pass["rho"] == 0.6
     assert one_pass["bound_percent"] == pytest.approx(80 * 0.4)
     assert few["bound_percent"] is None
