@@ -212,7 +212,7 @@ def conditions(claim: Claim, folder: Path) -> str:
     found: dict[str, set[str]] = {column: set() for column in CONDITIONS}
     for quantity in claim.measured.values():
         path, table = _read(quantity, folder)
-        if {"machine", "contrast"} & set(table.columns):
+        if {"machine", "against"} & set(table.columns):
             rows = _rows(quantity, path, table)
             for column in found.keys() & set(table.columns):
                 found[column] |= {f"{value:g}" if isinstance(value, float) else str(value) for value in rows[column]}

@@ -297,7 +297,7 @@ def test_a_verdict_on_measured_memory_says_machine_precision_runtime_batch_and_s
 class TestTables:
     claim = LEDGER["quality-kept"]
     path = "02_contrasts.csv"
-    place = "contrast student against teacher, measure FD ratio, objects all"
+    place = "method LoRA student, against teacher, two passes, measure FD ratio, objects all"
 
     @pytest.fixture
     def folder(self, tmp_path):
@@ -329,7 +329,7 @@ class TestTables:
     @pytest.mark.parametrize(
         ("old", "new", "message"),
         [
-            ("measure,", "measures,", "has no column 'measure'; it has contrast, measures, objects, value"),
+            ("measure,", "measures,", "has no column 'measure'; it has method, against, measures, objects"),
             ("80.5", "much", f"02_contrasts.csv: value, {place}: expected numbers"),
             ("70", "much", f"02_contrasts.csv: low, {place}: expected numbers"),
             ("KID difference", "FD ratio", f"02_contrasts.csv: 2 rows for {place}; one was expected"),
