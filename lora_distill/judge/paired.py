@@ -16,9 +16,10 @@ import numpy as np
 from lora_distill.errors import InputError
 from lora_distill.judge.pictures import batches
 
-RESAMPLES, DISTANCE_RESAMPLES = 1000, 200  # of shares and means; of distances, each of which costs a decomposition
+RESAMPLES, DISTANCE_RESAMPLES = 1000, 300  # of shares and means; of distances, each of which costs a decomposition
 LEVEL = 0.95
-ERRORS, FIT_ERROR, PSNR = "errors ratio", "fit error difference", "PSNR difference"
+ERRORS, ERRORS_OF_ALL = "errors ratio", "errors ratio, style too"  # of what counts; where that is content, of style too
+FIT_ERROR, PSNR = "fit error difference", "PSNR difference"
 FD_DIFFERENCE, FD_RATIO, KID_DIFFERENCE = "FD difference", "FD ratio", "KID difference"
 FD_TO_TEACHER = "FD to teacher difference"
 
@@ -35,13 +36,15 @@ class Contrast(NamedTuple):
 class Judged:
     """What is compared of a method: a row a seed, a column a prompt; None for what was not judged.
 
-    `right` is whether an image shows what counts, `fit_error` the error with which the reader's objects fit,
-    `features` (seeds, prompts, width) are those of the Frechet distance, `squared_error` is the mean over pixels of
-    (image - teacher's image)^2. `trainings` is how many trainings the seeds went through.
+    `right` is whether an image shows what counts, `all_right` whether it is also in the right style where content alone
+    counts, `fit_error` the error with which the reader's objects fit, `features` (seeds, prompts, width) are those of
+    the Frechet distance, `squared_error` is the mean over pixels of (image - teacher's image)^2. `trainings` is how
+    many trainings the seeds went through.
     """
 
     features: np.ndarray
     right: np.ndarray | None = None
+    all_right: np.ndarray | None = None
     fit_error: np.ndarray | None = None
     squared_error: np.ndarray | None = None
     trainings: int = 1
@@ -202,7 +205,8 @@ def drawn_kernel(features: np.ndarray, reference: np.ndarray, drawn: Draws) -> n
         pairs = (rows @ rows.T / width + 1) ** 3
         np.fill_diagonal(pairs, 0)
         cross = ((rows @ reference.T.astype(float) / width + 1) ** 3).mean(1)
-        own = ((counts @ pairs) * counts).sum(1) / (n**2 - (counts**2).sum(1))
+        others = np.maximum(n**2 - (counts**2).sum(1), 1)  # of a resample of one image none
+        own = ((counts @ pairs) * counts).sum(1) / others
         total = total + seeds[:, s] * (own - 2 * (counts @ cross) / n)
     return total / seeds.sum(1)
 
@@ -241,16 +245,15 @@ def seconds_ratio(
 
 def judged(qualities: Sequence[Any], trainings: int = 1, teacher: Sequence[Any] | None = None) -> Judged:
     """What is compared of a method, of its `judge.Quality` of each seed, and those of the teacher of the same seeds."""
-
-    def stacked(name: str) -> np.ndarray | None:
-        found = [getattr(quality, name) for quality in qualities]
-        return None if found[0] is None else np.stack(found)
-
-    features = np.stack([np.asarray(quality.features.frechet) for quality in qualities])
-    errors = None
+    found = {}
+    if qualities[0].right is not None:
+        found = {name: np.stack([getattr(quality, name) for quality in qualities]) for name in ("right", "fit_error")}
+        if qualities[0].key != "all":
+            found["all_right"] = np.stack([quality.verdicts.right["all"] for quality in qualities])
     if teacher is not None and teacher is not qualities:
-        errors = np.stack([_squared_errors(q.images, t.images) for q, t in zip(qualities, teacher, strict=True)])
-    return Judged(features, stacked("right"), stacked("fit_error"), errors, trainings)
+        pairs = zip(qualities, teacher, strict=True)
+        found["squared_error"] = np.stack([_squared_errors(q.images, t.images) for q, t in pairs])
+    return Judged(np.stack([np.asarray(q.features.frechet) for q in qualities]), **found, trainings=trainings)
 
 
 def _squared_errors(images: Any, reference: Any) -> np.ndarray:
@@ -313,12 +316,17 @@ def _of_pixels(
     """Measure, objects, number of prompts and contrast of what is known of each image."""
     for shown, chosen in _groups(objects, ours.features.shape[1]):
         part, n = drawn.of(chosen), int(chosen.sum())
-        if ours.right is not None and theirs.right is not None:
-            yield ERRORS, shown, n, errors_ratio(~ours.right[:, chosen], ~theirs.right[:, chosen], part)
-        if ours.fit_error is not None and theirs.fit_error is not None:
-            yield FIT_ERROR, shown, n, mean_difference(ours.fit_error[:, chosen], theirs.fit_error[:, chosen], part)
-        if ours.squared_error is not None and theirs.squared_error is not None:
-            yield PSNR, shown, n, psnr_difference(ours.squared_error[:, chosen], theirs.squared_error[:, chosen], part)
+        for measure, name, contrast in (
+            (ERRORS, "right", _wrong_ratio), (ERRORS_OF_ALL, "all_right", _wrong_ratio),
+            (FIT_ERROR, "fit_error", mean_difference), (PSNR, "squared_error", psnr_difference),
+        ):  # fmt: skip
+            one, other = getattr(ours, name), getattr(theirs, name)
+            if one is not None and other is not None:
+                yield measure, shown, n, contrast(one[:, chosen], other[:, chosen], part)
+
+
+def _wrong_ratio(ours: np.ndarray, theirs: np.ndarray, drawn: Draws) -> Contrast:
+    return errors_ratio(~ours, ~theirs, drawn)
 
 
 class _Distances:

@@ -129,8 +129,13 @@ def test_methods_of_other_prompts_are_refused():
 
 
 def method(wrong: float, prompts: int, seeds: int = 3, width: int = 5, **more) -> Judged:
-    return Judged(features(seeds, prompts, width, shift=wrong), RNG.random((seeds, prompts)) > wrong,
-                  RNG.random((seeds, prompts)) * wrong, RNG.random((seeds, prompts)) + wrong, **more)  # fmt: skip
+    return Judged(
+        features(seeds, prompts, width, shift=wrong),
+        RNG.random((seeds, prompts)) > wrong,
+        fit_error=RNG.random((seeds, prompts)) * wrong,
+        squared_error=RNG.random((seeds, prompts)) + wrong,
+        **more,
+    )
 
 
 def test_a_table_of_contrasts_has_a_row_a_measure_and_number_of_objects():
@@ -164,3 +169,13 @@ def test_a_thousand_resamples_of_5001_images_take_less_than_a_second():
     start = time.perf_counter()
     errors_ratio(ours, theirs, draws(np.arange(1667) % 8, 3, 1000))
     assert time.perf_counter() - start < 1
+
+
+def test_where_content_counts_errors_of_style_are_compared_too():
+    verdicts = SimpleNamespace(right={"content": np.array([True, True]), "all": np.array([True, False])})
+    shown = SimpleNamespace(key="content", right=verdicts.right["content"], verdicts=verdicts, fit_error=np.zeros(2),
+                            features=SimpleNamespace(frechet=np.eye(2)))  # fmt: skip
+    one = paired.judged([shown])
+    assert (~one.right).sum() == 0 and (~one.all_right).sum() == 1
+    rows = contrast_rows({"one": one, "two": one}, {"a": ("one", "two")}, np.eye(2), distance_resamples=3)
+    assert {row["measure"] for row in rows} >= {paired.ERRORS, paired.ERRORS_OF_ALL}
