@@ -7,12 +7,13 @@ import pandas
 
 from lora_distill.judge.by_objects import ALL
 from lora_distill.judge.judge import COLUMNS, FD
-from lora_distill.judge.paired import ERRORS, FD_DIFFERENCE, FIT_ERROR, KID_DIFFERENCE
+from lora_distill.judge.paired import ERRORS, ERRORS_OF_ALL, FD_DIFFERENCE, FIT_ERROR, KID_DIFFERENCE
 
 Rows = Sequence[Mapping[str, Any]]
 COUNTED = {COLUMNS["content"]: "{:.0%} right", COLUMNS["clip"]: "CLIP cosine {:.3f}", FD: "FD {:.1f}"}
 MEASURES = {  # of contrasts: heading, how a value is written, and what no difference is
     ERRORS: ("times the errors", "{:.2f}", 1),
+    ERRORS_OF_ALL: ("style counted too", "{:.2f}", 1),
     FIT_ERROR: ("fit error", "{:+.3f}", 0),
     FD_DIFFERENCE: ("FD", "{:+.1f}", 0),
     KID_DIFFERENCE: ("KID", "{:+.3f}", 0),

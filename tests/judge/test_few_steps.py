@@ -174,6 +174,8 @@ def contrast(method, against, measure, objects, value, low, high):
 CONTRASTS = [
     contrast("LCM-LoRA 30k", "LCM-LoRA 8k", "errors ratio", "all", 0.8, 0.6, 1.1),
     contrast("LCM-LoRA 30k", "LCM-LoRA 8k", "errors ratio", "1", 0.5, 0.2, 0.9),
+    contrast("LCM-LoRA 30k", "LCM-LoRA 8k", "errors ratio, style too", "all", 1.0, 0.9, 1.1),
+    contrast("LCM-LoRA 30k", "LCM-LoRA 8k", "errors ratio, style too", "1", 1.0, 0.9, 1.1),
     contrast("LCM-LoRA 30k", "LCM-LoRA 8k", "FD difference", "all", -2, -3, -1),
     contrast("LCM-LoRA 30k", "LCM-LoRA 600 of 30k", "errors ratio", "all", 0.5, 0.4, 0.6),
 ]
@@ -184,6 +186,7 @@ def test_a_contrast_is_a_row_and_says_where_it_includes_no_difference():
     assert table.loc["LCM-LoRA 30k"].to_dict() == {
         "times the errors": "0.80 (0.60 to 1.10) =",
         "times the errors, 1 object": "0.50 (0.20 to 0.90)",
+        "style counted too": "1.00 (0.90 to 1.10) =",
         "FD": "-2.0 (-3.0 to -1.0)",
     }
     assert words.compared(CONTRASTS, "LCM-LoRA 8k", ["LCM"]).empty
