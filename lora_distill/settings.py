@@ -130,7 +130,19 @@ class Settings(BaseModel):
     lcm_learning_rate: float = Field(1.0e-4, gt=0, description="learning rate of the full LCM")
     lcm_lora_learning_rate: float = Field(1.0e-3, gt=0, description="learning rate of LCM-LoRA and of the mimic")
     finetune_steps: int = _count(200, "updates of the plain LoRA fine-tune")
-    finetune_learning_rate: float = Field(3.0e-3, gt=0, description="learning rate of the plain LoRA fine-tune")
+    finetune_learning_rate: float = Field(
+        3.0e-3, gt=0, description="learning rate of the plain fine-tune with lcm_rank on lcm_targets"
+    )
+    finetune_attention_learning_rate: float = Field(
+        3.0e-3, gt=0, description="learning rate of the plain fine-tune with lora_rank on attention"
+    )
+    finetune_caption_dropout: float = Field(
+        0.1, ge=0, lt=1, description="share of captions that a fine-tune sees empty, to learn the pass without a prompt"
+    )
+    finetune_guidance_scales: list[Guidance] = Field(
+        [1.0, 2.0, 3.0], min_length=1, max_length=1000, description="w at which the plain fine-tunes are judged"
+    )
+    few_images: int = _count(0, "first images of the larger set on which LCM-LoRA is trained too; 0: none", 0)
     lcm_ema_decay: float = Field(0.95, ge=0, lt=1, description="decay of the consistency target; 0: the student itself")
     lcm_rank: int = _count(16, "rank of LCM-LoRA and of the mimic; alpha is the same", most=MAX_RANK)
     lcm_targets: Literal["attention", "all"] = Field("all", description="layers of LCM-LoRA and of the mimic")
@@ -182,7 +194,7 @@ class Settings(BaseModel):
     def _all_from_the_root(cls, sources: dict[str, str]) -> dict[str, str]:
         return {name: located("extractors", source) for name, source in sources.items()}
 
-    @field_validator("eval_seeds", "more_train_seeds", "guidance_scales")
+    @field_validator("eval_seeds", "more_train_seeds", "guidance_scales", "finetune_guidance_scales")
     @classmethod
     def _distinct(cls, values: list[float], info: ValidationInfo) -> list[float]:
         if len(set(values)) < len(values):

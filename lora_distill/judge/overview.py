@@ -135,18 +135,18 @@ def evaluation_results(measured: list[dict]) -> dict[str, str]:
 
 
 def seconds_results(times: list[dict], grid: list[dict]) -> dict[str, str]:
-    """What notebook 04 timed, in words: of `timing.method_rows`, and of `timing.compare_times` over the grid."""
-    found, batch = {}, times[0]["batch"]
-    for runtime in dict.fromkeys(row["runtime"] for row in times):
-        student = [row for row in times if (row["runtime"], row["method"]) == (runtime, "LoRA student, merged")]
-        found[f"seconds an image, merged student against teacher, batch {batch}, {runtime}"] = ", ".join(
-            f"{-row['saving_percent']:+.0f} % on {row['threads']} thread(s)" for row in student
+    """What notebook 04 timed, in words: `timing.method_rows` of one image, and `timing.compare_times` of the grid."""
+    found, one = {}, _one_image(times)
+    for runtime in dict.fromkeys(row["runtime"] for row in one):
+        student = [row for row in one if (row["runtime"], row["method"]) == (runtime, "LoRA student, merged")]
+        found[f"saved by the merged student of the teacher's seconds, one image, {runtime}"] = ", ".join(
+            f"{_interval(row, 'saving_percent', 1)} % on {row['threads']} thread(s)" for row in student
         )
     name = next(row["method"] for row in times if row["method"].startswith("LCM-LoRA "))
-    fast = [row for row in times if row["deployed"] and row["method"] == name]
-    found[f"times faster at batch {batch}, {name}, merged, 4 steps"] = ", ".join(
-        f"{row['times_faster']:.1f} on {row['threads']} thread(s)" for row in fast
-    )
+    found[f"times faster, one image, {name}, merged, 4 steps"] = ", ".join(
+        f"{row['times_faster']:.1f} on {row['threads']} thread(s)"
+        for row in one if row["deployed"] and row["method"] == name
+    )  # fmt: skip
     student = [row for row in grid if row["method"] == "LoRA student, merged"]
     sizes, pixels = ([row[key] for row in student] for key in ("batch", "resolution"))
     saved = [row["saving_percent"] for row in student]
@@ -154,6 +154,17 @@ def seconds_results(times: list[dict], grid: list[dict]) -> dict[str, str]:
         f"{min(saved):.0f} to {max(saved):.0f} % on {student[0]['threads']} thread(s)"
     )
     return found
+
+
+def _one_image(times: list[dict]) -> list[dict]:
+    """The rows of one image a call, which decide: those of the smallest batch."""
+    least = min((row["batch"] for row in times), default=1)
+    return [row for row in times if row["batch"] == least]
+
+
+def _interval(row: dict, column: str, digits: int) -> str:
+    value, low, high = (f"{row[name]:.{digits}f}" for name in (column, f"{column}_low", f"{column}_high"))
+    return f"{value} ({low} to {high})"
 
 
 def save_results(path: Path, title: str, results: dict[str, str]) -> pandas.DataFrame:
@@ -229,17 +240,53 @@ def seconds(times: list[dict]) -> pandas.DataFrame:
         {"runtime": row["runtime"], "threads": row["threads"], "method": row["method"],
          "ms an image": f"{1000 * row['seconds_an_image']:.1f}",
          "range": f"{1000 * row['lowest']:.1f} to {1000 * row['highest']:.1f}",
-         "of it VAE": f"{1000 * row['vae_seconds']:.1f}", "saved": f"{row['saving_percent']:.0f} %",
+         "of it VAE": f"{1000 * row['vae_seconds']:.1f}", "saved, %": _interval(row, "saving_percent", 1),
          "times faster": f"{row['times_faster']:.1f}", "in the UNet": f"{row['times_faster_unet']:.1f}"}
-        for row in times
+        for row in _one_image(times)
     ]  # fmt: skip
     return pandas.DataFrame(table).set_index(["runtime", "threads", "method"])
 
 
 def seconds_caption(times: list[dict]) -> str:
     """What a table of seconds rests on."""
+    row = _one_image(times)[0]
     return (
-        f"batch {times[0]['batch']}, prompt to pixels, medians of {times[0]['repeats']} in turns; {times[0]['device']}"
+        f"batch {row['batch']}, prompt to pixels, medians of {row['repeats']} in turns; what is saved turn by turn with "
+        f"its 95 % interval; {row['device']}"
+    )
+
+
+def seconds_found(times: list[dict], contrasts: list[dict]) -> str:
+    """What the seconds of one image say about the 40 %, about a full copy and about more data, in sentences."""
+    one = [row for row in _one_image(times) if row["method"] == "LoRA student, merged"]
+    ways = [f"{_interval(row, 'saving_percent', 0)} % on {_conditions(row)}" for row in one]
+    sentences = [f"The merged student saves {'; '.join(ways)}."]
+    for row in contrasts:
+        if (
+            row["deployed"]
+            and row["batch"] == one[0]["batch"]
+            and row["threads"] == 1
+            and row["method"] != one[0]["method"]
+        ):
+            ratio = f"{row['value']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
+            sentences.append(f"{row['method']} takes {ratio} times the seconds of {row['against']}.")
+    return " ".join(sentences)
+
+
+def _conditions(row: dict) -> str:
+    return f"{row['runtime']}, {row['threads']} thread" + "s" * (row["threads"] > 1)
+
+
+def slides_found(times: list[dict], slides: float) -> str:
+    """How many guided steps of the base would take as many times as long as LCM-LoRA as the slides' base, in words."""
+    one = {row["method"]: row for row in _one_image(times) if row["deployed"] and row["threads"] == 1}
+    base, fast = one[TEACHER], next(row for name, row in one.items() if name.startswith("LCM-LoRA "))
+    rest = base["seconds_an_image"] - base["unet_seconds"]
+    steps = (slides * fast["seconds_an_image"] - rest) * base["steps"] / base["unet_seconds"]
+    return (
+        f"{fast['method']} in {fast['steps']} steps is {fast['times_faster']:.1f} times as fast as the base in "
+        f"{base['steps']} guided steps, and {fast['times_faster_unet']:.1f} times in the UNet alone. The slides' "
+        f"{slides:.1f} times is what {steps:.0f} guided steps would give."
     )
 
 

@@ -1,6 +1,5 @@
 """The tables of notebooks 02 to 04: rows as they stand in the CSV files."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -106,25 +105,6 @@ def loss_rows(logs: dict[str, list[dict]]) -> list[dict]:
         for entry in log
         if "loss" in entry
     ]
-
-
-def passes_rows(judged: dict[str, dict[int, Quality]], trained: Iterable[str]) -> list[dict]:
-    """What counts of each method at each number of UNet passes; `trained` names those that training made."""
-    return [
-        {"method": method, "unet_passes": passes, quality.column: quality.counted.value, **quality.counted.columns,
-         "trained": method in trained}
-        for method, points in judged.items()
-        for passes, quality in points.items()
-    ]  # fmt: skip
-
-
-def mixture_rows(mixtures: dict[float, Quality]) -> list[dict]:
-    """Every alignment of two adapters added up, by the weight of the second; without any, the distance."""
-    rows = []
-    for weight, quality in mixtures.items():
-        row = {COLUMNS["clip"] if name == "clip" else name: score.value for name, score in quality.alignment.items()}
-        rows.append({"weight": weight} | (row or {FD: quality.frechet_distance}))
-    return rows
 
 
 def _distance(quality: Quality, judge: Judge) -> dict[str, float]:
@@ -310,8 +290,9 @@ def distance_rows(measured: list[dict]) -> list[dict]:
 
 
 def speed_rows(times: list[dict]) -> list[dict]:
-    """The slides' Figure 2 and ours beside it: the guided teacher and LCM-LoRA as deployed, on one thread."""
-    here = {row["method"]: row for row in times if row["deployed"] and row["threads"] == 1}
+    """The slides' Figure 2 and ours beside it: the guided teacher and LCM-LoRA as deployed, one image, one thread."""
+    one = min(row["batch"] for row in times)
+    here = {row["method"]: row for row in times if row["deployed"] and (row["threads"], row["batch"]) == (1, one)}
     fast = next(row["seconds_an_image"] for method, row in here.items() if method.startswith("LCM-LoRA "))
     base = here[TEACHER]["seconds_an_image"]
     return [
@@ -325,20 +306,25 @@ UNTRAINED = ("half guided", "no guidance")
 
 
 def front_rows(curves: list[dict], sets: dict[str, ImageSet], solver: str) -> list[dict]:
-    """Content against UNet passes of every method: the `passes_rows` of notebook 03, and points of one seed.
+    """Content against UNet passes of every method: `few_steps.passes_rows` of all prompts, and points of one seed.
 
     The points are of methods that the curves lack, of sets whose alignment is the curves'. `solver` is the name of the
     multi-step sampler: the teacher is the last point of its guided curve.
     """
     guided, single = f"{solver}, guided", f"{solver}, one pass"
-    rows = [{**row, "method": guided if row["method"] == "teacher" else row["method"]} for row in curves]
+    counted = next(name for name in COLUMNS.values() if name in curves[0])
+    kept = ("method", "unet_passes", counted, "low", "high", "n", "trained")
+    rows = [{name: row[name] for name in kept} for row in curves if row["objects"] == ALL]
+    for row in rows:
+        row["method"] = guided if row["method"] == "teacher" else row["method"]
     there = {row["method"] for row in rows}
     for found in sets.values():
-        for method in (name for name in _front_names(found) if name in found.images and name not in there):
+        names = _front_names(found)
+        for method in (name for name, label in names.items() if name in found.images and label not in there):
             score = found.align(found.images[method][0]).scores.get("clip" if found.key == "clip" else "content")
             column = COLUMNS["clip" if found.key == "clip" else "content"]
-            if score is not None and column in rows[0]:
-                label = single if method == "no guidance" else _front_names(found)[method]
+            if score is not None and column == counted:
+                label = single if method == "no guidance" else names[method]
                 rows.append(
                     {"method": label, "unet_passes": found.rows[method]["unet_passes"], column: score.value,
                      **score.columns, "trained": method not in UNTRAINED}
@@ -351,5 +337,5 @@ def _front_names(found: ImageSet) -> dict[str, str]:
     if found.baseline == TEACHER:
         return {name: name for name in ("LoRA student", "full copy", *UNTRAINED)}
     loras = [name for name in found.images if name.startswith("LCM-LoRA ")]
-    tuned = [name for name in found.images if name.startswith("fine-tuned, rank ")][-1:]
+    tuned = [name for name in found.images if name.startswith("fine-tuned, rank ") and ", w = " not in name][-1:]
     return {"LCM": "LCM, all weights", **{name: name for name in (*loras[1:], *tuned)}}

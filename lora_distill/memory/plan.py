@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from lora_distill.errors import InputError, MissingError, reading
+from lora_distill.judge.timing import few, protocol
 from lora_distill.memory.account import account
 from lora_distill.memory.report import GB, RESERVE, TERA
 from lora_distill.memory.schemes import INFERENCE, TOKENS, TRAINING, Setup, Training
@@ -190,13 +191,15 @@ def _timed(s: Settings, on_gpu: bool) -> Work:
 
     On a CPU each is timed on two runtimes and two numbers of threads.
     """
-    repeats, grid_repeats, steps = s.timing_repeats, max(3, s.timing_repeats // 2), s.sampling_steps
+    repeats, steps = s.timing_repeats, s.sampling_steps
+    turns, grid_repeats = protocol(s.timing_batch, repeats), few(repeats)
     runtimes, threads, larger = (1, 1, 2.25) if on_gpu else (2, 2, 2.25)  # work of a side half as large again
     ladder = sum(size for size in (1, 2, 4, 8, 16, 32) if size <= 2 * s.eval_batch)
-    total = Work(runtimes * threads * ladder * (4 * repeats + 2) + larger * ladder * (4 * grid_repeats + 2))
-    methods = [2 * steps, 1.5 * steps, steps, *[steps] * s.full_copies]
-    passes = [*methods * runtimes, steps, 8, *[4] * len(_sets(s))]
-    total += images(threads * s.timing_batch * (repeats + 1) * len(passes), sum(passes) / len(passes))
+    total = Work(runtimes * threads * ladder * (repeats + 2) + larger * ladder * (repeats // 2 + 2))
+    deployed = [2 * steps, 1.5 * steps, steps, *[steps] * s.full_copies, 8, *[4] * len(_sets(s))]
+    passes = deployed + [2 * steps, steps, steps] * (runtimes - 1)
+    timed = sum(batch * (count + 1) for batch, count in turns.items())
+    total += images(threads * timed * len(passes), sum(passes) / len(passes))
     grid = sum(batch for batch in GRID if batch <= s.eval_batch)
     return total + images((1 + larger) * grid * (grid_repeats + 1) * 3, (3 * steps + 4) / 3)
 

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from lora_distill.publish import plots_memory
+from lora_distill.publish import plots_few_steps, plots_memory
 from lora_distill.publish.style import (
     ALIGNMENTS,
     OBJECTS,
@@ -254,36 +254,6 @@ def _quality_panels(xlabel: str, rows: Rows) -> tuple[Figure, Axes | None, Axes]
     return figure, first[0] if first else None, last
 
 
-# -------------------------------------------------------------------------------------------------------- 03: few steps
-
-
-def consistency_loss(rows: Rows) -> Figure:
-    """The consistency loss of the trainings, a curve a method."""
-    return loss_by_method(rows, "pseudo-Huber loss")
-
-
-def content_against_passes(rows: Rows) -> Figure:
-    """What counts against UNet evaluations: trained models solid, samplers of the base dotted.
-
-    A method of a single point is the guided teacher, a dashed line.
-    """
-    figure, ax = plt.subplots(figsize=(WIDTH, 2.8))
-    aligned = alignment_of(rows)
-    name, factor, top = ALIGNMENTS[aligned]
-    for method, points in grouped(rows, "method").items():
-        if len(points) == 1:
-            label = f"{method}, {points[0]['unet_passes']} evaluations"
-            ax.axhline(factor * points[0][aligned], label=label, **REFERENCE)
-        else:
-            style = {"linestyle": "-" if points[0]["trained"] else ":", **STYLES.get(method, {})}
-            value_with_interval(ax, points, "unet_passes", aligned, label=method, **style)
-    ax.set_xscale("log", base=2)
-    ax.xaxis.set_major_formatter("{x:g}")
-    ax.set(xlabel="UNet evaluations an image", ylabel=name, ylim=(0, top) if top else None)
-    ax.legend(fontsize=7)
-    return figure
-
-
 # ------------------------------------------------------------------------------------------- 04: evaluation and seconds
 
 
@@ -360,7 +330,7 @@ def pareto_front(rows: Rows) -> Figure:
 def saving_against_batch(rows: Rows) -> Figure:
     """What each method saves of the teacher's seconds, and f (1 - rho) for one pass; a panel a resolution.
 
-    Whiskers reach from the method's slowest to its fastest repeat, against the teacher's median.
+    Whiskers are the 95 % intervals of what is saved turn by turn.
     """
     panels = grouped(rows, "resolution")
     figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 2.5), sharey=True)
@@ -368,9 +338,8 @@ def saving_against_batch(rows: Rows) -> Figure:
         batches = list(grouped(points, "batch"))
         for method, line in grouped(points, "method").items():
             saving = column(line, "saving_percent")
-            teacher = column(line, "seconds_an_image") / (1 - saving / 100)
-            ends = [100 * (1 - column(line, key) / teacher) for key in ("highest", "lowest")]
-            spread = np.abs(np.array(ends) - saving)  # up to rounding, the median lies between the ends
+            ends = [column(line, f"saving_percent_{end}") for end in ("low", "high")]
+            spread = np.abs(np.array(ends) - saving)
             ax.errorbar(column(line, "batch"), saving, spread, elinewidth=0.9, label=method)
         ax.plot(batches, [grouped(points, "batch")[b][0]["bound_percent"] for b in batches],
                 color="0.5", linestyle="--", marker="", label="one pass: f (1 − ρ)")  # fmt: skip
@@ -401,8 +370,10 @@ def batch_cost(rows: Rows) -> Figure:
 def seconds_an_image(rows: Rows) -> Figure:
     """Milliseconds an image by part, a bar a method and a panel a runtime and number of threads; savings at the ends.
 
-    Savings are against the guided teacher of the same panel. Whiskers reach from the fastest to the slowest repeat.
+    Of several batches the smallest is drawn. Savings are against the guided teacher of the same panel. Whiskers reach
+    from the fastest to the slowest repeat.
     """
+    rows = [row for row in rows if row["batch"] == min(row["batch"] for row in rows)]
     panels = _by_conditions(rows)
     heights = [len(methods) for methods in panels.values()]
     figure, axes = plt.subplots(
@@ -456,7 +427,7 @@ INFERENCE = ("memory-half-inference",)
 SPEED = ("inference-time-40-percent", "inference-time-as-deployed")
 FLICKR = ("finetune-fid-below-base", "lcm-lora-fid-above-base", "larger-data-better")
 FEW_STEPS = ("lcm-lora-alignment", "lcm-lora-against-untrained")
-OVER_BATCHES = ("time-over-batch-and-resolution", "lcm-lora-time-over-batch-and-resolution")
+OVER_BATCHES = ("time-over-batch-and-resolution",)
 
 FIGURES = {
     "00_world": Plot(image_grid, "Scenes of the bundled world, two styles"),
@@ -501,9 +472,12 @@ FIGURES = {
         KEPT,
     ),
     "03_images": Plot(image_grid, "Six training images, one caption each"),
-    "03_loss": Plot(consistency_loss, "Consistency loss against training steps"),
-    "03_same_noise": Plot(image_grid, "Teacher, fine-tune, LCM and LCM-LoRA on the same noise", FLICKR),
-    "03_quality_against_passes": Plot(content_against_passes, "Content against UNet evaluations", FEW_STEPS),
+    "03_same_noise": Plot(image_grid, "Teacher, fine-tune and LCM-LoRA on the same noise", FLICKR),
+    "03_quality_against_passes": Plot(
+        plots_few_steps.quality_against_passes,
+        "Errors, cleanness and distance against UNet evaluations, and errors by number of objects",
+        FEW_STEPS,
+    ),
     "03_composition": Plot(image_grid, "LCM-LoRA and the fine-tune added up, four steps"),
     "04_distance": Plot(distance_bars, "The slides' Figure 1: Frechet distance by method", FLICKR),
     "04_speed": Plot(speed_bars, "The slides' Figure 2: seconds an image", ("lcm-lora-2-4-times-faster",)),

@@ -179,14 +179,8 @@ def share(value):
     return Quality([None] * 8, {"content": Proportion(value, 8)}, None, "content")
 
 
-def test_a_point_of_content_knows_whether_training_made_it():
-    content = {"DDIM": {1: share(0.25)}, "LCM-LoRA": {1: share(0.5), 4: share(1.0)}}
-    rows = tables.passes_rows(content, ["LCM-LoRA"])
-    assert columns(rows, "method", "unet_passes", "content", "trained") == [
-        *(("DDIM", 1, 0.25, False), ("LCM-LoRA", 1, 0.5, True), ("LCM-LoRA", 4, 1.0, True))
-    ]
-    assert rows[1] | Proportion(0.5, 8).columns == rows[1]
-    shown = overview.passes(content)
+def test_points_are_shown_a_row_a_method_and_a_column_a_number_of_passes():
+    shown = overview.passes({"DDIM": {1: share(0.25)}, "LCM-LoRA": {1: share(0.5), 4: share(1.0)}})
     assert shown.loc["LCM-LoRA", 4] == "100.0 %" and shown.loc["DDIM", 4] == ""
 
 
@@ -253,9 +247,7 @@ def test_of_photographs_the_alignment_is_clips_cosine_and_there_is_no_style(pipe
 
 def test_curves_of_photographs_are_of_the_cosine_with_its_interval(judge, photographs):
     (curve,) = tables.guidance_rows({3.0: photographs[0]}, judge, 3.0)
-    (point,) = tables.passes_rows({"DDIM": {4: photographs[0]}}, [])
-    for row in (curve, point):
-        assert (row["clip_cosine"], row["low"], row["high"], row["n"]) == (0.3125, 0.2925, 0.3325, 8)
+    assert (curve["clip_cosine"], curve["low"], curve["high"], curve["n"]) == (0.3125, 0.2925, 0.3325, 8)
     log = [{"step": 0, "clip_cosine": 0.25, "fd_efficientnet_lite0": 90.0}]
     rows = tables.milestone_rows({"LoRA": log}, photographs[0], judge)
     assert columns(rows, "clip_cosine", "low") == [(0.25, None), (0.3125, 0.2925)]
@@ -268,12 +260,10 @@ def test_without_a_clip_the_distance_alone_is_judged(pipe, judge, qualities, mon
     bare = replace(qualities[1], key="", alignment={}, verdicts=None)
     (row,) = tables.quality_rows({"base": [bare]}, {"base": Method(GUIDED, pipe)}, judge, {})
     (curve,) = tables.guidance_rows({3.0: bare}, judge, 3.0)
-    (point,) = tables.passes_rows({"DDIM": {4: bare}}, [])
-    assert not [name for name in {**row, **curve, **point} if name.startswith(("all_", "content", "clip", "flickr"))]
-    assert curve["fd_efficientnet_lite0"] == point["fd_efficientnet_lite0"] == bare.frechet_distance
+    assert not [name for name in {**row, **curve} if name.startswith(("all_", "content", "clip", "flickr"))]
+    assert curve["fd_efficientnet_lite0"] == bare.frechet_distance
     log = [{"step": 0, "fd_efficientnet_lite0": 90.0}]
     assert [row["n"] for row in tables.milestone_rows({"LoRA": log}, bare, judge)] == [8, 8]
-    assert tables.mixture_rows({0.5: bare}) == [{"weight": 0.5, "fd_efficientnet_lite0": bare.frechet_distance}]
 
 
 def test_results_on_photographs_are_named_for_what_they_are():
@@ -337,18 +327,23 @@ def test_photographs_have_clips_cosine_and_no_floor_and_without_clip_no_place_on
     scored = image_set._replace(prompts=prompts, key="clip", align=lambda images: Aligned({"clip": cosine(0.3)}))
     row = tables.measure_rows("few steps", scored, seed=0)[0]
     assert (row["clip_cosine"], row["clip_cosine_sd"], row["fd_efficientnet_lite0_floor"]) == (0.3, 0, None)
-    curves = [{"method": "teacher", "unet_passes": 50, "clip_cosine": 0.3, "low": 0.2, "high": 0.4, "n": 8}]
+    curve = {"unet_passes": 50, "objects": "all", "low": 0.2, "high": 0.4, "n": 8, "trained": False}
+    curves = [{"method": "teacher", "clip_cosine": 0.3, "fd_efficientnet_lite0": 50.0, **curve}]
     sets = {"guided distillation": scored._replace(images={}), "few steps": scored}
     assert [row["method"] for row in tables.front_rows(curves, sets, "PNDM")] == ["LCM, all weights", "PNDM, guided"]
     bare = image_set._replace(prompts=prompts, key="", align=lambda images: Aligned({}))
     assert not [name for name in tables.measure_rows("few steps", bare, seed=0)[0] if name.startswith(("ali", "clip"))]
-    curves = [{"method": "DDIM", "unet_passes": 4, "fd_efficientnet_lite0": 50.0}]
-    assert tables.front_rows(curves, {"few steps": bare}, "DDIM") == curves
+    (point,) = tables.front_rows([{"method": "DDIM", "fd_efficientnet_lite0": 50.0, **curve}], {"few": bare}, "DDIM")
+    assert (point["method"], point["fd_efficientnet_lite0"]) == ("DDIM", 50.0)
 
 
 def test_the_front_is_the_curves_and_the_points_that_they_lack_in_the_order_of_passes(image_set):
     sets = {"guided distillation": image_set._replace(images={}), "few steps": image_set}
-    curves = tables.passes_rows({"teacher": {50: share(1.0)}, "DDIM, one pass": {1: share(0.5)}}, [])
+    curves = [
+        {"method": method, "unet_passes": passes, "objects": objects, "content": value, "fit_error": 0.2,
+         **Proportion(value, 8).columns, "trained": False}
+        for method, passes, value in (("teacher", 50, 1.0), ("DDIM, one pass", 1, 0.5)) for objects in ("all", "4")
+    ]  # fmt: skip
     rows = tables.front_rows(curves, sets, "DDIM")
     assert columns(rows, "method", "unet_passes", "content", "trained") == [
         *(("DDIM, one pass", 1, 0.5, False), ("LCM, all weights", 4, 0.0, True), ("DDIM, guided", 50, 1.0, False))
@@ -361,12 +356,14 @@ def test_the_front_is_the_curves_and_the_points_that_they_lack_in_the_order_of_p
 
 TIMES = [
     {"runtime": runtime, "threads": threads, "method": method, "deployed": runtime == "ONNX Runtime",
-     "seconds_an_image": seconds, "lowest": seconds, "highest": 2 * seconds, "saving_percent": saved,
-     "times_faster": faster, "times_faster_unet": faster, "vae_seconds": 0.01, "batch": 8, "repeats": 5}
-    for runtime in ("PyTorch", "ONNX Runtime") for threads in (1, 2)
-    for method, seconds, saved, faster in (
-        ("teacher, two passes", 0.3 / threads, 0.0, 1.0), ("LoRA student, merged", 0.2, 10.0 * threads, 1.5),
-        ("LCM-LoRA 8k", 0.1, 66.7, 3.0),
+     "seconds_an_image": seconds * (1 + batch / 8), "lowest": seconds, "highest": 2 * seconds, "steps": steps,
+     "saving_percent": saved, "saving_percent_low": saved - 1, "saving_percent_high": saved + 1,
+     "times_faster": faster, "times_faster_unet": faster, "vae_seconds": 0.01, "unet_seconds": 0.8 * seconds,
+     "batch": batch, "repeats": 30, "device": "a CPU"}
+    for batch in (1, 8) for runtime in ("PyTorch", "ONNX Runtime") for threads in (1, 2)
+    for method, seconds, saved, faster, steps in (
+        ("teacher, two passes", 0.32 / threads, 0.0, 1.0, 25), ("LoRA student, merged", 0.2, 10.0 * threads, 1.5, 25),
+        ("LCM-LoRA 8k", 0.08, 66.7, 3.0, 4),
     )
 ]  # fmt: skip
 
@@ -375,8 +372,8 @@ def test_our_speed_is_that_of_what_is_deployed_on_one_thread():
     assert columns(tables.speed_rows(TIMES), "source", "method", "seconds") == [
         ("slides, 2.4 times", "base", 2.07),
         ("slides, 2.4 times", "LCM-LoRA", 0.86),
-        ("here, 3.0 times", "base", 0.3),
-        ("here, 3.0 times", "LCM-LoRA", 0.1),
+        ("here, 4.0 times", "base", 0.36),
+        ("here, 4.0 times", "LCM-LoRA", 0.09),
     ]
 
 
@@ -396,13 +393,30 @@ def test_results_say_the_seconds_of_each_runtime_and_the_range_of_the_grid():
             ("LCM-LoRA, 4 steps", 16, 96, 86.0),
         )
     ]
-    saved = "-10 % on 1 thread(s), -20 % on 2 thread(s)"
+    saved = "10.0 (9.0 to 11.0) % on 1 thread(s), 20.0 (19.0 to 21.0) % on 2 thread(s)"
     assert overview.seconds_results(TIMES, grid) == {
-        "seconds an image, merged student against teacher, batch 8, PyTorch": saved,
-        "seconds an image, merged student against teacher, batch 8, ONNX Runtime": saved,
-        "times faster at batch 8, LCM-LoRA 8k, merged, 4 steps": "3.0 on 1 thread(s), 3.0 on 2 thread(s)",
+        "saved by the merged student of the teacher's seconds, one image, PyTorch": saved,
+        "saved by the merged student of the teacher's seconds, one image, ONNX Runtime": saved,
+        "times faster, one image, LCM-LoRA 8k, merged, 4 steps": "3.0 on 1 thread(s), 3.0 on 2 thread(s)",
         "saved by one pass, batch 1 to 16, 64 and 96 px": "31 to 47 % on 2 thread(s)",
     }
+
+
+def test_a_table_of_seconds_is_of_one_image_and_has_intervals():
+    table = overview.seconds(TIMES)
+    assert len(table) == 12 and table.loc[("PyTorch", 2, "LoRA student, merged"), "saved, %"] == "20.0 (19.0 to 21.0)"
+    assert overview.seconds_caption(TIMES).startswith(
+        "batch 1, prompt to pixels, medians of 30 in turns, savings turn "
+    )
+
+
+def test_sentences_on_seconds_come_from_the_tables():
+    contrast = {"method": "LCM-LoRA 30k", "against": "LCM-LoRA 8k", "deployed": True, "threads": 1, "batch": 1}
+    said = overview.seconds_found(TIMES, [contrast | {"value": 1.01, "low": 0.99, "high": 1.03}])
+    assert "20 (19 to 21) % on ONNX Runtime, 2 threads." in said
+    assert said.endswith("LCM-LoRA 30k takes 1.01 (0.99 to 1.03) times the seconds of LCM-LoRA 8k.")
+    # (2.4 x 0.09 - (0.36 - 0.256)) / (0.256 / 25) = 10.9
+    assert overview.slides_found(TIMES, 2.4).endswith("The slides' 2.4 times is what 11 guided steps would give.")
 
 
 def test_results_of_guided_distillation_name_the_share_of_trained_parameters():

@@ -8,6 +8,7 @@ from lora_distill.memory import schemes
 from lora_distill.publish import plots, plots_memory
 from lora_distill.publish.figures import STYLE, grid_rows
 from lora_distill.publish.plots import FIGURES
+from lora_distill.publish.plots_few_steps import quality_against_passes
 from lora_distill.publish.style import image_grid
 
 SHARE = {"low": 0.4, "high": 0.6, "n": 100}
@@ -69,13 +70,13 @@ ROWS = {
     "04_seconds_per_image": [
         {"runtime": "PyTorch", "threads": t, "method": m, "seconds_an_image": 0.3,
          "lowest": 0.2, "highest": 0.4, "saving_percent": 20.0,
-         "text_encoder_seconds": 0.1, "unet_seconds": 0.1, "vae_seconds": 0.1, "batch": 8, "repeats": 5}
-        for t in (1, 2) for m in "ab"
+         "text_encoder_seconds": 0.1, "unet_seconds": 0.1, "vae_seconds": 0.1, "batch": b, "repeats": 5}
+        for b in (1, 8) for t in (1, 2) for m in "ab"
     ],
-    "03_loss": [{"method": m, "step": i, "loss": 0.1} for m in "ab" for i in (1, 2)],
     "03_quality_against_passes": [
-        {"method": m, "unet_passes": n, "content": 0.5, "trained": m == "b", **SHARE}
-        for m, n in (("a", 1), ("a", 2), ("b", 1), ("b", 2), ("teacher", 50))
+        {"method": m, "unet_passes": n, "objects": o, "content": 0.5, "fit_error": 0.2, "fd_efficientnet_lite0": 80.0,
+         "fd_efficientnet_lite0_floor": 30.0, "trained": m == "b", **SHARE}
+        for m, n in (("a", 1), ("a", 2), ("b", 1), ("b", 2), ("teacher", 50)) for o in ("all", "1", "4")
     ],
     "04_distance": [
         {"source": s, "method": m, "distance": d, "sd": sd, "floor": f, "metric": "FD",
@@ -90,7 +91,7 @@ ROWS = {
     ],
     "04_saving": [
         {"resolution": r, "batch": b, "method": m, "saving_percent": 30.0, "bound_percent": 35.0,
-         "seconds_an_image": 0.7, "lowest": 0.6, "highest": 0.8}
+         "saving_percent_low": 25.0, "saving_percent_high": 33.0}
         for r in (64, 96) for b in (1, 4) for m in "ab"
     ],
 }  # fmt: skip
@@ -216,6 +217,18 @@ def shown(figure) -> str:
     return " ".join(text for ax in figure.axes for text in (ax.get_title(), ax.get_ylabel(), ax.get_xlabel()))
 
 
+def test_errors_are_what_is_not_right_and_none_at_all_is_half_an_error():
+    share = {"low": 0.9, "high": 1.0, "n": 50, "fit_error": 0.2, "fd_efficientnet_lite0": 80.0, "trained": False}
+    rows = [{"method": "a", "unet_passes": n, "objects": o, "content": c, **share}
+            for n, c in ((1, 0.6), (4, 1.0)) for o in ("all", "1", "2")]  # fmt: skip
+    figure = quality_against_passes(rows)
+    panels = {ax.get_title() or ax.get_ylabel(): ax for ax in figure.get_axes()}
+    assert list(panels) == ["errors, %", "fit error of the objects", "FD-EfficientNet-Lite0", "1 object", "2 objects"]
+    for name in ("errors, %", "1 object", "2 objects"):
+        assert panels[name].lines[0].get_ydata().tolist() == pytest.approx([40, 1])
+        assert panels[name].get_yscale() == "log"
+
+
 @pytest.mark.parametrize("measure", [{"clip_cosine": 0.3, **COSINE}, {"n": 60}], ids=["CLIP", "no CLIP"])
 def test_curves_of_photographs_are_of_the_cosine_or_of_the_distance_alone(measure):
     curve = [
@@ -237,7 +250,13 @@ def test_the_front_of_photographs_is_in_the_unit_of_what_was_measured(measure):
         {"method": "DDIM, one pass", "unet_passes": n, **measure, column: measure[column] * factor, "trained": False}
         for n, factor in ((2, 1.1), (4, 0.9))
     ]
-    for figure in (plots.content_against_passes(rows), plots.pareto_front(rows)):
+    figures = (
+        quality_against_passes(
+            [{"fit_error": None, "fd_efficientnet_lite0": 50.0, **row, "objects": "all"} for row in rows]
+        ),
+        plots.pareto_front(rows),
+    )
+    for figure in figures:
         assert figure.axes[0].get_ylabel() == {"clip_cosine": "CLIP cosine"}.get(column, "FD-EfficientNet-Lite0")
         plt.close(figure)
     front = plots.pareto_front(rows).axes[0].lines[-1].get_ydata()
