@@ -153,15 +153,15 @@ class Settings(BaseModel):
     mse_weight: float = Field(1.0, ge=0, description="weight of the MSE when the LoRA mimics the LCM")
     kl_weight: float = Field(1.0, ge=0, description="weight of the KL when the LoRA mimics the LCM")
 
-    eval_prompts: int = _count(60, "prompts of a verdict")
-    curve_prompts: int = _count(60, "prompts a point of a curve, or of a measurement in training")
-    eval_batch: int = _count(60, "images sampled, encoded or decoded at a time")
+    eval_prompts: int = _count(48, "prompts of a verdict; of scenes a multiple of 8, for equal shares of all kinds")
+    curve_prompts: int = _count(48, "prompts a point of a curve, or of a measurement in training")
+    eval_batch: int = _count(48, "images sampled, encoded or decoded at a time")
     clip: str = Field("", description="CLIP model that scores photographs, a folder or a hub id; scenes need none")
     extractors: dict[Literal["Inception", "DINOv2", "CLIP"], Annotated[str, Field(min_length=1)]] = Field(
         {},
         description="more distances, on Inception, DINOv2 or CLIP: each with a file, folder or hub id of its weights",
     )
-    eval_every: int = _count(50, "updates between measurements in training")
+    eval_every: int = _count(75, "updates between measurements in training")
     eval_seeds: list[Seed] = Field([0, 1, 2], min_length=1, max_length=1000, description="seeds of sampling")
     guidance_scales: list[Guidance] = Field(
         [1.0, 2.0, 3.0, 5.0, 7.5, 10.0],

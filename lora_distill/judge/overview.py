@@ -62,6 +62,32 @@ def guidance_found(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def untrained_rival(rows: list[dict]) -> str:
+    """Whether the student beats what needs no training, in sentences, from the `error_rows` of all prompts."""
+    found = {row["method"]: row for row in rows if (row["objects"], row["compositions"]) == ("all", "all")}
+    lines = []
+    for method in ("LoRA student", "LoRA student, 8 steps", "base, guided, 8 steps", "base, guided, 4 steps"):
+        if method in found:
+            row = found[method]
+            low, high = 100 * row["low"], 100 * row["high"]
+            errors = f"{100 * row['errors']:.1f} % wrong ({low:.1f} to {high:.1f})"
+            lines.append(f"{method}: {errors} in {row['unet_passes']} UNet evaluations.")
+    return "\n".join(lines)
+
+
+def differences_found(rows: list[dict]) -> str:
+    """Where guidance changes each quantity most and least, in sentences, from `guided.difference_rows`."""
+    lines = []
+    for quantity in dict.fromkeys(row["quantity"] for row in rows):
+        curve = sorted((row for row in rows if row["quantity"] == quantity), key=lambda row: row["relative_difference"])
+        least, most = curve[0], curve[-1]
+        lines.append(
+            f"{quantity}: most at t = {most['timestep']} ({100 * most['relative_difference']:.1f} % of its size), "
+            f"least at t = {least['timestep']} ({100 * least['relative_difference']:.1f} %)."
+        )
+    return "\n".join(lines)
+
+
 def contrasts_found(rows: list[dict]) -> str:
     """What the contrasts of all prompts say, a sentence each, with their 95 % intervals."""
     lines = []
@@ -288,6 +314,15 @@ def slides_found(times: list[dict], slides: float) -> str:
         f"{base['steps']} guided steps, and {fast['times_faster_unet']:.1f} times in the UNet alone. The slides' "
         f"{slides:.1f} times is what {steps:.0f} guided steps would give."
     )
+
+
+def errors(rows: list[dict], compositions: str = "all") -> pandas.DataFrame:
+    """`error_rows` as a table to read: errors in per cent with their intervals, a column a number of objects."""
+    table = {}
+    for row in (row for row in rows if row["compositions"] == compositions):
+        low, value, high = (100 * row[key] for key in ("low", "errors", "high"))
+        table.setdefault(row["method"], {})[row["objects"]] = f"{value:.1f} ({low:.1f} to {high:.1f})"
+    return pandas.DataFrame(table).T.rename_axis(columns=f"errors, %, compositions: {compositions}; objects")
 
 
 def quality(rows: list[dict]) -> pandas.DataFrame:

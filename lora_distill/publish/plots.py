@@ -108,7 +108,9 @@ def _predicted(ax: Axes, rows: Rows, colour: str) -> None:
     for row in rows:
         if row.get("predicted") is not None:
             w = row["guidance_scale"]
-            ax.plot([w - 0.9, w + 0.9], [100 * row["predicted"]] * 2, color=colour, marker="", linewidth=1.2, alpha=0.7)
+            ax.plot(
+                [w - 0.75, w + 0.75], [100 * row["predicted"]] * 2, color=colour, marker="", linewidth=1.2, alpha=0.7
+            )
 
 
 def _mean_with_interval(ax: Axes, rows: Rows, x: str, name: str, **style: Any) -> None:

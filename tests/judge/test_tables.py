@@ -502,3 +502,27 @@ def test_a_contrast_says_whether_its_interval_excludes_no_difference():
         "LoRA student against teacher, errors ratio: 1.25 (0.75 to 2).",
         "LoRA student against teacher, FD difference: 2 (1 to 3), which excludes no difference.",
     ]
+
+
+def test_errors_are_read_by_number_of_objects_and_the_untrained_rival_stands_beside():
+    row = {"compositions": "all", "errors": 0.125, "low": 0.0625, "high": 0.25, "unet_passes": 25}
+    rows = [{**row, "method": "LoRA student", "objects": objects} for objects in ("all", "4")]
+    rows += [{**row, "method": "base, guided, 4 steps", "objects": "all", "errors": 0.0, "unet_passes": 8}]
+    shown = overview.errors(rows)
+    assert shown.loc["LoRA student", "4"] == "12.5 (6.2 to 25.0)" and list(shown.columns) == ["all", "4"]
+    assert overview.untrained_rival(rows).splitlines() == [
+        "LoRA student: 12.5 % wrong (6.2 to 25.0) in 25 UNet evaluations.",
+        "base, guided, 4 steps: 0.0 % wrong (6.2 to 25.0) in 8 UNet evaluations.",
+    ]
+
+
+def test_what_guidance_adds_is_told_of_each_quantity():
+    rows = [
+        {"timestep": t, "quantity": quantity, "relative_difference": value}
+        for quantity, values in (("v", (0.25, 0.5)), ("ε", (0.5, 0.125)))
+        for t, value in zip((19, 999), values, strict=True)
+    ]
+    assert overview.differences_found(rows).splitlines() == [
+        "v: most at t = 999 (50.0 % of its size), least at t = 19 (25.0 %).",
+        "ε: most at t = 19 (50.0 % of its size), least at t = 999 (12.5 %).",
+    ]

@@ -149,7 +149,7 @@ class TestErrors:
     def test_a_curve_of_guidance_has_a_short_line_at_what_the_captions_leave_right(self):
         ax = plots.quality_against_guidance(ROWS["02_guidance_curve"]).axes[0]
         lines = [line.get_xydata().tolist() for line in ax.lines]
-        assert lines.count([[0.1, 40], [1.9, 40]]) == 4
+        assert lines.count([[0.25, 40], [1.75, 40]]) == 4
 
     def test_a_distance_stands_beside_lines_of_known_ones(self):
         known = {"fd_efficientnet_lite0_floor": 3.0, "fd_efficientnet_lite0_vae": 10.0}
