@@ -75,6 +75,24 @@ def untrained_rival(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def milestones_found(rows: list[dict]) -> str:
+    """When each student first comes to the teacher's 95 % interval, in sentences, from the `milestone_rows`."""
+    *points, teacher = rows
+    column = next((name for name in COLUMNS.values() if name in teacher), FD)
+    low, high = (teacher.get("low"), teacher.get("high")) if column != FD else (None, teacher[f"{FD}_high"])
+    lines = []
+    for method in dict.fromkeys(row["method"] for row in points):
+        near = [row["step"] for row in points if row["method"] == method and _within(row[column], column, low, high)]
+        reached = f"first within the teacher's 95 % interval after {near[0]} updates" if near else "never that near"
+        lines.append(f"{method}: {reached} ({ALIGNED_AS[column]}).")
+    return "\n".join(lines)
+
+
+def _within(value: float, column: str, low: float | None, high: float | None) -> bool:
+    """Whether a value is as good as an interval, or better: a distance is better when it is smaller."""
+    return value <= high if column == FD else low is None or value >= low
+
+
 def differences_found(rows: list[dict]) -> str:
     """Where guidance changes each quantity most and least, in sentences, from `guided.difference_rows`."""
     lines = []
@@ -140,6 +158,14 @@ ALIGNED = {  # columns of tables of quality: what they hold, in words, and how a
     "content_percent": ("content correct", "{:.1f} %"),
     COLUMNS["clip"]: ("CLIP cosine", "{:.3f}"),
     FD: (f"FD-{EXTRACTOR}", "{:.1f}"),
+}
+
+
+ALIGNED_AS = {  # columns of curves, in words
+    COLUMNS["all"]: "share of right pictures",
+    COLUMNS["content"]: "share of right content",
+    COLUMNS["clip"]: "CLIP cosine",
+    FD: f"FD-{EXTRACTOR}",
 }
 
 

@@ -526,3 +526,16 @@ def test_what_guidance_adds_is_told_of_each_quantity():
         "v: most at t = 999 (50.0 % of its size), least at t = 19 (25.0 %).",
         "ε: most at t = 19 (50.0 % of its size), least at t = 999 (12.5 %).",
     ]
+
+
+def test_it_is_told_when_a_student_first_comes_into_the_teachers_interval():
+    rows = [{"method": m, "step": step, "all_correct": share} for m, step, share in (
+        ("LoRA", 0, 0.5), ("LoRA", 10, 0.75), ("LoRA", 20, 1.0), ("copy", 0, 0.5))]  # fmt: skip
+    teacher = {"method": "teacher", "step": None, "all_correct": 0.875, "low": 0.75, "high": 1.0}
+    assert overview.milestones_found([*rows, teacher]).splitlines() == [
+        "LoRA: first within the teacher's 95 % interval after 10 updates (share of right pictures).",
+        "copy: never that near (share of right pictures).",
+    ]
+    distances = [{"method": "LoRA", "step": step, "fd_efficientnet_lite0": fd} for step, fd in ((0, 9.0), (5, 4.0))]
+    teacher = {"method": "teacher", "step": None, "fd_efficientnet_lite0": 3.0, "fd_efficientnet_lite0_high": 5.0}
+    assert "after 5 updates (FD-EfficientNet-Lite0)" in overview.milestones_found([*distances, teacher])
