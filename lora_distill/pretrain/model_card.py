@@ -105,7 +105,8 @@ def render(training: dict, scores: dict) -> str:
     rows = "\n".join(_card_row(w, groups) for w, groups in guidance.items())
     stages = "\n".join(
         f"| {name.replace('_', ' ')} | {plan['steps']:,} | {plan['batch_size']} "
-        f"| {plan['steps'] * plan['batch_size']:,} | {plan['learning_rate']:g} | {training['minutes'][name]:g} |"
+        f"| {plan['steps'] * plan['batch_size']:,} | {plan['learning_rate']:g} | {training['minutes'][name]:g} "
+        f"| {training['devices'][name]} |"
         for name, plan in training["schedules"].items()
     )
     return f"""# A small Stable Diffusion of emoji scenes
@@ -129,11 +130,11 @@ objects as often, and guidance mends it. Without such errors guidance would have
 
 Notebook 00 with `pretrain: full`, or `python -m lora_distill pretrain --preset full`, makes it again.
 
-| stage | steps | batch | images or captions seen | learning rate | minutes |
-|---|---|---|---|---|---|
+| stage | steps | batch | images or captions seen | learning rate | minutes | on |
+|---|---|---|---|---|---|---|
 {stages}
 
-Device: {training["device"]}. Versions: {", ".join(f"{k} {v}" for k, v in training["versions"].items())}.
+Versions: {", ".join(f"{k} {v}" for k, v in training["versions"].items())}.
 Code: commit {training["commit"]}.
 
 ## Scores

@@ -26,7 +26,7 @@ from lora_distill.pretrain.parts import (
     tokenize,
 )
 from lora_distill.pretrain.vae import draw_all, encode_all, train_vae
-from lora_distill.storage import cache_key, device_name, digest, git_commit, versions
+from lora_distill.storage import cache_key, digest, git_commit, versions
 from lora_distill.train.loop import train
 from lora_distill.train.step import Schedule
 from lora_distill.writing import check_place, whole_folder
@@ -90,7 +90,7 @@ def pretrain(preset: Preset, folder: Path, work: Path, seed: int = 0, device: st
         "caption_error": preset.caption_error,
         "schedules": {name: asdict(schedule) for name, schedule in preset.schedules.items()},
         "minutes": {name: round(minutes(logs[name], schedule), 1) for name, schedule in preset.schedules.items()},
-        "device": device_name(device),
+        "devices": {name: log[-1]["device"] for name, log in logs.items()},
         "versions": versions(),
         "commit": git_commit(),
         "loss": {name: [[row["step"], round(row["loss"], 5)] for row in _thinned(log)] for name, log in logs.items()},

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from lora_distill import processes
 from lora_distill.errors import RunError
 from lora_distill.finite import not_finite
-from lora_distill.storage import resident_peak_mb
+from lora_distill.storage import device_name, resident_peak_mb
 from lora_distill.train.checkpoint import Checkpoint, Result, check_state
 from lora_distill.train.step import Average, Schedule, TrainingStep, own_rows, step_generator
 from lora_distill.writing import locked
@@ -88,7 +88,7 @@ def _trained(
     progress = tqdm(total=schedule.steps, initial=first_step, **options)
     if every and first_step == 0:
         log.append({"step": 0, **_measured(measure, 0, None)})
-    clock, images = time.perf_counter(), 0
+    clock, images, machine = time.perf_counter(), 0, device_name(str(step.device))
     for update in range(first_step, schedule.steps):
         step.adamw.param_groups[0]["lr"] = schedule.learning_rate_at(update)
         for part in range(schedule.gradient_accumulation):
@@ -108,7 +108,7 @@ def _trained(
             watch.check_row(row, batch)
             seconds = time.perf_counter() - clock
             row |= {"learning_rate": schedule.learning_rate_at(update), "images_per_s": round(images / seconds, 2)}
-            row |= {"peak_memory_mb": peak_memory_mb(step.device)}
+            row |= {"peak_memory_mb": peak_memory_mb(step.device), "device": machine}
             clock, images = time.perf_counter(), 0
             log.append(processes.agree(row))
             progress.set_postfix_str(f"loss {row['loss']:.4f}, {row['images_per_s']:.0f} images/s", refresh=False)
@@ -155,7 +155,7 @@ class _Watch:
         """Raise RunError for numbers of the log that are not finite."""
         self.check(batch)
         for name, value in row.items():
-            if not math.isfinite(value):
+            if isinstance(value, float) and not math.isfinite(value):
                 named = "the loss" if name == "loss" else name
                 raise RunError(f"training stopped at step {row['step']}: {named} is {value}; {self._hint(batch)}")
 
