@@ -170,7 +170,9 @@ class Settings(BaseModel):
         description="w of the curves of quality against guidance",
     )
     timing_batch: int = _count(8, "images a timed call")
-    timing_repeats: int = _count(5, "timed calls, after those that warm up", most=10**5)
+    timing_repeats: int = _count(
+        30, "timed calls of one image, after those that warm up; a tenth of them of a batch", most=10**5
+    )
 
     @field_validator("profile")
     @classmethod

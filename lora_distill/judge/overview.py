@@ -7,7 +7,7 @@ import pandas
 
 from lora_distill.data.captioned import bundled_scenes, set_names
 from lora_distill.judge.judge import COLUMNS, EXTRACTOR, FD, Method, Quality
-from lora_distill.judge.tables import BASE, TEACHER, sd_column
+from lora_distill.judge.tables import BASE, SLIDES_SECONDS, TEACHER, sd_column
 from lora_distill.sampling import sampler_name
 from lora_distill.writing import atomic_write
 
@@ -303,7 +303,7 @@ def seconds_caption(times: list[dict]) -> str:
     """What a table of seconds rests on."""
     row = _one_image(times)[0]
     return (
-        f"batch {row['batch']}, prompt to pixels, medians of {row['repeats']} in turns; what is saved turn by turn with "
+        f"batch {row['batch']}, prompt to pixels, medians of {row['repeats']} in turns; saved turn by turn, with "
         f"its 95 % interval; {row['device']}"
     )
 
@@ -329,11 +329,11 @@ def _conditions(row: dict) -> str:
     return f"{row['runtime']}, {row['threads']} thread" + "s" * (row["threads"] > 1)
 
 
-def slides_found(times: list[dict], slides: float) -> str:
+def slides_found(times: list[dict]) -> str:
     """How many guided steps of the base would take as many times as long as LCM-LoRA as the slides' base, in words."""
     one = {row["method"]: row for row in _one_image(times) if row["deployed"] and row["threads"] == 1}
     base, fast = one[TEACHER], next(row for name, row in one.items() if name.startswith("LCM-LoRA "))
-    rest = base["seconds_an_image"] - base["unet_seconds"]
+    slides, rest = SLIDES_SECONDS["base"] / SLIDES_SECONDS["LCM-LoRA"], base["seconds_an_image"] - base["unet_seconds"]
     steps = (slides * fast["seconds_an_image"] - rest) * base["steps"] / base["unet_seconds"]
     return (
         f"{fast['method']} in {fast['steps']} steps is {fast['times_faster']:.1f} times as fast as the base in "

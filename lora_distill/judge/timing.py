@@ -5,7 +5,7 @@ compared turn by turn (`paired.seconds_ratio`), so that a machine that slows dow
 """
 
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -232,6 +232,16 @@ def method_rows(timings: Timings, baseline: str, deployed: str, steps: dict[str,
             for method, timing in timed.items()
         ]  # fmt: skip
     return rows
+
+
+def pairs(methods: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """What is compared of the methods of notebook 04: the student, and the LCM-LoRAs of each set."""
+    names = list(methods)
+    student, teacher, copy = "LoRA student, merged", "teacher, two passes", "full copy"
+    loras = [name for name in names if name.startswith("LCM-LoRA ")]
+    found = [(student, teacher), (student, copy), *((name, teacher) for name in loras)]
+    found += [(name, loras[0]) for name in loras[1:]]
+    return {f"{one} against {other}": (one, other) for one, other in found if {one, other} <= set(names)}
 
 
 def contrast_rows(timings: Timings, contrasts: dict[str, tuple[str, str]], deployed: str, machine: str) -> list[dict]:

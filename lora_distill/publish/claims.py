@@ -25,7 +25,7 @@ NOT_TESTABLE, CANNOT_TELL = "not testable here", "cannot tell"
 WORKS = {
     "paper": "LoRA-Enhanced Distillation on Guided Diffusion Models",
     "slides": "Enhancing Image Generation with LCM LoRA Distillation",
-    "checks": "Our checks",
+    "checks": "What readers of both ask, and what this project asks of itself",
 }
 
 
@@ -33,14 +33,14 @@ WORKS = {
 class Ledger:
     """One of the two ledgers: what its claims are called, of which works they are, and what verdicts they can have."""
 
-    noun: str
+    name: str
     works: tuple[str, ...]
     verdicts: tuple[str, ...]  # the last is that of a claim that nothing was told about
 
 
 LEDGERS = (
-    Ledger("claims of the works", ("paper", "slides"), (REPRODUCED, DIRECTION, NOT_REPRODUCED, NOT_TESTABLE)),
-    Ledger("checks of ours", ("checks",), (HOLDS, FAILS, CANNOT_TELL)),
+    Ledger("Claims of the works", ("paper", "slides"), (REPRODUCED, DIRECTION, NOT_REPRODUCED, NOT_TESTABLE)),
+    Ledger("Our checks", ("checks",), (HOLDS, FAILS, CANNOT_TELL)),
 )
 BOUNDS = {"value": ("low", "high"), "seconds_an_image": ("lowest", "highest")}  # columns of intervals; else _low, _high
 CONDITIONS = {  # columns of tables of what was measured, and of contrasts: how a value is written
@@ -231,20 +231,24 @@ def check(folder: Path) -> None:
 
 def summary(verdicts: list[Verdict]) -> str:
     """How many claims of the works have which verdict, and then how many checks of ours, in a line."""
-    return "; ".join(_counted(ledger, verdicts) for ledger in LEDGERS)
+    return "; ".join(f"{name}: {found}" for name, found in counts(verdicts).items())
+
+
+def counts(verdicts: list[Verdict]) -> dict[str, str]:
+    """How many have which verdict, in words, by ledger."""
+    return {ledger.name: _counted(ledger, verdicts) for ledger in LEDGERS}
 
 
 def _counted(ledger: Ledger, verdicts: list[Verdict]) -> str:
-    counts = Counter(verdict.verdict for verdict in verdicts if verdict.claim.ledger == ledger)
-    parts = ", ".join(f"{counts[name]} {name}" for name in ledger.verdicts)
-    return f"{counts.total()} {ledger.noun}: {parts}"
+    found = Counter(verdict.verdict for verdict in verdicts if verdict.claim.ledger == ledger)
+    return f"{found.total()}, of them " + ", ".join(f"{found[name]} {name}" for name in ledger.verdicts)
 
 
 def as_table(verdicts: list[Verdict]) -> str:
     """The ledgers in Markdown, a table for each work and one of our checks, each ledger with its count."""
     parts = []
     for ledger in LEDGERS:
-        parts.append(f"**{_counted(ledger, verdicts)}.**")
+        parts.append(f"**{ledger.name}: {_counted(ledger, verdicts)}.**")
         for work in ledger.works:
             rows = [(v.claim.statement, v.claim.stated, v.here, v.verdict) for v in verdicts if v.claim.work == work]
             lines = [f"| {WORKS[work]} | stated | here | verdict |", "|---|---|---|---|"]

@@ -148,6 +148,16 @@ def test_what_is_saved_goes_turn_by_turn_and_has_an_interval():
     assert 38 <= rows[1]["saving_percent_low"] <= 39 <= rows[1]["saving_percent_high"] <= 40
 
 
+def test_the_student_and_every_lcm_lora_are_compared():
+    names = ["teacher, two passes", "LoRA student, merged", "LCM-LoRA 8k", "LCM-LoRA 30k"]
+    assert list(timing.pairs(names)) == [
+        "LoRA student, merged against teacher, two passes",
+        *(f"LCM-LoRA {name} against teacher, two passes" for name in ("8k", "30k")),
+        "LCM-LoRA 30k against LCM-LoRA 8k",
+    ]
+    assert timing.pairs([*names, "full copy"])["LoRA student, merged against full copy"][1] == "full copy"
+
+
 def test_contrasts_of_seconds_have_a_row_a_runtime_that_has_both():
     contrasts = {"student against teacher": ("student", "teacher"), "another": ("another", "teacher")}
     rows = timing.contrast_rows(TIMINGS, contrasts, "ONNX Runtime", "a CPU")

@@ -269,8 +269,11 @@ def test_what_a_run_did_not_measure_is_not_testable(tmp_path):
     assert {v.verdict for v in verdicts} == {"not testable here", "cannot tell"}
     assert all(v.why == v.here for v in verdicts)
     works, checks = claims.summary(verdicts).split("; ")
-    assert works == "12 claims of the works: 0 reproduced, 0 direction only, 0 not reproduced, 12 not testable here"
-    assert checks == "20 checks of ours: 0 holds, 0 fails, 20 cannot tell"
+    assert (
+        works
+        == "Claims of the works: 12, of them 0 reproduced, 0 direction only, 0 not reproduced, 12 not testable here"
+    )
+    assert checks == "Our checks: 20, of them 0 holds, 0 fails, 20 cannot tell"
 
 
 def test_a_table_of_one_profile_is_looked_for_in_its_run_and_then_in_its_committed_figures(checkout):
@@ -435,13 +438,13 @@ class TestLedgerAsText:
         return [claims.judge(LEDGER[name], tmp_path / "cpu") for name in names]
 
     def test_table(self, verdicts):
-        works, checks = claims.as_table(verdicts).split("**1 checks of ours: 1 holds, 0 fails, 0 cannot tell.**")
+        works, checks = claims.as_table(verdicts).split("**Our checks: 1, of them 1 holds, 0 fails, 0 cannot tell.**")
         here = "60 % less at batch 1, measured (10 → 4 GB; 60 % on paper), 50 % at 16 on paper"
         assert f"| 50 % less | {here} | reproduced |" in works
-        count = "2 claims of the works: 1 reproduced, 0 direction only, 0 not reproduced, 1 not testable here"
+        count = "Claims of the works: 2, of them 1 reproduced, 0 direction only, 0 not reproduced, 1 not testable here"
         assert works.startswith(f"**{count}.**")
         assert "| 1.05 (1.03 to 1.07) times the teacher's errors, margin 1.25 | holds |" in checks
-        assert claims.summary(verdicts) == f"{count}; 1 checks of ours: 1 holds, 0 fails, 0 cannot tell"
+        assert claims.summary(verdicts) == f"{count}; Our checks: 1, of them 1 holds, 0 fails, 0 cannot tell"
 
     def test_rows(self, verdicts):
         ruled, untested, check = claims.as_rows(verdicts)
