@@ -20,6 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from lora_distill.errors import InputError, MissingError, reading
+from lora_distill.judge.guided import PAPER_W
+from lora_distill.judge.judge import looked_at
 from lora_distill.judge.timing import few, protocol
 from lora_distill.memory.account import account
 from lora_distill.memory.report import GB, RESERVE, TERA
@@ -152,13 +154,24 @@ def _guided(s: Settings) -> Work:
     if s.guidance_scale not in s.guidance_scales:
         total += images(s.curve_prompts, two * steps)
     seen = s.train_steps * s.batch_size * s.gradient_accumulation
-    trainings = (1 + len(s.more_train_seeds)) * _step(s, 2, LORA_BACKWARD)
-    trainings += s.full_copies * _step(s, 2, FULL_BACKWARD)
-    milestones = (1 + s.full_copies) * (1 + s.train_steps // s.eval_every)
+    again = 1 + len(s.more_train_seeds)
+    at_paper_w = 0 if s.guidance_scale == PAPER_W else 1 + bool(s.more_train_seeds)  # its teacher, and its student
+    if at_paper_w > 1:
+        total += images(s.teacher_images, 2 * steps)
+    trainings = (again + (at_paper_w > 1)) * _step(s, 2, LORA_BACKWARD)
+    trainings += again * s.full_copies * _step(s, 2, FULL_BACKWARD)
+    milestones = (1 + s.full_copies) * len(looked_at(s))
     total += Work(seen * trainings) + images(milestones * s.curve_prompts, steps)
     judged = s.eval_prompts * len(s.eval_seeds)
-    for passes in (two * steps, (1 + two) / 2 * steps, *[steps] * (2 + s.full_copies)):
+    for passes in (
+        two * steps,
+        (1 + two) / 2 * steps,
+        *[steps] * (2 + s.full_copies),
+        *[2 * steps, steps][:at_paper_w],
+    ):
         total += images(judged, passes)
+    for few_steps in (n for n in (4, 8) if n < steps):
+        total += images(judged, two * few_steps) + images(judged, few_steps)
     return total
 
 
