@@ -26,7 +26,7 @@ from lora_distill.storage import device_name, git_commit, read_table, table_text
 from lora_distill.writing import atomic_write, whole_file
 
 STYLE = PACKAGE / "assets" / "figures.mplstyle"
-CHARACTERS = 17  # of a caption, in an inch
+CHARACTERS = 20  # of a caption, in an inch
 THUMBNAIL = 128  # pixels, as a grid shows a picture at most an inch wide
 NO_DATES = {"pdf": {"CreationDate": None, "Creator": None, "Producer": None}, "svg": {"Date": None, "Creator": None}}
 
@@ -140,13 +140,22 @@ def _basis(rows: list[dict], source: dict[str, Any]) -> str:
             least, most = min(values), max(values)
             parts.append(f"{said} {least:,}" + (f" to {most:,}" if most > least else ""))
     parts += [f"profile {source['profile']}"] if "profile" in source else []
-    return ", ".join([*parts, *([source["device"]] if source.get("device") else [])]) + "."
+    text = ", ".join([*parts, *([source["device"]] if source.get("device") else [])])
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def _print_below(figure: Figure, text: str) -> None:
-    """Write the caption under a figure, which `savefig.bbox: tight` makes room for."""
+    """Write the caption under all of a figure, which `savefig.bbox: tight` makes room for; the layout stays."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for legend in figure.legends:  # one outside of the axes would follow the lower edge down into the caption
+        box = legend.get_window_extent().transformed(figure.transFigure.inverted())
+        legend.borderaxespad = 0
+        legend.set_loc("lower left")
+        legend.set_bbox_to_anchor((box.x0, box.y0), transform=figure.transFigure)
     lines = textwrap.fill(text, max(40, int(CHARACTERS * figure.get_figwidth())))
-    figure.text(0, -0.03, lines, fontsize=7, ha="left", va="top", color="0.25", parse_math=False)
+    below = figure.get_tightbbox().y0 - 0.08  # inches
+    figure.text(0, below / figure.get_figheight(), lines, fontsize=7, va="top", color="0.25", parse_math=False)
 
 
 def _saved(figure: Figure, kind: str, metadata: dict[str, Any]) -> bytes:

@@ -93,7 +93,7 @@ def quality_against_guidance(rows: Rows) -> Figure:
         (ALIGNMENTS[aligned][0], "fit error", "FD-EfficientNet-Lite0"),
         strict=True,
     ):
-        panel.axvline(rows[0]["teacher_guidance_scale"], color="0.5", linestyle=":", linewidth=1, marker="", zorder=0)
+        panel.axvline(rows[0]["teacher_guidance_scale"], color="0.2", linestyle=":", linewidth=1.2, marker="", zorder=1)
         panel.set(xlabel="guidance scale w", ylabel=ylabel, title=title)
         panel.set_xticks((1, 3, 5, 7.5, 10), ("1", "3", "5", "7.5", "10"))
     ax.set_ylim(0, 104)

@@ -84,9 +84,9 @@ def value_with_interval(ax: Axes, rows: Rows, x: str, value: str, **style: Any) 
     ax.errorbar(column(rows, x), values, np.abs([low - values, high - values]), **style)
 
 
-def numbered(objects: str) -> str:
+def numbered(objects: int | str) -> str:
     """A number of objects in words."""
-    return f"{objects} object{'s' if objects != '1' else ''}"
+    return f"{objects} object{'s' if str(objects) != '1' else ''}"
 
 
 def errors_with_interval(ax: Axes, rows: Rows, x: str, **style: Any) -> None:
