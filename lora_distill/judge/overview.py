@@ -107,13 +107,14 @@ def differences_found(rows: list[dict]) -> str:
 
 
 def contrasts_found(rows: list[dict]) -> str:
-    """What the contrasts of all prompts say, a sentence each, with their 95 % intervals."""
+    """What contrasts of all prompts say, a sentence each: value, 95 % interval, and whether no difference is in it."""
     lines = []
     for row in (row for row in rows if row["objects"] == "all"):
         value, low, high = (f"{row[name]:.3g}" for name in ("value", "low", "high"))
         nothing = 1 if row["measure"].endswith("ratio") else 0
-        verdict = "" if row["low"] <= nothing <= row["high"] else ", which excludes no difference"
-        lines.append(f"{row['method']} against {row['against']}, {row['measure']}: {value} ({low} to {high}){verdict}.")
+        where = "inside" if row["low"] <= nothing <= row["high"] else "outside"
+        said = f"{row['method']} against {row['against']}, {row['measure']}: {value} ({low} to {high})"
+        lines.append(f"{said}; {nothing}, no difference, lies {where}.")
     return "\n".join(lines)
 
 

@@ -499,8 +499,8 @@ def test_a_contrast_says_whether_its_interval_excludes_no_difference():
         {**row, "objects": "1", "value": 9.0, "low": 9.0, "high": 9.0},
     ]
     assert overview.contrasts_found(rows).splitlines() == [
-        "LoRA student against teacher, errors ratio: 1.25 (0.75 to 2).",
-        "LoRA student against teacher, FD difference: 2 (1 to 3), which excludes no difference.",
+        "LoRA student against teacher, errors ratio: 1.25 (0.75 to 2); 1, no difference, lies inside.",
+        "LoRA student against teacher, FD difference: 2 (1 to 3); 0, no difference, lies outside.",
     ]
 
 
