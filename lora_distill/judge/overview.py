@@ -216,7 +216,8 @@ def _one_image(times: list[dict]) -> list[dict]:
 
 
 def _interval(row: dict, column: str, digits: int) -> str:
-    value, low, high = (f"{row[name]:.{digits}f}" for name in (column, f"{column}_low", f"{column}_high"))
+    numbers = (round(row[name], digits) + 0.0 for name in (column, f"{column}_low", f"{column}_high"))  # no minus zero
+    value, low, high = (f"{number:.{digits}f}" for number in numbers)
     return f"{value} ({low} to {high})"
 
 

@@ -148,7 +148,7 @@ def live(names: Sequence[str], device: str, cache_dir: Path, resolution: int = 6
 
 def alone(part: Part, pipeline: str, device: str) -> Result:
     """Run a part in a process of its own."""
-    kind = "forkserver" if sys.platform == "linux" else "spawn"
+    kind = "forkserver" if sys.platform == "linux" and device == "cpu" else "spawn"  # CUDA cannot be forked
     context = get_context(kind)
     if kind == "forkserver":
         context.set_forkserver_preload([parts_module.__name__])  # imports once: seconds for every part

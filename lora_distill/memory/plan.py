@@ -208,9 +208,9 @@ def _timed(s: Settings, on_gpu: bool) -> Work:
     turns, grid_repeats = protocol(s.timing_batch, repeats), few(repeats)
     runtimes, threads, larger = (1, 1, 2.25) if on_gpu else (2, 2, 2.25)  # work of a side half as large again
     ladder = sum(size for size in (1, 2, 4, 8, 16, 32) if size <= 2 * s.eval_batch)
-    total = Work(runtimes * threads * ladder * (repeats + 2) + larger * ladder * (repeats // 2 + 2))
+    total = Work(runtimes * threads * ladder * (repeats // 2 + 2) + larger * ladder * (repeats // 3 + 2))
     deployed = [2 * steps, 1.5 * steps, steps, *[steps] * s.full_copies, 8, *[4] * len(_sets(s))]
-    passes = deployed + [2 * steps, steps, steps] * (runtimes - 1)
+    passes = deployed + [2 * steps, steps] * (runtimes - 1)
     timed = sum(batch * (count + 1) for batch, count in turns.items())
     total += images(threads * timed * len(passes), sum(passes) / len(passes))
     grid = sum(batch for batch in GRID if batch <= s.eval_batch)
