@@ -495,6 +495,6 @@ FIGURES = {
         "Seconds an image",
         (*SPEED, "time-against-standard-distillation", "lcm-lora-2-4-times-faster", "larger-data-faster"),
     ),
-    "04_pareto": Plot(pareto_front, "Content against UNet evaluations, every method", FEW_STEPS),
+    "04_pareto": Plot(pareto_front, "Quality against UNet evaluations, every method", FEW_STEPS),
     "04_saving": Plot(saving_against_batch, "Saved seconds against the batch", OVER_BATCHES),
 }
