@@ -123,6 +123,18 @@ def test_a_figure_says_below_what_it_is_and_rests_on(checkout, monkeypatch):
     )
 
 
+def test_a_caption_stands_below_a_legend_that_is_outside_of_the_axes():
+    figure, ax = plt.subplots(layout="constrained")
+    ax.plot([0, 1], label="a curve")
+    figure.legend(loc="outside lower center")
+    figures._print_below(figure, "Figure 1. " + "A caption of some words. " * 12)
+    for size in ("tight", None):
+        figure.savefig(io.BytesIO(), bbox_inches=size)
+        (legend,), (text,) = figure.legends, figure.texts
+        assert text.get_window_extent().y1 < legend.get_window_extent().y0 < ax.get_window_extent().y0
+    plt.close(figure)
+
+
 def test_redrawn_figures_keep_their_mark(checkout):
     figures.save("02_difference", Settings(eval_prompts=4), ROWS)
     folder = checkout / "runs" / "cpu" / "figures"
