@@ -272,7 +272,8 @@ def distance_bars(rows: Rows) -> Figure:
     for ax, (source, methods) in zip(axes, panels.items(), strict=True):
         names = [row["method"] for row in methods]
         spread = {"xerr": [row["sd"] for row in methods]} if methods[0]["sd"] is not None else {}
-        ax.barh(names, [row["distance"] or 0 for row in methods], **spread)
+        colours = [STYLES.get(name, {"color": "0.6"})["color"] for name in names]
+        ax.barh(names, [row["distance"] or 0 for row in methods], color=colours, **spread)
         for y, row in enumerate(methods):
             if row["distance"] is None:
                 ax.annotate("value lost", (0, y), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7)
@@ -304,27 +305,32 @@ def speed_bars(rows: Rows) -> Figure:
 
 
 def pareto_front(rows: Rows) -> Figure:
-    """Content against UNet evaluations of every method: trained ones solid, samplers of the base dotted.
+    """Errors against UNet evaluations of every method: trained ones solid, samplers of the base dotted.
 
-    Points of one number of evaluations stand side by side. What is best at its number or fewer is the front, the
-    grey steps.
+    Of photographs there is the cosine or the distance instead. Points of one number of evaluations stand side by side.
+    What is best at its number or fewer is the front, the grey steps.
     """
     figure, ax = plt.subplots(figsize=(WIDTH, 3.8))
     aligned = alignment_of(rows)
-    name, factor, top = ALIGNMENTS[aligned]
-    better = min if aligned.startswith("fd_") else max
+    shares = aligned in SHARES
     methods = grouped(rows, "method")
     for index, (method, points) in enumerate(methods.items()):
         aside = 2 ** (0.015 * (index - len(methods) / 2))  # points of one number of evaluations stand side by side
         shifted = [{**row, "unet_passes": aside * row["unet_passes"]} for row in points]
         style = {"linestyle": "-" if points[0]["trained"] else ":", "elinewidth": 0.9, **STYLES.get(method, {})}
-        value_with_interval(ax, shifted, "unet_passes", aligned, label=method, **style)
+        if shares:
+            wrong = [{**_as_errors(row, aligned), "unet_passes": row["unet_passes"]} for row in shifted]
+            errors_with_interval(ax, wrong, "unet_passes", label=method, **style)
+        else:
+            value_with_interval(ax, shifted, "unet_passes", aligned, label=method, **style)
     ordered = sorted(rows, key=lambda row: row["unet_passes"])
-    best = [factor * better(r[aligned] for r in ordered if r["unet_passes"] <= row["unet_passes"]) for row in ordered]
-    ax.step(column(ordered, "unet_passes"), best, where="post", color="0.8", linewidth=5, zorder=0, marker="")
+    values = [max(100 * (1 - row[aligned]), 50 / row["n"]) if shares else row[aligned] for row in ordered]
+    best = np.maximum.accumulate(values) if aligned == "clip_cosine" else np.minimum.accumulate(values)
+    ends = {row["unet_passes"]: value for row, value in zip(ordered, best, strict=True)}
+    ax.step(list(ends), list(ends.values()), where="post", color="0.8", linewidth=5, zorder=0, marker="")
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter("{x:g}")
-    ax.set(xlabel="UNet evaluations an image", ylabel=name, ylim=(0, top + 1) if top else None)
+    ax.set(xlabel="UNet evaluations an image", ylabel="errors, %" if shares else ALIGNMENTS[aligned][0])
     figure.legend(*ax.get_legend_handles_labels(), fontsize=6.5, loc="outside lower center", ncols=4)
     return figure
 
@@ -365,7 +371,7 @@ def batch_cost(rows: Rows) -> Figure:
     ax.set(xscale="log", xticks=batches, xticklabels=batches, ylim=(0.4, None))
     ax.set(xlabel="batch B", ylabel="ρ = t(B) / t(2B)")
     ax.minorticks_off()
-    ax.legend()
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 
@@ -489,6 +495,6 @@ FIGURES = {
         "Seconds an image",
         (*SPEED, "time-against-standard-distillation", "lcm-lora-2-4-times-faster", "larger-data-faster"),
     ),
-    "04_pareto": Plot(pareto_front, "Content against UNet evaluations, every method", FEW_STEPS),
+    "04_pareto": Plot(pareto_front, "Quality against UNet evaluations, every method", FEW_STEPS),
     "04_saving": Plot(saving_against_batch, "Saved seconds against the batch", OVER_BATCHES),
 }

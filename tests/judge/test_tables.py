@@ -406,7 +406,7 @@ def test_a_table_of_seconds_is_of_one_image_and_has_intervals():
     table = overview.seconds(TIMES)
     assert len(table) == 12 and table.loc[("PyTorch", 2, "LoRA student, merged"), "saved, %"] == "20.0 (19.0 to 21.0)"
     assert overview.seconds_caption(TIMES).startswith(
-        "batch 1, prompt to pixels, medians of 30 in turns, savings turn "
+        "batch 1, prompt to pixels, medians of 30 in turns; saved turn by turn"
     )
 
 
