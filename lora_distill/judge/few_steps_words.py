@@ -86,17 +86,21 @@ def epochs(sizes: Mapping[str, int], drawn: int) -> str:
 def compared(rows: Rows, against: str, methods: Iterable[str] = ()) -> pandas.DataFrame:
     """The contrasts with one method as a table to read, of `paired.contrast_rows`: a row a method, or one of `methods`.
 
-    A value stands with its 95 % interval; one with "=" includes no difference.
+    A value stands with its 95 % interval; one with "=" includes no difference. n = 1 and so on are the errors by
+    number of objects.
     """
     table: dict[str, dict[str, str]] = {}
-    chosen = list(methods)
+    chosen = set(methods)
     for row in rows:
-        if row["against"] == against and (not chosen or row["method"] in chosen):
-            of = {ALL: "", "1": ", 1 object"}.get(str(row["objects"]), f", {row['objects']} objects")
-            if row["measure"] in MEASURES and (row["measure"] == ERRORS or not of):
-                heading, form, none = MEASURES[row["measure"]]
-                table.setdefault(row["method"], {})[heading + of] = _interval(row, form, none)
-    return pandas.DataFrame(table).T.fillna("").rename_axis(f"against {against}")
+        if row["against"] == against and row["measure"] in MEASURES and (not chosen or row["method"] in chosen):
+            heading, form, none = MEASURES[row["measure"]]
+            if row["objects"] == ALL or row["measure"] == ERRORS:
+                heading = heading if row["objects"] == ALL else f"n = {row['objects']}"
+                table.setdefault(row["method"], {})[heading] = _interval(row, form, none)
+    there = {name for cells in table.values() for name in cells}
+    whole = [heading for heading, _, _ in MEASURES.values() if heading in there]
+    columns = whole + sorted(there - set(whole))
+    return pandas.DataFrame(table).T.reindex(columns=columns).fillna("").rename_axis(f"against {against}")
 
 
 def _interval(row: Mapping[str, Any], form: str, none: float) -> str:

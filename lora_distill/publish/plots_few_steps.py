@@ -34,7 +34,7 @@ def quality_against_passes(rows: Rows) -> Figure:
     above, *below = figure.subfigures(2, 1, height_ratios=(1, 0.8)) if numbers else [figure]
     for ax, name in zip(above.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         _panel(ax, whole, name)
-        ax.set_xlabel("UNet evaluations an image")
+        ax.set_xlabel("UNet evaluations")
     if numbers:
         _by_objects(below[0], numbers, aligned)
     handles = _handles(figure)

@@ -158,4 +158,4 @@ def image_grid(rows: Rows, images: np.ndarray) -> Figure:
 
 
 def _wrapped(caption: str | None) -> str:
-    return textwrap.fill(str(caption or ""), 16, max_lines=5, placeholder=" …")
+    return textwrap.fill(str(caption or ""), 16, max_lines=10, placeholder=" …")

@@ -185,7 +185,7 @@ def test_a_contrast_is_a_row_and_says_where_it_includes_no_difference():
     table = words.compared(CONTRASTS, "LCM-LoRA 8k")
     assert table.loc["LCM-LoRA 30k"].to_dict() == {
         "times the errors": "0.80 (0.60 to 1.10) =",
-        "times the errors, 1 object": "0.50 (0.20 to 0.90)",
+        "n = 1": "0.50 (0.20 to 0.90)",
         "style counted too": "1.00 (0.90 to 1.10) =",
         "FD": "-2.0 (-3.0 to -1.0)",
     }

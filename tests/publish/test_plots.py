@@ -199,7 +199,7 @@ class TestImageGrid:
         figure = image_grid([{"row": None, "column": 0, "caption": caption}], np.zeros((1, 4, 4, 3), np.uint8))
         figure.draw_without_rendering()
         (text,) = texts(figure)
-        assert text.count("\n") == 4 and text.endswith("…")
+        assert text.count("\n") == 9 and text.endswith("…")
 
     def test_a_line_that_is_not_full(self):
         with pytest.raises(ValueError, match="3 images do not fill 2 lines"):
