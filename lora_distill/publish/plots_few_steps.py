@@ -93,7 +93,7 @@ def _calibrate(ax: Axes, row: dict[str, Any]) -> None:
             ax.annotate(text, (0.98, row[name]), xycoords=("axes fraction", "data"), xytext=(0, 1.5),
                         textcoords="offset points", ha="right", fontsize=5.5, color="0.3",
                         bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8})  # fmt: skip
-    ax.set_ylim(0, None)
+    ax.set_ylim(0, 1.05 * ax.get_ylim()[1])
 
 
 def _handles(figure: Figure) -> dict[str, Any]:
