@@ -260,6 +260,20 @@ def test_a_seed_that_is_none_is_refused_by_every_command_that_takes_one(command,
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("options", "error"), [([], 0.1), (["--caption-error=0"], 0), (["--caption-error=0.2"], 0.2)])
+def test_the_errors_of_the_captions_of_a_pretraining_can_be_chosen(command, tmp_path, monkeypatch, options, error):
+    chosen = []
+    monkeypatch.setattr("lora_distill.pretrain.text_to_image.pretrain", lambda preset, *_: chosen.append(preset))
+    assert command("pretrain", "--preset=short", f"--out={tmp_path / 'p'}", "--device=cpu", *options)[0] == 0
+    assert [preset.caption_error for preset in chosen] == [error]
+
+
+@pytest.mark.parametrize("error", ["-0.1", "1.1", "nan", "half"])
+def test_a_share_of_errors_that_is_none_is_refused(command, tmp_path, error):
+    code, _, said = command("pretrain", "--preset=short", f"--out={tmp_path / 'p'}", f"--caption-error={error}")
+    assert code == 2 and "--caption-error" in said and list(tmp_path.iterdir()) == []
+
+
 def test_links_that_lead_in_a_circle_are_said_before_a_picture_is_drawn(command, tmp_path, monkeypatch):
     (tmp_path / "a.png").symlink_to("a.png")
     monkeypatch.setattr("lora_distill.drawing.load_pipeline", lambda *_, **__: pytest.fail("was loaded"))
