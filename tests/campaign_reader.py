@@ -132,40 +132,50 @@ def read_labels(folder: Path = FOLDER) -> list[dict]:
 
 def confusion(images: np.ndarray, rows: list[dict]) -> list[dict]:
     """For each tolerance, how often the reader gives which answer to a quarter of which label."""
-    reader, table = Reader(), []
-    for reader.tolerance in TOLERANCES:
+    reader = Reader()
+    reader.tolerance = np.inf
+    readings, table = reader.read(images), []
+    for tolerance in TOLERANCES:
         counted = Counter()
-        for reading, row in zip(reader.read(images), rows, strict=True):
-            for place, kind in zip(scenes.PLACES, reading.kinds, strict=True):
-                counted[row[place], answer(kind, row[f"asked {place}"])] += 1
+        for reading, row in zip(readings, rows, strict=True):
+            for place, kind, error in zip(scenes.PLACES, reading.kinds, reading.errors, strict=True):
+                found = kind if kind == EMPTY or error <= tolerance else OTHER
+                counted[row[place], answer(found, row[f"asked {place}"], reading.background)] += 1
         for label, said in sorted(counted):
-            table.append({"tolerance": reader.tolerance, "eye": label, "reader": said, "n": counted[label, said]})
+            table.append({"tolerance": tolerance, "eye": label, "reader": said, "n": counted[label, said]})
     return table
 
 
-def answer(kind: str, wanted: str) -> str:
+def answer(kind: str, wanted: str, background: str | None) -> str:
     """What the reader's answer to a quarter comes to."""
+    if background is None:
+        return "background unknown"
     if kind in (EMPTY, OTHER):
         return kind
     return "right" if kind == wanted else "another object"
 
 
-def agreement(table: list[dict]) -> dict[float, float]:
-    """By tolerance, the share of asked quarters where eye and reader agree whether the object is right."""
+def shares(table: list[dict]) -> dict[float, dict[str, float]]:
+    """By tolerance, of the asked quarters: the share that is right for the eye, for the reader, and for both alike."""
     found = {}
     for tolerance in dict.fromkeys(row["tolerance"] for row in table):
         rows = [row for row in table if row["tolerance"] == tolerance and row["eye"] != NOTHING]
-        same = sum(row["n"] for row in rows if (row["eye"] == "right") == (row["reader"] == "right"))
-        found[tolerance] = same / sum(row["n"] for row in rows)
+        counts = {
+            "eye": [row["n"] for row in rows if row["eye"] == "right"],
+            "reader": [row["n"] for row in rows if row["reader"] == "right"],
+            "alike": [row["n"] for row in rows if (row["eye"] == "right") == (row["reader"] == "right")],
+        }
+        found[tolerance] = {name: sum(ns) / sum(row["n"] for row in rows) for name, ns in counts.items()}
     return found
 
 
 def write_table(folder: Path = FOLDER) -> None:
-    """Write confusion.csv and print at which tolerance eye and reader agree how often."""
+    """Write confusion.csv, and print by tolerance how often an object is right for the eye, the reader, both alike."""
     table = confusion(read_sheets(folder), read_labels(folder))
     atomic_write(folder / "confusion.csv", _text(table))
-    for tolerance, share in agreement(table).items():
-        print(f"tolerance {tolerance:g}: {100 * share:.1f} %{' *' * (tolerance == Reader.tolerance)}")
+    for tolerance, found in shares(table).items():
+        said = ", ".join(f"{name} {100 * share:.1f} %" for name, share in found.items())
+        print(f"tolerance {tolerance:g}: {said}{' (chosen)' * (tolerance == Reader.tolerance)}")
 
 
 def _text(rows: list[dict]) -> str:
