@@ -57,7 +57,7 @@ PRESETS = {
             ),
             "vae_images": Schedule(1_200, 12, 2e-4, warmup_steps=20, beta2=0.99, mixed_precision="bf16"),
             "text_encoder": Schedule(1_500, 128, 1e-3, warmup_steps=100, beta2=0.99),
-            "unet": Schedule(8_000, 64, 1e-3, warmup_steps=200, ema_decay=0.999, beta2=0.99, checkpoint_every=250),
+            "unet": Schedule(4_100, 64, 1e-3, warmup_steps=200, ema_decay=0.999, beta2=0.99, checkpoint_every=250),
         },
     ),
     "short": Preset(
