@@ -38,7 +38,7 @@ class Reader:
     """
 
     background_tolerance = 17.0  # Euclidean distance in 0..255 RGB: half the smallest distance in the palette
-    tolerance = 0.3  # as a fraction of the energy
+    tolerance = 0.35  # as a fraction of the energy: with it reader and eye find as many objects right (figures/reader)
     empty = 0.25  # a quarter with less than this part of the weakest sprite's energy is empty
 
     def __init__(self, device: str | torch.device = "cpu"):

@@ -1,8 +1,10 @@
 """The reader: it sees exactly what was drawn, says "something else" of what was not, and its verdicts count."""
 
+import csv
 from dataclasses import replace
 from itertools import product
 
+import campaign_reader
 import numpy as np
 import pytest
 import torch
@@ -224,6 +226,33 @@ def test_pictures_are_read_one_by_one_whatever_the_batch(reader):
     one, other = reader.read(images), reader.read(torch.from_numpy(images), batch_size=2)
     assert [replace(r, errors=()) for r in one] == [replace(r, errors=()) for r in other]
     assert np.allclose([r.errors for r in one], [r.errors for r in other], atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- against the eye
+
+
+def test_the_committed_confusion_table_follows_from_the_pictures_and_their_labels():
+    table = campaign_reader.confusion(campaign_reader.read_sheets(), campaign_reader.read_labels())
+    with (campaign_reader.FOLDER / "confusion.csv").open(encoding="utf-8") as file:
+        committed = list(csv.DictReader(file))
+    assert committed == [{name: str(value) for name, value in row.items()} for row in table]
+
+
+def test_the_tolerance_is_the_one_at_which_eye_and_reader_find_as_many_objects_right():
+    """Of 200 generated pictures, bad ones among them."""
+    labels = campaign_reader.read_labels()
+    assert len(labels) == 200 and len({row["sampler"] + row["steps"] + row["w"] for row in labels}) == 8
+    found = campaign_reader.shares(campaign_reader.confusion(campaign_reader.read_sheets(), labels))
+    assert (
+        min(found, key=lambda tolerance: abs(found[tolerance]["eye"] - found[tolerance]["reader"])) == Reader.tolerance
+    )
+    assert found[Reader.tolerance]["alike"] > max(one["alike"] for one in found.values()) - 0.03
+
+
+def test_sheets_give_their_pictures_back(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (20, 64, 64, 3), dtype=np.uint8)
+    campaign_reader.draw_sheet(images, ["a lion at the upper left, pink"] * 20, 40).save(tmp_path / "sheet_01.png")
+    assert np.array_equal(campaign_reader.read_sheets(tmp_path), images)
 
 
 # ---------------------------------------------------------------------------------------------- verdicts
