@@ -10,7 +10,6 @@ import csv
 import io
 import sys
 import textwrap
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,8 @@ from PIL import Image, ImageDraw
 
 from lora_distill.data import scenes
 from lora_distill.data.teacher import scene_prompts
-from lora_distill.judge.reader import EMPTY, OTHER, Reader, asked
+from lora_distill.judge import eye
+from lora_distill.judge.reader import EMPTY, Reader, asked
 from lora_distill.pipeline import decode_latents, encode_prompts, load_pipeline
 from lora_distill.sampling import Sampler, initial_noise, sample, step_generators
 from lora_distill.writing import atomic_write
@@ -29,9 +29,6 @@ SAMPLERS = (  # eight, for 25 pictures each
     Sampler(3, 3.0, scheduler="dpm++"), Sampler(2, 1.0),
 )  # fmt: skip
 COUNT, A_SHEET, COLUMNS, SCALE, TEXT, GAP = 200, 20, 5, 4, 44, 8
-LABELS = ("right", "doubled", "melted", "missing", "wrong")  # of an object that was asked for, as the eye sees it
-NOTHING = "empty"  # of a quarter where none was asked for; what stands there all the same is "wrong"
-TOLERANCES = tuple(round(0.15 + 0.05 * i, 2) for i in range(10))
 
 
 # ---------------------------------------------------------------------------------------------- drawn pictures
@@ -80,7 +77,7 @@ def write_sheets(pipeline: str = "bundled", folder: Path = FOLDER) -> None:
 
 def _row(number: int, caption: str, scene: scenes.Scene, sampler: Sampler) -> dict:
     wanted = dict(zip(scenes.PLACES, asked(scene), strict=True))
-    looked = {place: NOTHING if kind == EMPTY else "" for place, kind in wanted.items()}
+    looked = {place: EMPTY if kind == EMPTY else "" for place, kind in wanted.items()}
     drawn = {"sampler": sampler.scheduler, "steps": sampler.steps, "w": sampler.guidance_scale}
     kinds = {f"asked {place}": kind for place, kind in wanted.items()}
     return {"number": number, "caption": caption, **looked, **kinds, **drawn}
@@ -124,58 +121,26 @@ def read_labels(folder: Path = FOLDER) -> list[dict]:
     rows = list(csv.DictReader(io.StringIO((folder / "labels.csv").read_text(encoding="utf-8"))))
     for row in rows:
         for place in scenes.PLACES:
-            allowed = (NOTHING, "wrong") if row[f"asked {place}"] == EMPTY else LABELS
+            allowed = (EMPTY, eye.WRONG) if row[f"asked {place}"] == EMPTY else eye.LABELS
             if row[place] not in allowed:
                 raise ValueError(f"labels.csv: picture {row['number']}, {place}: expected {', '.join(allowed)}")
     return rows
 
 
-def confusion(images: np.ndarray, rows: list[dict]) -> list[dict]:
-    """For each tolerance, how often the reader gives which answer to a quarter of which label."""
+def confusion(folder: Path = FOLDER) -> list[dict]:
+    """The table of the pictures and labels in `folder`."""
     reader = Reader()
     reader.tolerance = np.inf
-    readings, table = reader.read(images), []
-    for tolerance in TOLERANCES:
-        counted = Counter()
-        for reading, row in zip(readings, rows, strict=True):
-            for place, kind, error in zip(scenes.PLACES, reading.kinds, reading.errors, strict=True):
-                found = kind if kind == EMPTY or error <= tolerance else OTHER
-                counted[row[place], answer(found, row[f"asked {place}"], reading.background)] += 1
-        for label, said in sorted(counted):
-            table.append({"tolerance": tolerance, "eye": label, "reader": said, "n": counted[label, said]})
-    return table
-
-
-def answer(kind: str, wanted: str, background: str | None) -> str:
-    """What the reader's answer to a quarter comes to."""
-    if background is None:
-        return "background unknown"
-    if kind in (EMPTY, OTHER):
-        return kind
-    return "right" if kind == wanted else "another object"
-
-
-def shares(table: list[dict]) -> dict[float, dict[str, float]]:
-    """By tolerance, of the asked quarters: the share that is right for the eye, for the reader, and for both alike."""
-    found = {}
-    for tolerance in dict.fromkeys(row["tolerance"] for row in table):
-        rows = [row for row in table if row["tolerance"] == tolerance and row["eye"] != NOTHING]
-        counts = {
-            "eye": [row["n"] for row in rows if row["eye"] == "right"],
-            "reader": [row["n"] for row in rows if row["reader"] == "right"],
-            "alike": [row["n"] for row in rows if (row["eye"] == "right") == (row["reader"] == "right")],
-        }
-        found[tolerance] = {name: sum(ns) / sum(row["n"] for row in rows) for name, ns in counts.items()}
-    return found
+    return eye.confusion(reader.read(read_sheets(folder)), read_labels(folder))
 
 
 def write_table(folder: Path = FOLDER) -> None:
     """Write confusion.csv, and print by tolerance how often an object is right for the eye, the reader, both alike."""
-    table = confusion(read_sheets(folder), read_labels(folder))
+    table = confusion(folder)
     atomic_write(folder / "confusion.csv", _text(table))
-    for tolerance, found in shares(table).items():
-        said = ", ".join(f"{name} {100 * share:.1f} %" for name, share in found.items())
-        print(f"tolerance {tolerance:g}: {said}{' (chosen)' * (tolerance == Reader.tolerance)}")
+    for row in eye.shares(table):
+        said = ", ".join(f"{name} {100 * row[name]:.1f} %" for name in ("eye", "reader", "alike"))
+        print(f"tolerance {row['tolerance']:g}: {said}{' (chosen)' * (row['tolerance'] == Reader.tolerance)}")
 
 
 def _text(rows: list[dict]) -> str:

@@ -12,6 +12,7 @@ from PIL import Image, ImageFilter
 
 from lora_distill.data import scenes
 from lora_distill.data.scenes import KINDS, QUARTER, SIZES, STYLES, Object, Scene
+from lora_distill.judge import eye
 from lora_distill.judge.reader import EMPTY, MARGIN, OTHER, Reader, Reading, asked, compare_readings, judge_images
 
 COUNT = 1_000  # drawn pictures of each style; tests/campaign_reader.py reads 5,000
@@ -231,21 +232,50 @@ def test_pictures_are_read_one_by_one_whatever_the_batch(reader):
 # ---------------------------------------------------------------------------------------------- against the eye
 
 
-def test_the_committed_confusion_table_follows_from_the_pictures_and_their_labels():
-    table = campaign_reader.confusion(campaign_reader.read_sheets(), campaign_reader.read_labels())
+@pytest.fixture(scope="module")
+def confusion():
+    return campaign_reader.confusion()
+
+
+def test_the_committed_confusion_table_follows_from_the_pictures_and_their_labels(confusion):
     with (campaign_reader.FOLDER / "confusion.csv").open(encoding="utf-8") as file:
         committed = list(csv.DictReader(file))
-    assert committed == [{name: str(value) for name, value in row.items()} for row in table]
+    assert committed == [{name: str(value) for name, value in row.items()} for row in confusion]
 
 
-def test_the_tolerance_is_the_one_at_which_eye_and_reader_find_as_many_objects_right():
+def test_the_tolerance_is_the_one_at_which_eye_and_reader_find_as_many_objects_right(confusion):
     """Of 200 generated pictures, bad ones among them."""
     labels = campaign_reader.read_labels()
     assert len(labels) == 200 and len({row["sampler"] + row["steps"] + row["w"] for row in labels}) == 8
-    found = campaign_reader.shares(campaign_reader.confusion(campaign_reader.read_sheets(), labels))
-    apart = {tolerance: abs(one["eye"] - one["reader"]) for tolerance, one in found.items()}
+    found = {row["tolerance"]: row for row in eye.shares(confusion)}
+    apart = {tolerance: abs(row["eye"] - row["reader"]) for tolerance, row in found.items()}
     assert min(apart, key=apart.get) == Reader.tolerance
-    assert found[Reader.tolerance]["alike"] > max(one["alike"] for one in found.values()) - 0.03
+    assert found[Reader.tolerance]["alike"] > max(row["alike"] for row in found.values()) - 0.03
+
+
+def test_a_confusion_table_counts_every_quarter():
+    labels = [
+        {"upper left": "right", "upper right": "melted", "lower left": "empty", "lower right": "wrong"}
+        | {f"asked {place}": kind for place, kind in zip(CORNERS, ("lion", "bus", EMPTY, "owl"), strict=True)}
+    ]
+    table = eye.confusion([Reading("pink", "noto", ("lion", "bus", EMPTY, "frog"), (0.1, 0.37, 1.0, 0.2))], labels)
+    strict, loose = (eye.matrix(table, tolerance) for tolerance in (0.35, 0.4))
+    assert [row["eye"] for row in strict] == ["right", "melted", "wrong", "empty"]
+    counted = [{(row["eye"], name) for row in rows for name in eye.ANSWERS if row[name]} for rows in (strict, loose)]
+    always = {("right", "right"), ("wrong", "another object"), ("empty", EMPTY)}
+    assert counted == [always | {("melted", OTHER)}, always | {("melted", "right")}]
+    shares = {row["tolerance"]: row for row in eye.shares(table)}
+    assert shares[0.35] == {"tolerance": 0.35, "eye": 1 / 3, "reader": 1 / 3, "alike": 1, "n": 3}
+    assert shares[0.4]["reader"] == shares[0.4]["alike"] == 2 / 3
+    assert "The reader refuses 0 of 1 right ones, and takes for right 0 of 1 melted, 0 of 1 wrong." in eye.in_words(
+        table
+    )
+
+
+def test_on_a_background_that_is_not_known_no_quarter_has_an_answer():
+    labels = [{place: "right" for place in CORNERS} | {f"asked {place}": "lion" for place in CORNERS}]
+    (row,) = eye.matrix(eye.confusion([Reading()], labels))
+    assert row["background unknown"] == 4
 
 
 def test_sheets_give_their_pictures_back(tmp_path):
