@@ -5,7 +5,7 @@ from collections import Counter
 from lora_distill.data.scenes import PLACES
 from lora_distill.judge.reader import EMPTY, OTHER, Reader, Reading
 
-TOLERANCES = tuple(round(0.15 + 0.05 * i, 2) for i in range(10))
+TOLERANCES = tuple(round(Reader.tolerance * tenths / 10, 3) for tenths in range(4, 17))
 RIGHT, DOUBLED, MELTED, MISSING, WRONG = LABELS = ("right", "doubled", "melted", "missing", "wrong")
 ANSWERS = (RIGHT, "another object", OTHER, EMPTY, "background unknown")
 

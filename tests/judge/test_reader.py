@@ -254,22 +254,22 @@ def test_the_tolerance_is_the_one_at_which_eye_and_reader_find_as_many_objects_r
 
 
 def test_a_confusion_table_counts_every_quarter():
-    labels = [
-        {"upper left": "right", "upper right": "melted", "lower left": "empty", "lower right": "wrong"}
-        | {f"asked {place}": kind for place, kind in zip(CORNERS, ("lion", "bus", EMPTY, "owl"), strict=True)}
-    ]
-    table = eye.confusion([Reading("pink", "noto", ("lion", "bus", EMPTY, "frog"), (0.1, 0.37, 1.0, 0.2))], labels)
-    strict, loose = (eye.matrix(table, tolerance) for tolerance in (0.35, 0.4))
+    """The upper right one is found with the second tolerance and not with the first."""
+    first, second = Reader.tolerance, eye.TOLERANCES[eye.TOLERANCES.index(Reader.tolerance) + 1]
+    errors = (0.0, (first + second) / 2, 1.0, 0.0)
+    labels = {"upper left": "right", "upper right": "melted", "lower left": "empty", "lower right": "wrong"}
+    labels |= {f"asked {place}": kind for place, kind in zip(CORNERS, ("lion", "bus", EMPTY, "owl"), strict=True)}
+    table = eye.confusion([Reading("pink", "noto", ("lion", "bus", EMPTY, "frog"), errors)], [labels])
+    strict, loose = (eye.matrix(table, tolerance) for tolerance in (first, second))
     assert [row["eye"] for row in strict] == ["right", "melted", "wrong", "empty"]
     counted = [{(row["eye"], name) for row in rows for name in eye.ANSWERS if row[name]} for rows in (strict, loose)]
     always = {("right", "right"), ("wrong", "another object"), ("empty", EMPTY)}
     assert counted == [always | {("melted", OTHER)}, always | {("melted", "right")}]
     shares = {row["tolerance"]: row for row in eye.shares(table)}
-    assert shares[0.35] == {"tolerance": 0.35, "eye": 1 / 3, "reader": 1 / 3, "alike": 1, "n": 3}
-    assert shares[0.4]["reader"] == shares[0.4]["alike"] == 2 / 3
-    assert "The reader refuses 0 of 1 right ones, and takes for right 0 of 1 melted, 0 of 1 wrong." in eye.in_words(
-        table
-    )
+    assert shares[first] == {"tolerance": first, "eye": 1 / 3, "reader": 1 / 3, "alike": 1, "n": 3}
+    assert shares[second]["reader"] == shares[second]["alike"] == 2 / 3
+    said = "The reader refuses 0 of 1 right ones, and takes for right 0 of 1 melted, 0 of 1 wrong."
+    assert said in eye.in_words(table)
 
 
 def test_on_a_background_that_is_not_known_no_quarter_has_an_answer():
