@@ -142,9 +142,10 @@ Code: commit {training["commit"]}.
 
 {count:,} prompts of the test split, each number of objects equally often, {scores["unseen"]} of them with a held-out
 (object, place); {scores["sampler"]}, seed {scores["seed"]}, float32, {scores["device"]}. "All right" is the reader's
-verdict on objects, places, background and style together, in per cent of the images; intervals are 95 % Wilson.
-The columns by number of objects are of prompts without a held-out (object, place). "Objects" is the share of single
-objects that are right, "error" how far they are from a drawn one (0 is clean). Ceiling, all right on VAE reconstructions of drawn test images: {ceilings}.
+verdict on objects, places, background and style together, in per cent of the images; intervals are 95 % Wilson. The
+columns by number of objects are of prompts without a held-out (object, place). "Objects" is the share of single objects
+that are right, "error" how far they are from a drawn one (0 is clean). Ceiling, all right on VAE reconstructions of
+drawn test images: {ceilings}.
 
 | guidance w | all right | 1 object | 2 | 3 | 4 | seen | held out | objects | error |
 |---|---|---|---|---|---|---|---|---|---|

@@ -54,15 +54,34 @@ def stage_losses(rows: Rows) -> Figure:
 
 
 def alignment_against_guidance(rows: Rows) -> Figure:
-    """What the reader finds correct, attribute by attribute; without a guidance scale stand the reconstructions."""
-    figure, ax = plt.subplots(figsize=(WIDTH, 2.4))
+    """What is all right by number of objects, and of prompts with a held-out object; dashed after the VAE alone.
+
+    Short lines at w = 1 are what the errors of the captions alone would leave right.
+    """
+    figure, ax = plt.subplots(figsize=(WIDTH, 2.8))
     sampled = [row for row in rows if row["guidance_scale"] is not None]
-    for attribute, points in grouped(sampled, "attribute").items():
-        value_with_interval(ax, points, "guidance_scale", "correct", label=attribute)
+    for group, points in grouped(sampled, "objects").items():
+        style = OBJECTS.get(group, {"color": "0.5", "marker": "x", "linestyle": ":"})
+        label = numbered(group) if group in OBJECTS else group
+        value_with_interval(ax, points, "guidance_scale", "all_correct", label=label, **style)
+        _predicted(ax, points, style["color"])
     for row in rows:
         if row["guidance_scale"] is None:
-            ax.axhline(100 * row["correct"], label=row["attribute"], **REFERENCE)
-    ax.set(xlabel="guidance scale w", ylabel=f"correct, % of {rows[0]['n']:,} pictures", ylim=(None, 102))
+            ax.axhline(100 * row["all_correct"], label=row["objects"], **REFERENCE)
+    ax.set(xlabel="guidance scale w", ylabel="all right, %", ylim=(0, 104))
+    ax.set_xticks((1, 3, 5, 7.5, 10), ("1", "3", "5", "7.5", "10"))
+    figure.legend(loc="outside lower center", ncols=3)
+    return figure
+
+
+def reader_against_eye(rows: Rows) -> Figure:
+    """How many objects are right for the reader, and how often it and the eye agree, against the tolerance."""
+    figure, ax = plt.subplots(figsize=(WIDTH, 2.4))
+    ax.plot(column(rows, "tolerance"), 100 * column(rows, "alike"), label="reader and eye agree", marker="o")
+    ax.plot(column(rows, "tolerance"), 100 * column(rows, "reader"), label="right for the reader", marker="s")
+    ax.axhline(100 * rows[0]["eye"], label="right for the eye", **REFERENCE)
+    ax.axvline(rows[0]["chosen"], color="0.2", linestyle=":", linewidth=1.2, marker="", label="tolerance taken")
+    ax.set(xlabel="tolerance of the reader", ylabel=f"% of {rows[0]['n']} objects", ylim=(None, 100))
     ax.legend(loc="lower right")
     return figure
 
@@ -439,9 +458,10 @@ OVER_BATCHES = ("time-over-batch-and-resolution",)
 
 FIGURES = {
     "00_world": Plot(image_grid, "Scenes of the bundled world, two styles"),
+    "00_reader": Plot(reader_against_eye, "The reader against the eye, on generated pictures"),
     "00_loss": Plot(stage_losses, "Losses of the bundle's four training stages"),
     "00_vae": Plot(image_grid, "Drawn scenes and their VAE reconstructions"),
-    "00_guidance": Plot(alignment_against_guidance, "Alignment of the bundle against guidance"),
+    "00_guidance": Plot(alignment_against_guidance, "Pictures of the bundle that are all right, against guidance"),
     "00_samples": Plot(image_grid, "Four prompts, one sample each, not selected"),
     "01_schemes": Plot(plots_memory.training_peaks, "Peak memory of every training scheme, by term", MEMORY),
     "01_sharing": Plot(
