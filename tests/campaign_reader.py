@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 
 from lora_distill.data import scenes
 from lora_distill.data.teacher import scene_prompts
-from lora_distill.judge.reader import EMPTY, OTHER, Reader, asked
+from lora_distill.judge.reader import EMPTY, OTHER, Reader, Reading, asked
 from lora_distill.pipeline import decode_latents, encode_prompts, load_pipeline
 from lora_distill.sampling import Sampler, initial_noise, sample, step_generators
 from lora_distill.writing import atomic_write
@@ -31,7 +31,8 @@ SAMPLERS = (  # eight, for 25 pictures each
 COUNT, A_SHEET, COLUMNS, SCALE, TEXT, GAP = 200, 20, 5, 4, 44, 8
 LABELS = ("right", "doubled", "melted", "missing", "wrong")  # of an object that was asked for, as the eye sees it
 NOTHING = "empty"  # of a quarter where none was asked for; what stands there all the same is "wrong"
-TOLERANCES = tuple(round(0.15 + 0.05 * i, 2) for i in range(10))
+TOLERANCES = tuple(round(0.5 + 0.1 * i, 1) for i in range(16))
+EYES = {"first": "labels.csv", "second": "labels_second.csv"}  # of two who labelled without knowing of each other
 
 
 # ---------------------------------------------------------------------------------------------- drawn pictures
@@ -119,31 +120,43 @@ def read_sheets(folder: Path = FOLDER) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------- the reader and the eye
 
 
-def read_labels(folder: Path = FOLDER) -> list[dict]:
-    """The rows of labels.csv. Raises ValueError for one that is not filled in."""
-    rows = list(csv.DictReader(io.StringIO((folder / "labels.csv").read_text(encoding="utf-8"))))
+def read_labels(folder: Path = FOLDER, eye: str = "first") -> list[dict]:
+    """The rows of labels.csv with the labels of an eye. Raises ValueError for one that is not filled in."""
+    first, own = ({row["number"]: row for row in _rows(folder / EYES[name])} for name in ("first", eye))
+    rows = [first[number] | labels for number, labels in own.items()]
     for row in rows:
         for place in scenes.PLACES:
             allowed = (NOTHING, "wrong") if row[f"asked {place}"] == EMPTY else LABELS
             if row[place] not in allowed:
-                raise ValueError(f"labels.csv: picture {row['number']}, {place}: expected {', '.join(allowed)}")
+                raise ValueError(f"{EYES[eye]}: picture {row['number']}, {place}: expected {', '.join(allowed)}")
     return rows
 
 
-def confusion(images: np.ndarray, rows: list[dict]) -> list[dict]:
-    """For each tolerance, how often the reader gives which answer to a quarter of which label."""
+def _rows(path: Path) -> list[dict]:
+    return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
+
+
+def confusion(images: np.ndarray, folder: Path = FOLDER) -> list[dict]:
+    """For each eye and tolerance, how often the reader gives which answer to a quarter of which label."""
     reader = Reader()
     reader.tolerance = np.inf
-    readings, table = reader.read(images), []
-    for tolerance in TOLERANCES:
-        counted = Counter()
-        for reading, row in zip(readings, rows, strict=True):
-            for place, kind, error in zip(scenes.PLACES, reading.kinds, reading.errors, strict=True):
-                found = kind if kind == EMPTY or error <= tolerance else OTHER
-                counted[row[place], answer(found, row[f"asked {place}"], reading.background)] += 1
-        for label, said in sorted(counted):
-            table.append({"tolerance": tolerance, "eye": label, "reader": said, "n": counted[label, said]})
-    return table
+    readings = reader.read(images)
+    return [
+        {"eye": eye, "tolerance": tolerance, "label": label, "reader": said, "n": n}
+        for eye in EYES
+        for rows in [read_labels(folder, eye)]
+        for tolerance in TOLERANCES
+        for (label, said), n in sorted(_counted(readings, rows, tolerance).items())
+    ]
+
+
+def _counted(readings: list[Reading], rows: list[dict], tolerance: float) -> Counter:
+    counted = Counter()
+    for reading, row in zip(readings, rows, strict=True):
+        for place, kind, error in zip(scenes.PLACES, reading.kinds, reading.errors, strict=True):
+            found = kind if kind == EMPTY or error <= tolerance else OTHER
+            counted[row[place], answer(found, row[f"asked {place}"], reading.background)] += 1
+    return counted
 
 
 def answer(kind: str, wanted: str, background: str | None) -> str:
@@ -155,27 +168,27 @@ def answer(kind: str, wanted: str, background: str | None) -> str:
     return "right" if kind == wanted else "another object"
 
 
-def shares(table: list[dict]) -> dict[float, dict[str, float]]:
-    """By tolerance, of the asked quarters: the share that is right for the eye, for the reader, and for both alike."""
+def shares(table: list[dict]) -> dict[tuple[str, float], dict[str, float]]:
+    """By eye and tolerance, of the asked quarters: the share that is right for eye, for reader, and for both alike."""
     found = {}
-    for tolerance in dict.fromkeys(row["tolerance"] for row in table):
-        rows = [row for row in table if row["tolerance"] == tolerance and row["eye"] != NOTHING]
+    for eye, tolerance in dict.fromkeys((row["eye"], row["tolerance"]) for row in table):
+        rows = [r for r in table if (r["eye"], r["tolerance"]) == (eye, tolerance) and r["label"] != NOTHING]
         counts = {
-            "eye": [row["n"] for row in rows if row["eye"] == "right"],
+            "eye": [row["n"] for row in rows if row["label"] == "right"],
             "reader": [row["n"] for row in rows if row["reader"] == "right"],
-            "alike": [row["n"] for row in rows if (row["eye"] == "right") == (row["reader"] == "right")],
+            "alike": [row["n"] for row in rows if (row["label"] == "right") == (row["reader"] == "right")],
         }
-        found[tolerance] = {name: sum(ns) / sum(row["n"] for row in rows) for name, ns in counts.items()}
+        found[eye, tolerance] = {name: sum(ns) / sum(row["n"] for row in rows) for name, ns in counts.items()}
     return found
 
 
 def write_table(folder: Path = FOLDER) -> None:
     """Write confusion.csv, and print by tolerance how often an object is right for the eye, the reader, both alike."""
-    table = confusion(read_sheets(folder), read_labels(folder))
+    table = confusion(read_sheets(folder), folder)
     atomic_write(folder / "confusion.csv", _text(table))
-    for tolerance, found in shares(table).items():
+    for (eye, tolerance), found in shares(table).items():
         said = ", ".join(f"{name} {100 * share:.1f} %" for name, share in found.items())
-        print(f"tolerance {tolerance:g}: {said}{' (chosen)' * (tolerance == Reader.tolerance)}")
+        print(f"{eye} eye, tolerance {tolerance:g}: {said}{' (chosen)' * (tolerance == Reader.tolerance)}")
 
 
 def _text(rows: list[dict]) -> str:

@@ -12,7 +12,17 @@ from PIL import Image, ImageFilter
 
 from lora_distill.data import scenes
 from lora_distill.data.scenes import KINDS, QUARTER, SIZES, STYLES, Object, Scene
-from lora_distill.judge.reader import EMPTY, MARGIN, OTHER, Reader, Reading, asked, compare_readings, judge_images
+from lora_distill.judge.reader import (
+    EMPTY,
+    MARGIN,
+    OTHER,
+    WORST,
+    Reader,
+    Reading,
+    asked,
+    compare_readings,
+    judge_images,
+)
 
 COUNT = 1_000  # drawn pictures of each style; tests/campaign_reader.py reads 5,000
 CORNERS = {"upper left": (0, 0), "upper right": (0, 32), "lower left": (32, 0), "lower right": (32, 32)}
@@ -76,7 +86,9 @@ def test_every_drawn_picture_is_read_as_it_was_drawn(reader, style, split):
     data = scenes.sample_scenes(style, split, COUNT // 2, seed=7)
     for scene, reading in zip(data, reader.read(drawn(data)), strict=True):
         assert (reading.background, reading.style, reading.kinds) == (scene.background, style, asked(scene))
-        assert all(e < 1e-3 if kind != EMPTY else e == 1 for e, kind in zip(reading.errors, reading.kinds, strict=True))
+        assert all(
+            e < 5e-3 if kind != EMPTY else e == WORST for e, kind in zip(reading.errors, reading.kinds, strict=True)
+        )
 
 
 @pytest.mark.parametrize("change", [lambda x: blurred(x, 0.6), lambda x: noisy(x, 8), shifted])
@@ -93,10 +105,21 @@ def test_the_reader_is_not_content_with_another_scene(reader):
 # ---------------------------------------------------------------------------------------------- the search
 
 
-def plain_errors(quarter, background):
-    """The least error of each sprite, (style, kind): tried at every size, side and pixel of a padded quarter.
+def plain_blur(sprite, sd):
+    """A Gaussian blur of (3, size, size), row by row and column by column; nothing is beyond the border."""
+    at = torch.arange(sprite.shape[-1])
+    weights = (-0.5 * ((at[:, None] - at) / sd).square()).exp()
+    kernel = (-0.5 * (torch.arange(-(len(at) // 2), len(at) // 2 + 1) / sd).square()).exp().sum()
+    near = (at[:, None] - at).abs() <= len(at) // 2
+    weights = weights * near / kernel
+    return weights @ sprite @ weights.T
 
-    What counts is the squared difference over the quarter itself and over what of the sprite lies outside it.
+
+def plain_errors(quarter, background):
+    """The least squared error of each sprite, (style, kind), and it as a share of the sprite's detail.
+
+    Tried at every size, side and pixel of a padded quarter. What counts is the squared difference over the quarter
+    itself and over what of the sprite lies outside it.
     """
     inner = torch.zeros_like(quarter[:1])
     inner[:, MARGIN:-MARGIN, MARGIN:-MARGIN] = 1
@@ -108,10 +131,11 @@ def plain_errors(quarter, background):
         for style in STYLES:
             for kind, rgba in zip(KINDS, torch.from_numpy(scenes.sprites(style, size)), strict=True):
                 sprite = (rgba[..., :3] - rgba[..., 3:] * background).permute(2, 0, 1)
-                energy = sprite.square().sum()
+                detail = (sprite - plain_blur(sprite, size / 8)).square().sum()
                 for side in (sprite, sprite.flip(2)):
-                    error = (around + (windows - side.flatten()).square().sum(2)).min() / energy
-                    errors[style, kind] = min(errors.get((style, kind), torch.inf), float(error))
+                    error = (around + (windows - side.flatten()).square().sum(2)).min()
+                    found = float(error), float(error / detail)
+                    errors[style, kind] = min(errors.get((style, kind), (torch.inf, torch.inf)), found)
     return errors
 
 
@@ -131,9 +155,9 @@ def test_the_search_finds_what_trying_everything_finds(reader, change):
             if kind != EMPTY:
                 everything = plain_errors(quarter, background)
                 best = min(everything, key=everything.get)
-                found = everything[best] <= reader.tolerance
-                assert error == pytest.approx(everything[best], abs=1e-3 if found else 0.05)
+                found = everything[best][1] <= reader.tolerance
                 assert kind == (best[1] if found else OTHER)
+                assert error == pytest.approx(everything[best][1], abs=1e-2) if found else error > reader.tolerance
 
 
 # ---------------------------------------------------------------------------------------------- something else
@@ -150,7 +174,7 @@ PAIRS = [(a, b) for a, b in product(KINDS, KINDS) if a != b][::7]
 @pytest.mark.parametrize("background", scenes.BACKGROUNDS)
 def test_an_empty_picture_is_empty(reader, style, background):
     (reading,) = reader.read(painted(background=background)[None])
-    assert reading == Reading(background, None, (EMPTY,) * 4, (1.0,) * 4)
+    assert reading == Reading(background, None, (EMPTY,) * 4, (WORST,) * 4)
 
 
 def test_a_background_of_another_colour_is_none_and_nothing_is_read_on_it(reader):
@@ -231,22 +255,33 @@ def test_pictures_are_read_one_by_one_whatever_the_batch(reader):
 # ---------------------------------------------------------------------------------------------- against the eye
 
 
-def test_the_committed_confusion_table_follows_from_the_pictures_and_their_labels():
-    table = campaign_reader.confusion(campaign_reader.read_sheets(), campaign_reader.read_labels())
+@pytest.fixture(scope="module")
+def confusion():
+    return campaign_reader.confusion(campaign_reader.read_sheets())
+
+
+def test_the_committed_confusion_table_follows_from_the_pictures_and_their_labels(confusion):
     with (campaign_reader.FOLDER / "confusion.csv").open(encoding="utf-8") as file:
         committed = list(csv.DictReader(file))
-    assert committed == [{name: str(value) for name, value in row.items()} for row in table]
+    assert committed == [{name: str(value) for name, value in row.items()} for row in confusion]
 
 
-def test_the_tolerance_is_the_one_at_which_eye_and_reader_find_as_many_objects_right():
-    """Of 200 generated pictures, bad ones among them."""
-    labels = campaign_reader.read_labels()
-    assert len(labels) == 200 and len({row["sampler"] + row["steps"] + row["w"] for row in labels}) == 8
-    found = campaign_reader.shares(campaign_reader.confusion(campaign_reader.read_sheets(), labels))
-    assert (
-        min(found, key=lambda tolerance: abs(found[tolerance]["eye"] - found[tolerance]["reader"])) == Reader.tolerance
-    )
-    assert found[Reader.tolerance]["alike"] > max(one["alike"] for one in found.values()) - 0.03
+def test_200_pictures_of_eight_samplers_are_labelled_by_two():
+    labels = [campaign_reader.read_labels(eye=eye) for eye in campaign_reader.EYES]
+    assert [len(rows) for rows in labels] == [200, 200]
+    assert len({row["sampler"] + row["steps"] + row["w"] for row in labels[0]}) == 8
+
+
+def test_the_reader_finds_more_objects_right_than_the_stricter_eye_and_fewer_than_the_other(confusion):
+    found = campaign_reader.shares(confusion)
+    first, second = (found[eye, Reader.tolerance] for eye in campaign_reader.EYES)
+    assert second["eye"] < second["reader"] == first["reader"] < first["eye"]
+
+
+def test_no_other_tolerance_agrees_much_better_with_both_eyes(confusion):
+    found = campaign_reader.shares(confusion)
+    alike = {t: sum(found[eye, t]["alike"] for eye in campaign_reader.EYES) / 2 for t in campaign_reader.TOLERANCES}
+    assert alike[Reader.tolerance] > max(alike.values()) - 0.02
 
 
 def test_sheets_give_their_pictures_back(tmp_path):
@@ -288,7 +323,7 @@ def test_the_error_is_the_mean_of_the_quarters_that_should_have_an_object():
     scores = compare_readings(
         [Reading(errors=(0.1, 0.5, 9.0, 7.0)), Reading(errors=(0.2, 0.3, 0.0, 0.4))], [TRIO, TRIO]
     )
-    assert scores.fit_error == pytest.approx([(0.1 + 0.5 + 1) / 3, 0.3])
+    assert scores.fit_error == pytest.approx([(0.1 + 0.5 + WORST) / 3, 0.3])
 
 
 def test_verdicts_of_pictures_are_those_of_their_readings(reader):
