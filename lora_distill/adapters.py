@@ -82,6 +82,26 @@ def _check_numbers(rank: int, alpha: float, targets: str, seed: int) -> None:
         raise InputError(f"seed: expected 0 to {2**32 - 1}, got {seed}")
 
 
+def add_sum(unet: UNet2DConditionModel, name: str, weights: Mapping[str, float]) -> None:
+    """Add the adapter `name`, the sum of others' updates with these weights: its A and B are theirs side by side.
+
+    Equal to diffusers' `set_adapters` of several names with weights. Raises InputError for a name that is taken or
+    none, and for an adapter that the UNet does not carry.
+    """
+    _check_free(unet, name)
+    summed: dict[str, list[Layer]] = {}
+    for adapter, weight in weights.items():
+        for layer_name, layer in _as_file(unet, adapter, Path(adapter)).layers.items():
+            scaled = weight * layer.alpha / layer.rank * layer.b
+            summed.setdefault(layer_name, []).append(Layer(layer.a, scaled, layer.rank))
+    layers = {
+        layer_name: Layer(torch.cat([one.a for one in parts]), torch.cat([one.b for one in parts], dim=1),
+                          sum(one.rank for one in parts))
+        for layer_name, parts in summed.items()
+    }  # fmt: skip
+    _load(unet, name, LoraFile(Path(name), layers, {}))
+
+
 def adapter_parameters(unet: UNet2DConditionModel, name: str) -> list[torch.nn.Parameter]:
     """All A and B of one adapter, as a list of parameters. Raises InputError for one that the UNet does not carry."""
     _check_carried(unet, name)
@@ -273,13 +293,17 @@ def load_adapter(unet: UNet2DConditionModel, name: str, path: Path) -> dict[str,
     """
     _check_free(unet, name)
     file = _fitted(unet, read_lora(path))
+    _load(unet, name, file)
+    return file.metadata
+
+
+def _load(unet: UNet2DConditionModel, name: str, file: LoraFile) -> None:
     with torch.random.fork_rng(devices=[]), _quiet():  # PEFT draws first weights, which are then overwritten
         unet.load_lora_adapter(file.state(), prefix=None, adapter_name=name, metadata=file.config())
     loaded = {key: value for key, value in unet.named_parameters() if "lora_" in key and f".{name}." in key}
     if not_finite(loaded):
         unet.delete_adapters(name)
         raise InputError(f"{file.path}: holds numbers that {unet.dtype} cannot; another dtype would do")
-    return file.metadata
 
 
 @contextmanager

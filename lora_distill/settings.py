@@ -130,7 +130,19 @@ class Settings(BaseModel):
     lcm_learning_rate: float = Field(1.0e-4, gt=0, description="learning rate of the full LCM")
     lcm_lora_learning_rate: float = Field(1.0e-3, gt=0, description="learning rate of LCM-LoRA and of the mimic")
     finetune_steps: int = _count(200, "updates of the plain LoRA fine-tune")
-    finetune_learning_rate: float = Field(3.0e-3, gt=0, description="learning rate of the plain LoRA fine-tune")
+    finetune_learning_rate: float = Field(
+        3.0e-3, gt=0, description="learning rate of the plain fine-tune with lcm_rank on lcm_targets"
+    )
+    finetune_attention_learning_rate: float = Field(
+        3.0e-3, gt=0, description="learning rate of the plain fine-tune with lora_rank on attention"
+    )
+    finetune_caption_dropout: float = Field(
+        0.1, ge=0, lt=1, description="share of captions that a fine-tune sees empty, to learn the pass without a prompt"
+    )
+    finetune_guidance_scales: list[Guidance] = Field(
+        [1.0, 2.0, 3.0], min_length=1, max_length=1000, description="w at which the plain fine-tunes are judged"
+    )
+    few_images: int = _count(0, "first images of the larger set on which LCM-LoRA is trained too; 0: none", 0)
     lcm_ema_decay: float = Field(0.95, ge=0, lt=1, description="decay of the consistency target; 0: the student itself")
     lcm_rank: int = _count(16, "rank of LCM-LoRA and of the mimic; alpha is the same", most=MAX_RANK)
     lcm_targets: Literal["attention", "all"] = Field("all", description="layers of LCM-LoRA and of the mimic")
@@ -141,15 +153,15 @@ class Settings(BaseModel):
     mse_weight: float = Field(1.0, ge=0, description="weight of the MSE when the LoRA mimics the LCM")
     kl_weight: float = Field(1.0, ge=0, description="weight of the KL when the LoRA mimics the LCM")
 
-    eval_prompts: int = _count(60, "prompts of a verdict")
-    curve_prompts: int = _count(60, "prompts a point of a curve, or of a measurement in training")
-    eval_batch: int = _count(60, "images sampled, encoded or decoded at a time")
+    eval_prompts: int = _count(48, "prompts of a verdict; of scenes a multiple of 8, for equal shares of all kinds")
+    curve_prompts: int = _count(48, "prompts a point of a curve, or of a measurement in training")
+    eval_batch: int = _count(48, "images sampled, encoded or decoded at a time")
     clip: str = Field("", description="CLIP model that scores photographs, a folder or a hub id; scenes need none")
     extractors: dict[Literal["Inception", "DINOv2", "CLIP"], Annotated[str, Field(min_length=1)]] = Field(
         {},
         description="more distances, on Inception, DINOv2 or CLIP: each with a file, folder or hub id of its weights",
     )
-    eval_every: int = _count(50, "updates between measurements in training")
+    eval_every: int = _count(75, "updates between measurements in training")
     eval_seeds: list[Seed] = Field([0, 1, 2], min_length=1, max_length=1000, description="seeds of sampling")
     guidance_scales: list[Guidance] = Field(
         [1.0, 2.0, 3.0, 5.0, 7.5, 10.0],
@@ -158,7 +170,9 @@ class Settings(BaseModel):
         description="w of the curves of quality against guidance",
     )
     timing_batch: int = _count(8, "images a timed call")
-    timing_repeats: int = _count(5, "timed calls, after those that warm up", most=10**5)
+    timing_repeats: int = _count(
+        30, "timed calls of one image, after those that warm up; a tenth of them of a batch", most=10**5
+    )
 
     @field_validator("profile")
     @classmethod
@@ -182,7 +196,7 @@ class Settings(BaseModel):
     def _all_from_the_root(cls, sources: dict[str, str]) -> dict[str, str]:
         return {name: located("extractors", source) for name, source in sources.items()}
 
-    @field_validator("eval_seeds", "more_train_seeds", "guidance_scales")
+    @field_validator("eval_seeds", "more_train_seeds", "guidance_scales", "finetune_guidance_scales")
     @classmethod
     def _distinct(cls, values: list[float], info: ValidationInfo) -> list[float]:
         if len(set(values)) < len(values):

@@ -10,6 +10,7 @@ from lora_distill.adapters import (
     adapter_names,
     adapter_parameters,
     add_adapter,
+    add_sum,
     base_weights,
     export_kohya,
     load_adapter,
@@ -103,6 +104,21 @@ def test_the_first_weights_come_from_the_seed_alone(unet):
     assert torch.equal(torch.rand(1), after), "the global generator is left alone"
     two = add_adapter(unet, "two", rank=2, alpha=2, seed=5)
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_a_sum_of_adapters_is_what_diffusers_makes_of_them(unet, inputs):
+    moved(unet, "fast", targets="all")
+    moved(unet, "styled", seed=4, rank=3, alpha=6)
+    add_sum(unet, "both", {"fast": 1.0, "styled": 0.5})
+    with role(unet, "both"):
+        ours = output(unet, inputs)
+    unet.set_adapters(["fast", "styled"], [1.0, 0.5])
+    unet.enable_adapters()
+    assert torch.allclose(ours, output(unet, inputs), atol=1e-5)
+    with pytest.raises(ValueError, match="has an adapter 'both' already"):
+        add_sum(unet, "both", {"fast": 1.0})
+    with pytest.raises(ValueError, match="no adapter 'slow' on this UNet"):
+        add_sum(unet, "more", {"slow": 1.0})
 
 
 # ---------------------------------------------------------------------------------------------- roles

@@ -357,5 +357,5 @@ def test_the_rehearsal_has_the_settings_of_sd15_flickr8k_but_for_sizes_counts_an
         "profile", "pipeline", "data", "flickr_8k", "flickr_30k", "clip", "extractors",  # files
         "teacher_images", "train_steps", "warmup_steps", "gradient_accumulation", "log_every", "checkpoint_every",
         "lcm_steps", "lcm_rank", "finetune_steps", "sampling_steps", "resolution", "eval_prompts", "curve_prompts",
-        "eval_every", "eval_seeds", "guidance_scales", "timing_batch", "timing_repeats",
+        "eval_every", "eval_seeds", "guidance_scales", "finetune_guidance_scales", "timing_batch", "timing_repeats",
     }  # fmt: skip

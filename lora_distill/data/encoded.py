@@ -11,7 +11,7 @@ Files are float16. Its rounding, 2**-11 of a value, is far below the spread of t
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import accumulate, chain
 from pathlib import Path
@@ -202,6 +202,39 @@ def image_batches(
         }
 
     return draw_batch
+
+
+def first_images(encoded: EncodedImages, count: int) -> EncodedImages:
+    """The first `count` images of a split, with their captions. Raises InputError for a count that it does not have."""
+    if not 0 < count <= len(encoded):
+        raise InputError(f"few_images: expected 1 to {len(encoded)}, the images of the set, got {count}")
+    captions = int(encoded.first_caption[count])
+    return replace(
+        encoded,
+        posteriors=encoded.posteriors[:count],
+        prompt_embeds=encoded.prompt_embeds[:captions],
+        first_caption=encoded.first_caption[: count + 1],
+        may_mirror=encoded.may_mirror[:captions],
+        key=f"{encoded.key}-first-{count}",
+    )
+
+
+def caption_dropout(
+    draw_batch: Callable[[int, int, torch.Generator], dict[str, Tensor]], empty_embeds: Tensor, share: float
+) -> Callable[[int, int, torch.Generator], dict[str, Tensor]]:
+    """A function that samples the batches of `draw_batch`, a share of their captions replaced by the empty prompt.
+
+    So the pass without a prompt, which guidance needs, is trained too. `empty_embeds` (1, tokens, dim) is the embedding
+    of "". All else in a batch is as without it.
+    """
+    empty_embeds = empty_embeds.cpu()
+
+    def draw(step: int, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        batch = draw_batch(step, batch_size, generator)
+        dropped = torch.rand(batch_size, generator=generator) < share
+        return {**batch, "prompt_embeds": torch.where(dropped[:, None, None], empty_embeds, batch["prompt_embeds"])}
+
+    return draw
 
 
 def consistency_batches(

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import PIL
+import torch
 from diffusers import StableDiffusionPipeline
 from tqdm import tqdm
 
@@ -24,15 +25,17 @@ from lora_distill.fingerprint import fingerprint
 from lora_distill.judge import distances
 from lora_distill.judge.features import LAYERS, Features
 from lora_distill.judge.metrics import FrechetDistance, Proportion, Score, aligner, compare
-from lora_distill.judge.pictures import Pictures, kept_pictures, pictures_key, slug, stored_pictures
+from lora_distill.judge.pictures import Pictures, batches, kept_pictures, pictures_key, slug, stored_pictures
+from lora_distill.judge.reader import Verdicts
 from lora_distill.pipeline import decode_latents, encode_prompts, to_uint8
 from lora_distill.sampling import Sampler, initial_noise, sample, step_generators
 from lora_distill.settings import Settings
 from lora_distill.storage import cache_key, digest
 from lora_distill.writing import atomic_write
 
-JUDGED = 1  # version of sampled pictures, in the keys of their caches: raise it when they change
+JUDGED = 2  # version of sampled pictures, in the keys of their caches: raise it when they change
 EXTRACTOR, FD = "EfficientNet-Lite0", "fd_efficientnet_lite0"
+EARLY = (5, 10, 20, 40)  # updates after which a student is looked at beside the regular ones
 COLUMNS = {"all": "all_correct", "content": "content", "clip": "clip_cosine", "": FD}  # of what counts, in tables
 
 
@@ -44,6 +47,22 @@ class Quality:
     alignment: dict[str, Proportion | Score]  # by attribute of a scene; photographs have "clip", or nothing
     distance: FrechetDistance  # to the reference images of the judge
     key: str = "all"  # the alignment that counts; "" where there is none
+    verdicts: Verdicts | None = None  # of the reader, image by image; None for photographs
+
+    @property
+    def right(self) -> np.ndarray | None:
+        """Whether each image is right in what counts, (n,) bool; None for photographs."""
+        return self.verdicts.right[self.key] if self.verdicts else None
+
+    @property
+    def object_share(self) -> np.ndarray | None:
+        """The share of each image's asked objects that are in their place, (n,); None for photographs."""
+        return self.verdicts.object_share if self.verdicts else None
+
+    @property
+    def fit_error(self) -> np.ndarray | None:
+        """How far each image's objects are from clean ones, (n,) up to 1; None for photographs."""
+        return self.verdicts.fit_error if self.verdicts else None
 
     @cached_property
     def features(self) -> Features:
@@ -141,20 +160,21 @@ class Judge:
 
     def judge_images(self, images: np.ndarray | Pictures) -> Quality:
         """The judgement of images that are at hand, one a prompt."""
-        return Quality(images, self.align(images), self.frechet_distance, self.key)
+        return Quality(images, (found := self.align(images)).scores, self.frechet_distance, self.key, found.verdicts)
 
     def milestones(
-        self, sampler: Sampler, every: int
-    ) -> tuple[int, Callable[[int, StableDiffusionPipeline], dict], str]:
-        """The `milestones` of a recipe: alignment and distance of the student every so many updates, on seed 0."""
+        self, sampler: Sampler, steps: Sequence[int]
+    ) -> tuple[Sequence[int], Callable[[int, StableDiffusionPipeline], dict], str]:
+        """The `milestones` of a recipe: alignment and distance of the student after those updates, on seed 0."""
 
         def measure(step: int, student: StableDiffusionPipeline) -> dict[str, float]:
             quality = self(sampler, seed=0, pipe=student)
-            return {quality.column: quality.counted.value, FD: quality.frechet_distance}
+            clean = {"fit_error": quality.alignment["fit_error"].value} if quality.verdicts else {}
+            return {quality.column: quality.counted.value, **clean, FD: quality.frechet_distance}
 
         depends_on = {"reference": digest(self.reference.rows), "captions": self.prompts.captions}
         depends_on |= {"clip": self.clip} if self.clip else {}
-        return every, measure, cache_key(sampler=repr(sampler), every=every, **depends_on)
+        return steps, measure, cache_key(sampler=repr(sampler), steps=list(steps), **depends_on)
 
     def distance_interval(self, quality: Quality, resamples: int = 100) -> tuple[float, float]:
         """The 95 % bootstrap interval of the Frechet distance over the images; the reference stays as it is."""
@@ -166,6 +186,12 @@ class Judge:
     def reference(self) -> Features:
         """The features of the reference images."""
         return self.frechet_distance.reference
+
+
+def looked_at(settings: Settings) -> list[int]:
+    """The updates of guided distillation after which its student is judged: most is learnt in the first forty."""
+    steps = {0, *EARLY, *range(settings.eval_every, settings.train_steps, settings.eval_every), settings.train_steps}
+    return sorted(step for step in steps if step <= settings.train_steps)
 
 
 def judge_for(
@@ -188,11 +214,20 @@ def judge_for(
 
 
 class Method(NamedTuple):
-    """How a row of a table makes its images: a sampler on a pipeline, with one adapter a training folded into it."""
+    """How a row of a table makes its images: a sampler on a pipeline, with one adapter a training folded into it.
+
+    Of a method that trains whole UNets, `copies` are the pipelines of its further trainings.
+    """
 
     sampler: Sampler
     pipe: StableDiffusionPipeline
     adapters: Sequence[str | None] = (None,)
+    copies: Sequence[StableDiffusionPipeline] = ()
+
+    @property
+    def trainings(self) -> list[tuple[StableDiffusionPipeline, str | None]]:
+        """Pipeline and adapter of each training."""
+        return [*((self.pipe, adapter) for adapter in self.adapters), *((copy, None) for copy in self.copies)]
 
 
 def judge_methods(
@@ -209,11 +244,11 @@ def judge_methods(
     folder/images/<notebook>/<method>/<seed>, for later notebooks: see `load_images`.
     """
     judged, index = {}, {}
-    for name, (sampler, pipe, adapters) in methods.items():
+    for name, method in methods.items():
         places = [Path("images", notebook, slug(name), str(seed)) for seed in seeds]
         judged[name] = [
-            judge(sampler, seed, deploy(pipe, adapter), folder / place)
-            for seed, adapter, place in zip(seeds, cycle(adapters), places, strict=False)
+            judge(method.sampler, seed, deploy(*training), folder / place)
+            for seed, training, place in zip(seeds, cycle(method.trainings), places, strict=False)
         ]
         found = zip(places, judged[name], strict=True)
         index[name] = [{"folder": p.as_posix(), "count": len(q.images), "key": q.images.key} for p, q in found]
@@ -253,9 +288,44 @@ def further_distances(
                 values = [scores[metric].value for scores in found]
                 rows.append(
                     {"method": method, "metric": metric, "n": score.count, "seeds": len(seeds),
-                     "reference_n": score.reference_count, "value": np.mean(values), "sd": np.std(values)}
+                     "reference_n": score.reference_count, "value": np.mean(values), "sd": deviation(values)}
                 )  # fmt: skip
     return rows
+
+
+def calibration(judge: Judge, split: str, seed: int) -> dict[str, float]:
+    """Columns that say what a Frechet distance means: that of as many images as there are prompts, by their kind.
+
+    `_floor`: other real images of the split. `_vae`: these after the VAE, the best that a sampler in latent space can
+    do. `_other_style`: real images in the other drawing style. Empty for photographs, whose reference holds all the
+    real images there are.
+    """
+    if not judge.prompts.scenes:
+        return {}
+    style, count = judge.prompts.scenes[0].style, len(judge.prompts)
+    real = drawn(style, split, count, seed)
+    (other,) = set(scenes.STYLES) - {style}
+    kinds = {
+        "floor": real,
+        "vae": reconstructions(judge.pipe, real, judge.batch_size),
+        "other_style": drawn(other, split, count, seed),
+    }
+    return {f"{FD}_{kind}": judge.frechet_distance(images) for kind, images in kinds.items()}
+
+
+@torch.no_grad()
+def reconstructions(pipe: StableDiffusionPipeline, images: np.ndarray, batch_size: int = 50) -> np.ndarray:
+    """Images (n, h, w, 3) uint8 after the pipeline's VAE, of the same shape."""
+    parts = []
+    for part in batches(images, batch_size):
+        pixels = torch.from_numpy(part).permute(0, 3, 1, 2).to(pipe.device, pipe.vae.dtype) / 127.5 - 1
+        parts.append(pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor)
+    return decode_latents(pipe, torch.cat(parts), batch_size)
+
+
+def deviation(values: Sequence[float]) -> float | None:
+    """The standard deviation of a sample (n - 1 in the denominator); None of a single value."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
 def drawn(style: str, split: str, count: int, seed: int) -> np.ndarray:

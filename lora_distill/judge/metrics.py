@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,19 +17,37 @@ from lora_distill.errors import InputError, MissingError, one_line
 from lora_distill.judge import distances
 from lora_distill.judge.features import LAYERS, Features, cached_features, extract, load_extractor, pretrained_clip
 from lora_distill.judge.pictures import Pictures, batches
-from lora_distill.judge.reader import Reader, judge_images
+from lora_distill.judge.reader import Reader, Verdicts, judge_images
 
 
 @dataclass(frozen=True)
 class Proportion:
-    """A share of `count` images with its 95 % Wilson interval (Wilson 1927)."""
+    """A share of `count` images with its 95 % Wilson interval (Wilson 1927).
+
+    Images of one prompt are alike: `effective` is the number of independent ones that they are worth, see `clustered`.
+    """
 
     value: float
     count: int
+    effective: float | None = None
+
+    @classmethod
+    def clustered(cls, flags: np.ndarray) -> "Proportion":
+        """The share of flags (seeds, prompts). Their number is divided by the design effect (Kish 1965).
+
+        That is how much more the prompts' means vary than those of independent flags would.
+        """
+        seeds, prompts = flags.shape
+        share = float(flags.mean())
+        independent, found = share * (1 - share) / flags.size, 0.0
+        if prompts > 1:
+            found = float(flags.mean(axis=0).var(ddof=1)) / prompts
+        effect = min(max(found / independent, 1.0), seeds) if independent else 1.0
+        return cls(share, flags.size, flags.size / effect)
 
     @property
     def interval(self) -> tuple[float, float]:
-        z, n, p = 1.959964, self.count, self.value
+        z, n, p = 1.959964, self.effective or self.count, self.value
         centre = (p + z * z / (2 * n)) / (1 + z * z / n)
         half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
         return max(0.0, centre - half), min(1.0, centre + half)
@@ -42,15 +61,6 @@ class Proportion:
     def __str__(self) -> str:
         low, high = self.interval
         return f"{100 * self.value:.1f} % ({100 * low:.1f} to {100 * high:.1f}, N = {self.count})"
-
-
-def prompt_alignment(images: np.ndarray, scenes: list[Scene], reader: Reader | None = None) -> dict[str, Proportion]:
-    """The share of images (n, 64, 64, 3) uint8 that show what their scene says, by attribute and `all` together."""
-    right = judge_images(images, scenes, reader).right
-    return {name: Proportion(float(values.mean()), len(values)) for name, values in right.items()}
-
-
-# ---------------------------------------------------------------------------------------------- distances
 
 
 @dataclass(frozen=True)
@@ -81,6 +91,36 @@ class Score:
     def __str__(self) -> str:
         interval = "" if self.low is None else f" ({self.low:.4g} to {self.high:.4g})"
         return f"{self.name} {self.value:.4g}{interval}, N = {self.count}"
+
+
+def mean_score(name: str, values: np.ndarray) -> Score:
+    """The mean of a number an image, (n,), with its normal 95 % interval where there are two or more."""
+    values = np.asarray(values, dtype=np.float64)
+    mean, count = float(values.mean()), len(values)
+    half = 1.959964 * float(values.std(ddof=1)) / count**0.5 if count > 1 else None
+    return Score(name, mean, count, None, *((None, None) if half is None else (mean - half, mean + half)))
+
+
+def alignment(verdicts: Verdicts) -> dict[str, Proportion | Score]:
+    """The reader's verdicts on n images as scores: the share that is right, by attribute, and two means.
+
+    Those are `object_share`, of the asked objects that are in their place, and `fit_error`, lower where they are clean.
+    """
+    scores: dict[str, Proportion | Score] = {
+        name: Proportion(float(values.mean()), len(values)) for name, values in verdicts.right.items()
+    }
+    means = {"object_share": verdicts.object_share, "fit_error": verdicts.fit_error}
+    return scores | {name: mean_score(name, values) for name, values in means.items()}
+
+
+def prompt_alignment(
+    images: np.ndarray, scenes: list[Scene], reader: Reader | None = None
+) -> dict[str, Proportion | Score]:
+    """The `alignment` of images (n, 64, 64, 3) uint8 with their scenes."""
+    return alignment(judge_images(images, scenes, reader))
+
+
+# ---------------------------------------------------------------------------------------------- distances
 
 
 def metric_name(short: str, extractor: str) -> str:
@@ -179,22 +219,34 @@ class FrechetDistance:
         return extract(self.extractor, images, self.layers)
 
 
-Aligner = Callable[[np.ndarray | Pictures], dict[str, Proportion | Score]]
+class Aligned(NamedTuple):
+    """How well images fit their prompts: scores by name, and of scenes the reader's verdicts, image by image."""
+
+    scores: dict[str, Proportion | Score]
+    verdicts: Verdicts | None = None
+
+
+Aligner = Callable[[np.ndarray | Pictures], Aligned]
 
 
 def aligner(prompts: Prompts, clip: str = "", device: str = "cpu", batch_size: int = 50) -> Aligner:
-    """How images of the prompts, one a prompt, are scored: a function from images to scores by name.
+    """How images of the prompts, one a prompt, are scored.
 
-    Scenes are read: the shares of `prompt_alignment`. Of photographs, CLIP's cosine is "clip"; without a CLIP there is
-    no score.
+    Scenes are read once: the scores are those of `alignment`. Of photographs, CLIP's cosine is "clip"; without a CLIP
+    there is no score.
     """
     if prompts.scenes is not None:
         reader = Reader()
-        return lambda images: prompt_alignment(np.asarray(images), prompts.scenes, reader)
+
+        def read(images: np.ndarray | Pictures) -> Aligned:
+            verdicts = judge_images(np.asarray(images), prompts.scenes, reader)
+            return Aligned(alignment(verdicts), verdicts)
+
+        return read
     if not clip:
-        return lambda images: {}
+        return lambda images: Aligned({})
     cosine = ClipCosine(prompts.captions, clip, device, batch_size)
-    return lambda images: {"clip": cosine(images)}
+    return lambda images: Aligned({"clip": cosine(images)})
 
 
 class ClipCosine:
@@ -219,11 +271,8 @@ class ClipCosine:
         rows = torch.cat([self._image_rows(array) for array in batches(images, self.batch_size)])
         if len(rows) != len(self.captions):
             raise InputError(f"expected a caption an image, got {len(rows)} images and {len(self.captions)} captions")
-        cosines = (rows * self.captions).sum(1).double()
-        mean = float(cosines.mean())
-        half = 1.959964 * float(cosines.std()) / len(cosines) ** 0.5 if len(cosines) > 1 else None
-        bounds = (None, None) if half is None else (mean - half, mean + half)
-        return Score(f"CLIP cosine, {Path(self.source).name}", mean, len(cosines), None, *bounds)
+        cosines = (rows * self.captions).sum(1).double().numpy()
+        return mean_score(f"CLIP cosine, {Path(self.source).name}", cosines)
 
     def _caption_rows(self, captions: list[str]) -> Tensor:
         longest = self.model.config.text_config.max_position_embeddings
@@ -283,11 +332,24 @@ def latent_mse(latents: Tensor, reference: Tensor) -> float:
 
 def psnr(images: np.ndarray | Pictures, reference: np.ndarray | Pictures) -> float:
     """Peak signal-to-noise ratio in dB between images of the same noise, over all; raises ValueError for two shapes."""
+    return decibels(squared_errors(images, reference))
+
+
+def decibels(squared: np.ndarray) -> float:
+    """PSNR in dB of `squared_errors`, over all of them."""
+    mse = float(np.mean(squared))
+    return float(10 * np.log10(255**2 / mse)) if mse else float("inf")
+
+
+def squared_errors(images: np.ndarray | Pictures, reference: np.ndarray | Pictures) -> np.ndarray:
+    """The mean squared difference in grey levels of each image from that of the same noise, (n,).
+
+    Raises ValueError for two shapes.
+    """
     errors = []
     for ours, theirs in zip(batches(images), batches(reference), strict=False):
         if ours.shape != theirs.shape or len(images) != len(reference):
             shapes = (len(images), *ours.shape[1:]), (len(reference), *theirs.shape[1:])
             raise InputError(f"images differ in shape, {shapes[0]} and {shapes[1]}")
         errors += list(np.mean((ours.astype(np.float64) - theirs.astype(np.float64)) ** 2, axis=(1, 2, 3)))
-    mse = np.mean(errors)
-    return float(10 * np.log10(255**2 / mse)) if mse else float("inf")
+    return np.array(errors)

@@ -1,12 +1,12 @@
 """The tables of notebooks 02 to 04: rows as they stand in the CSV files."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from lora_distill.data.teacher import Prompts
+from lora_distill.judge.by_objects import ALL, predictions, right_rows
 from lora_distill.judge.features import LAYERS, Features
 from lora_distill.judge.judge import (
     COLUMNS,
@@ -15,6 +15,7 @@ from lora_distill.judge.judge import (
     Judge,
     Method,
     Quality,
+    deviation,
     distance_floor,
     held_out,
     load_images,
@@ -42,23 +43,41 @@ TEACHER, BASE = "teacher, two passes", "base, guided"  # what the students of no
 # ---------------------------------------------------------------------------------------------- curves
 
 
-def guidance_rows(judged: dict[float, Quality], judge: Judge, teacher_scale: float) -> list[dict]:
-    """Alignment and distance, with their intervals, at each guidance scale."""
-    return [
-        {"guidance_scale": w, **_counted(quality), **_distance(quality, judge), "teacher_guidance_scale": teacher_scale}
-        for w, quality in judged.items()
-    ]  # fmt: skip
+def guidance_rows(
+    judged: dict[float, Quality],
+    judge: Judge,
+    teacher_scale: float,
+    caption_error: float | None = None,
+    calibration: dict[str, float] | None = None,
+) -> list[dict]:
+    """What counts, fit error and distance, with intervals, at each guidance scale: a row a number of objects.
+
+    Distances are of all prompts together, and `calibration` says beside them what they mean. `predicted` is, at w = 1,
+    what the errors of the training captions alone would leave right, where the pipeline says how many there are.
+    """
+    predicted, rows = predictions(caption_error, judge.prompts), []
+    for w, quality in judged.items():
+        distance = _distance(quality, judge)
+        for row in right_rows(quality, judge.prompts):
+            beside = {**distance, **(calibration or {})}
+            beside = beside if row["objects"] == ALL else dict.fromkeys(beside)
+            row = {"guidance_scale": w, **row} | ({} if quality.verdicts else _counted(quality)) | beside
+            if predicted:
+                row["predicted"] = predicted[row["objects"]] if w == 1 else None
+            rows.append(row | {"teacher_guidance_scale": teacher_scale})
+    return rows
 
 
 def milestone_rows(logs: dict[str, list[dict]], teacher: Quality, judge: Judge) -> list[dict]:
-    """Alignment and distance at the milestones of each training, and of the teacher, which has no step."""
+    """What counts, fit error and distance at the milestones of each training; the teacher has no step."""
     reference, counted = _distance(teacher, judge), _counted(teacher)
+    clean = {"fit_error": teacher.alignment["fit_error"].value} if teacher.verdicts else {}
     rows = [
         {"method": method, "step": entry["step"], **_counted_in(entry, counted, len(judge.prompts)),
-         **dict.fromkeys(reference), FD: entry[FD]}
+         **({"fit_error": entry["fit_error"]} if clean else {}), **dict.fromkeys(reference), FD: entry[FD]}
         for method, log in logs.items() for entry in log if FD in entry
     ]  # fmt: skip
-    return [*rows, {"method": TEACHER, "step": None, **counted, **reference}]
+    return [*rows, {"method": TEACHER, "step": None, **counted, **clean, **reference}]
 
 
 def _counted(quality: Quality) -> dict[str, float | int | None]:
@@ -88,25 +107,6 @@ def loss_rows(logs: dict[str, list[dict]]) -> list[dict]:
     ]
 
 
-def passes_rows(judged: dict[str, dict[int, Quality]], trained: Iterable[str]) -> list[dict]:
-    """What counts of each method at each number of UNet passes; `trained` names those that training made."""
-    return [
-        {"method": method, "unet_passes": passes, quality.column: quality.counted.value, **quality.counted.columns,
-         "trained": method in trained}
-        for method, points in judged.items()
-        for passes, quality in points.items()
-    ]  # fmt: skip
-
-
-def mixture_rows(mixtures: dict[float, Quality]) -> list[dict]:
-    """Every alignment of two adapters added up, by the weight of the second; without any, the distance."""
-    rows = []
-    for weight, quality in mixtures.items():
-        row = {COLUMNS["clip"] if name == "clip" else name: score.value for name, score in quality.alignment.items()}
-        rows.append({"weight": weight} | (row or {FD: quality.frechet_distance}))
-    return rows
-
-
 def _distance(quality: Quality, judge: Judge) -> dict[str, float]:
     low, high = judge.distance_interval(quality)
     return {FD: quality.frechet_distance, f"{FD}_low": low, f"{FD}_high": high}
@@ -116,33 +116,36 @@ def _distance(quality: Quality, judge: Judge) -> dict[str, float]:
 
 
 def quality_rows(
-    judged: dict[str, list[Quality]], methods: dict[str, Method], judge: Judge, floor: float | None, baseline: str = ""
+    judged: dict[str, list[Quality]],
+    methods: dict[str, Method],
+    judge: Judge,
+    calibration: dict[str, float],
+    baseline: str = "",
 ) -> list[dict]:
     """A row a method of `judge_methods`: means over its seeds, and trainings where it has several; spread as deviation.
 
-    The alignment is the judge's; where it is the content of scenes, their style stands apart. Fidelity is to the
-    images of `baseline` of the same noise, where one is named.
+    The alignment is the judge's, with its interval over prompts and seeds; where it is the content of scenes, their
+    style stands apart. `calibration` says what distances mean. Fidelity is to the images of `baseline` of the same
+    noise, where one is named.
     """
     rows = []
     for name, qualities in judged.items():
-        sampler, pipe, adapters = methods[name]
+        method = methods[name]
         distance = [quality.frechet_distance for quality in qualities]
-        passes = {"unet_passes": unet_passes(pipe, sampler)}
+        passes = {"unet_passes": unet_passes(method.pipe, method.sampler)}
         row = {"method": name} | ({} if baseline else passes)
-        row |= {"n": len(judge.prompts), "seeds": len(qualities), "trainings": len(adapters)}
-        row |= {
-            "reference_n": len(judge.reference),
-            **_aligned([quality.alignment for quality in qualities], judge.key),
-        }
+        row |= {"n": len(judge.prompts), "seeds": len(qualities), "trainings": len(method.trainings)}
+        row |= {"reference_n": len(judge.reference)}
+        row |= {**_aligned([quality.alignment for quality in qualities], judge.key), **_per_image(qualities)}
         if judge.key == "content":
             row |= {"flickr_style_percent": np.mean([100 * quality.alignment["style"].value for quality in qualities])}
-        row |= {FD: np.mean(distance), f"{FD}_sd": np.std(distance), f"{FD}_floor": floor}
+        row |= {FD: np.mean(distance), f"{FD}_sd": deviation(distance), **calibration}
         row |= {"psnr_to_teacher_db": _mean_psnr(qualities, judged[baseline]), **passes} if baseline else {}
-        rows.append(_rounded(row, digits=2))
+        rows.append(_rounded(row))
     return rows
 
 
-def _aligned(alignments: list[dict[str, Proportion | Score]], key: str, name: str = "") -> dict[str, float]:
+def _aligned(alignments: list[dict[str, Proportion | Score]], key: str, name: str = "") -> dict[str, float | None]:
     """Mean and deviation of the alignment that counts over seeds, shares in per cent; nothing where there is none.
 
     Shares are in the columns `name`_percent and `name`_sd, by default those of the attribute that counts.
@@ -151,9 +154,24 @@ def _aligned(alignments: list[dict[str, Proportion | Score]], key: str, name: st
         return {}
     values = [alignment[key].value for alignment in alignments]
     if key == "clip":
-        return {COLUMNS[key]: np.mean(values), f"{COLUMNS[key]}_sd": np.std(values)}
+        return {COLUMNS[key]: np.mean(values), f"{COLUMNS[key]}_sd": deviation(values)}
     name, shares = name or COLUMNS[key], [100 * value for value in values]
-    return {f"{name}_percent": np.mean(shares), f"{name}_sd": np.std(shares)}
+    return {f"{name}_percent": np.mean(shares), f"{name}_sd": deviation(shares)}
+
+
+def _per_image(qualities: list[Quality]) -> dict[str, float]:
+    """Of scenes, from images: the interval of the share that is right, the share of objects, and the fit error."""
+    if qualities[0].verdicts is None:
+        return {}
+    low, high = Proportion.clustered(np.stack([quality.right for quality in qualities])).interval
+    errors = [np.mean(quality.fit_error) for quality in qualities]
+    return {
+        "low_percent": 100 * low,
+        "high_percent": 100 * high,
+        "objects_percent": 100 * np.mean([quality.object_share for quality in qualities]),
+        "fit_error": np.mean(errors),
+        "fit_error_sd": deviation(errors),
+    }
 
 
 def _mean_psnr(qualities: list[Quality], teacher: list[Quality]) -> float | None:
@@ -161,12 +179,9 @@ def _mean_psnr(qualities: list[Quality], teacher: list[Quality]) -> float | None
     return None if qualities is teacher else np.mean([psnr(q.images, t.images) for q, t in pairs])
 
 
-def _rounded(row: dict, digits: int) -> dict:
-    """A row with its floats rounded, a cosine to four digits, and no negative zero among them."""
-    return {
-        name: round(float(v), 4 if name.startswith(COLUMNS["clip"]) else digits) + 0.0 if isinstance(v, float) else v
-        for name, v in row.items()
-    }
+def _rounded(row: dict) -> dict:
+    """A row with six decimals, far more than is ever shown, so that nothing is rounded twice; no negative zero."""
+    return {name: round(float(v), 6) + 0.0 if isinstance(v, float) else v for name, v in row.items()}
 
 
 # ---------------------------------------------------------------------------------------------- more measures
@@ -211,13 +226,13 @@ def measure_rows(
     rows = []
     for method, seeds in found.images.items():
         measured = _means([_measures(one, judge, seed) for one in features[method]])
-        alignment = _aligned([found.align(images) for images in seeds], found.key, "alignment")
+        alignment = _aligned([found.align(images).scores for images in seeds], found.key, "alignment")
         row = {"set": name, "method": method, "n": len(seeds[0]), "seeds": len(seeds)}
         row |= {"trainings": found.rows[method]["trainings"], "reference_n": len(judge.reference)}
         row |= {"unet_passes": found.rows[method]["unet_passes"]}
         row |= {**alignment, **{column: measured.pop(column) for column in (FD, f"{FD}_sd")}}
         row |= {f"{FD}_floor": floor, **measured, **_likeness(method, found, features)}
-        rows.append(_rounded(row, digits=4))
+        rows.append(_rounded(row))
     return rows
 
 
@@ -234,7 +249,7 @@ def _means(measured: list[dict[str, float]]) -> dict[str, float]:
     row = {}
     for column in measured[0]:
         values = [one[column] for one in measured]
-        row |= {column: np.mean(values), sd_column(column): np.std(values)}
+        row |= {column: np.mean(values), sd_column(column): deviation(values)}
     return row
 
 
@@ -275,8 +290,9 @@ def distance_rows(measured: list[dict]) -> list[dict]:
 
 
 def speed_rows(times: list[dict]) -> list[dict]:
-    """The slides' Figure 2 and ours beside it: the guided teacher and LCM-LoRA as deployed, on one thread."""
-    here = {row["method"]: row for row in times if row["deployed"] and row["threads"] == 1}
+    """The slides' Figure 2 and ours beside it: the guided teacher and LCM-LoRA as deployed, one image, one thread."""
+    one = min(row["batch"] for row in times)
+    here = {row["method"]: row for row in times if row["deployed"] and (row["threads"], row["batch"]) == (1, one)}
     fast = next(row["seconds_an_image"] for method, row in here.items() if method.startswith("LCM-LoRA "))
     base = here[TEACHER]["seconds_an_image"]
     return [
@@ -290,20 +306,25 @@ UNTRAINED = ("half guided", "no guidance")
 
 
 def front_rows(curves: list[dict], sets: dict[str, ImageSet], solver: str) -> list[dict]:
-    """Content against UNet passes of every method: the `passes_rows` of notebook 03, and points of one seed.
+    """Content against UNet passes of every method: `few_steps.passes_rows` of all prompts, and points of one seed.
 
     The points are of methods that the curves lack, of sets whose alignment is the curves'. `solver` is the name of the
     multi-step sampler: the teacher is the last point of its guided curve.
     """
     guided, single = f"{solver}, guided", f"{solver}, one pass"
-    rows = [{**row, "method": guided if row["method"] == "teacher" else row["method"]} for row in curves]
+    counted = next(name for name in COLUMNS.values() if name in curves[0])
+    kept = ("method", "unet_passes", counted, "low", "high", "n", "trained")
+    rows = [{name: row[name] for name in kept} for row in curves if row["objects"] == ALL]
+    for row in rows:
+        row["method"] = guided if row["method"] == "teacher" else row["method"]
     there = {row["method"] for row in rows}
     for found in sets.values():
-        for method in (name for name in _front_names(found) if name in found.images and name not in there):
-            score = found.align(found.images[method][0]).get("clip" if found.key == "clip" else "content")
+        names = _front_names(found)
+        for method in (name for name, label in names.items() if name in found.images and label not in there):
+            score = found.align(found.images[method][0]).scores.get("clip" if found.key == "clip" else "content")
             column = COLUMNS["clip" if found.key == "clip" else "content"]
-            if score is not None and column in rows[0]:
-                label = single if method == "no guidance" else _front_names(found)[method]
+            if score is not None and column == counted:
+                label = single if method == "no guidance" else names[method]
                 rows.append(
                     {"method": label, "unet_passes": found.rows[method]["unet_passes"], column: score.value,
                      **score.columns, "trained": method not in UNTRAINED}
@@ -316,5 +337,5 @@ def _front_names(found: ImageSet) -> dict[str, str]:
     if found.baseline == TEACHER:
         return {name: name for name in ("LoRA student", "full copy", *UNTRAINED)}
     loras = [name for name in found.images if name.startswith("LCM-LoRA ")]
-    tuned = [name for name in found.images if name.startswith("fine-tuned, rank ")][-1:]
+    tuned = [name for name in found.images if name.startswith("fine-tuned, rank ") and ", w = " not in name][-1:]
     return {"LCM": "LCM, all weights", **{name: name for name in (*loras[1:], *tuned)}}

@@ -1,7 +1,11 @@
-"""Seconds per image, with what the timer holds: text encoder, UNet and VAE apart."""
+"""Seconds per image, with what the timer holds: text encoder, UNet and VAE apart.
+
+One protocol for all: every method of every runtime takes its turn in each repeat, batch 1 first, and two methods are
+compared turn by turn (`paired.seconds_ratio`), so that a machine that slows down for a while slows both.
+"""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -12,6 +16,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
 from lora_distill.errors import InputError
+from lora_distill.judge.paired import Contrast, seconds_ratio
 from lora_distill.pipeline import decode_latents, encode_prompts
 from lora_distill.sampling import Sampler, initial_noise, sample, step_generators, unet_passes
 
@@ -38,7 +43,8 @@ class Timing:
         return median(self.unet) / self.median
 
 
-Contestants = dict[str, tuple[StableDiffusionPipeline, Sampler]]
+Contestants = dict[Hashable, tuple[StableDiffusionPipeline, Sampler]]
+Timings = dict[tuple[str, int, int], dict[str, Timing]]  # by runtime, threads and batch; then by method
 
 
 @contextmanager
@@ -54,7 +60,7 @@ def threads(count: int) -> Iterator[None]:
 
 def time_samplers(
     contestants: Contestants, prompts: list[str], repeats: int, resolution: int | None = None, warm_ups: int = 1
-) -> dict[str, Timing]:
+) -> dict[Hashable, Timing]:
     """Time one batch from prompts to uint8 images for each contestant, `repeats` times after those that warm up.
 
     They take turns, so that a machine that slows down for a while slows all of them; a GPU is synchronised. A compiled
@@ -85,17 +91,35 @@ def thread_counts(device: str | torch.device = "cpu") -> list[int]:
     return sorted({1, torch.get_num_threads()}) if torch.device(device).type == "cpu" else [1]
 
 
-def time_runtimes(
-    contestants: dict[str, Contestants], prompts: list[str], repeats: int
-) -> dict[tuple[str, int], dict[str, Timing]]:
-    """`time_samplers` of each runtime's contestants at each of `thread_counts`, by runtime and threads."""
-    timings = {}
-    for name, entered in contestants.items():
-        device = next(iter(entered.values()))[0].device
-        for count in thread_counts(device):
-            with threads(count):
-                timings[name, count] = time_samplers(entered, prompts, repeats)
+def protocol(batch: int, repeats: int) -> dict[int, int]:
+    """Repeats by batch: all of them for one image, which decides, then `few` for a larger batch."""
+    return {1: repeats} | ({batch: few(repeats)} if batch > 1 else {})
+
+
+def few(repeats: int) -> int:
+    """Repeats where much is timed: a tenth, and three at least where there are as many."""
+    return max(repeats // 10, min(repeats, 3))
+
+
+def time_runtimes(contestants: dict[str, Contestants], prompts: list[str], repeats: dict[int, int]) -> Timings:
+    """`time_samplers` of the contestants of all runtimes side by side, at each batch of `repeats` and `thread_counts`.
+
+    Prompts are taken in turn until a batch is full.
+    """
+    side_by_side = {(name, method): each for name, entered in contestants.items() for method, each in entered.items()}
+    device = next(iter(side_by_side.values()))[0].device
+    timings: Timings = {}
+    for batch, count in repeats.items():
+        for number in thread_counts(device):
+            with threads(number):
+                timed = time_samplers(side_by_side, _filled(prompts, batch), count)
+            for (name, method), timing in timed.items():
+                timings.setdefault((name, number, batch), {})[method] = timing
     return timings
+
+
+def _filled(prompts: list[str], batch: int) -> list[str]:
+    return list(islice(cycle(prompts), batch))
 
 
 def time_grid(
@@ -104,10 +128,11 @@ def time_grid(
     batch_sizes: list[int],
     resolutions: list[int],
     repeats: int,
+    baseline: str,
     warm_ups: int = 1,
     measured: dict[tuple[int, int], dict[str, Timing]] | None = None,
 ) -> list[dict]:
-    """`time_samplers` at each batch size and resolution, one row a contestant.
+    """`time_samplers` at each batch size and resolution, one row a contestant, with what it saves of the `baseline`'s.
 
     Prompts are taken in turn until a batch is full. Seconds are per image, medians over `repeats`; the spread of the
     whole is its lowest and highest. What was `measured` before, by resolution and batch size, is not timed again.
@@ -116,12 +141,12 @@ def time_grid(
     for resolution in resolutions:
         for batch_size in batch_sizes:
             timings = (measured or {}).get((resolution, batch_size)) or time_samplers(
-                contestants, list(islice(cycle(prompts), batch_size)), repeats, resolution, warm_ups
+                contestants, _filled(prompts, batch_size), repeats, resolution, warm_ups
             )
             rows += [
                 {"method": name, **_spread(timings[name]), "resolution": resolution, "batch": batch_size,
                  **_conditions(*contestants[name]), **_parts(timings[name]),
-                 "repeats": len(timings[name].unet), "warm_ups": warm_ups}
+                 **_saving(timings[name], timings[baseline]), "repeats": len(timings[name].unet), "warm_ups": warm_ups}
                 for name in contestants
             ]  # fmt: skip
     return rows
@@ -187,32 +212,70 @@ def unet_rows(
     return rows
 
 
-def method_rows(
-    timings: dict[tuple[str, int], dict[str, Timing]], baseline: str, deployed: str, batch: int, device: str
-) -> list[dict]:
-    """The timings of `time_runtimes` as a table: seconds an image, and what is saved of the baseline's.
+def method_rows(timings: Timings, baseline: str, deployed: str, steps: dict[str, int], device: str) -> list[dict]:
+    """The timings of `time_runtimes` as a table: seconds an image, and what is saved of the baseline's, turn by turn.
 
-    The baseline is that of the same runtime and number of threads; `deployed` names the runtime that one would use,
-    `device` the machine.
+    The baseline is that of the same runtime, number of threads and batch; `deployed` names the runtime that one would
+    use, `steps` has those of each method, `device` the machine.
     """
     rows = []
-    for (runtime_name, count), timed in timings.items():
+    for (runtime_name, count, batch), timed in timings.items():
         reference = timed[baseline]
         rows += [
-            {"runtime": runtime_name, "threads": count, "method": method, "deployed": runtime_name == deployed,
+            {"runtime": runtime_name, "threads": count, "batch": batch, "method": method, "steps": steps[method],
+             "deployed": runtime_name == deployed,
              **{name: round(seconds, 5) for name, seconds in _spread(timing).items()},
-             "saving_percent": round(100 * (1 - timing.median / reference.median), 1),
-             "times_faster": round(reference.median / timing.median, 2),
+             **_saving(timing, reference), "times_faster": round(1 / _ratio(timing, reference).value, 2),
              "times_faster_unet": round(median(reference.unet) / median(timing.unet), 2),
              **{f"{name}_seconds": round(seconds, 5) for name, seconds in _parts(timing).items()},
-             "batch": batch, "repeats": len(timing.unet), "device": device}
+             "repeats": len(timing.unet), "device": device}
             for method, timing in timed.items()
         ]  # fmt: skip
     return rows
 
 
+def pairs(methods: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """What is compared of the methods of notebook 04: the student, and the LCM-LoRAs of each set."""
+    names = list(methods)
+    student, teacher, copy = "LoRA student, merged", "teacher, two passes", "full copy"
+    loras = [name for name in names if name.startswith("LCM-LoRA ")]
+    found = [(student, teacher), (student, copy), *((name, teacher) for name in loras)]
+    found += [(name, loras[0]) for name in loras[1:]]
+    return {f"{one} against {other}": (one, other) for one, other in found if {one, other} <= set(names)}
+
+
+def contrast_rows(timings: Timings, contrasts: dict[str, tuple[str, str]], deployed: str, machine: str) -> list[dict]:
+    """Contrasts {name: (method, against)} of the seconds of `time_runtimes`: a row each, runtime, threads and batch.
+
+    The value is the seconds of one over those of the other, with its interval.
+    """
+    return [
+        {"contrast": name, "method": ours, "against": theirs, "measure": "seconds ratio",
+         "runtime": runtime_name, "deployed": runtime_name == deployed, "threads": count, "batch": batch,
+         **_digits(_ratio(timed[ours], timed[theirs])), "repeats": len(timed[ours].unet), "machine": machine}
+        for name, (ours, theirs) in contrasts.items()
+        for (runtime_name, count, batch), timed in timings.items()
+        if ours in timed and theirs in timed
+    ]  # fmt: skip
+
+
+def _ratio(timing: Timing, reference: Timing) -> Contrast:
+    return seconds_ratio(timing.total, reference.total)
+
+
+def _digits(contrast: Contrast) -> dict[str, float]:
+    return {name: round(value, 4) for name, value in contrast._asdict().items()}
+
+
+def _saving(timing: Timing, reference: Timing) -> dict[str, float]:
+    """What is saved of the reference's seconds, per cent, and its interval."""
+    saved = (100 * (1 - each) + 0.0 for each in _ratio(timing, reference))
+    names = ("saving_percent", "saving_percent_high", "saving_percent_low")  # the least ratio saves most
+    return dict(zip(names, (round(each, 2) for each in saved), strict=True))
+
+
 def compare_times(rows: list[dict], baseline: str, unet_seconds: dict[int, dict[int, float]]) -> list[dict]:
-    """Rows of `time_grid` beside those of the guided method `baseline`: what is saved, and how much could be.
+    """Rows of `time_grid`, and how much one pass could save of the guided method `baseline`.
 
     `unet_seconds` are those of `time_unet` for each resolution, at the batch sizes of the grid and at twice these.
     The bound is for one pass instead of two and not for fewer steps.
@@ -223,12 +286,8 @@ def compare_times(rows: list[dict], baseline: str, unet_seconds: dict[int, dict[
         reference, seconds = guided[row["resolution"], row["batch"]], unet_seconds[row["resolution"]]
         unet_share = reference["unet"] / reference["seconds_an_image"]
         rho = seconds[row["batch"]] / seconds[2 * row["batch"]]
-        saving = 1 - row["seconds_an_image"] / reference["seconds_an_image"]
-        compared.append(
-            {**row, "unet_share": unet_share, "rho": rho,
-             "bound_percent": 100 * saving_bound(unet_share, rho) if row["steps"] == reference["steps"] else None,
-             "saving_percent": 100 * saving}
-        )  # fmt: skip
+        bound = 100 * saving_bound(unet_share, rho) if row["steps"] == reference["steps"] else None
+        compared.append(row | {"unet_share": unet_share, "rho": rho, "bound_percent": bound})
     return [{name: round(v, 5) if isinstance(v, float) else v for name, v in row.items()} for row in compared]
 
 

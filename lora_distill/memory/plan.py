@@ -20,6 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from lora_distill.errors import InputError, MissingError, reading
+from lora_distill.judge.guided import PAPER_W
+from lora_distill.judge.judge import looked_at
+from lora_distill.judge.timing import few, protocol
 from lora_distill.memory.account import account
 from lora_distill.memory.report import GB, RESERVE, TERA
 from lora_distill.memory.schemes import INFERENCE, TOKENS, TRAINING, Setup, Training
@@ -151,13 +154,24 @@ def _guided(s: Settings) -> Work:
     if s.guidance_scale not in s.guidance_scales:
         total += images(s.curve_prompts, two * steps)
     seen = s.train_steps * s.batch_size * s.gradient_accumulation
-    trainings = (1 + len(s.more_train_seeds)) * _step(s, 2, LORA_BACKWARD)
-    trainings += s.full_copies * _step(s, 2, FULL_BACKWARD)
-    milestones = (1 + s.full_copies) * (1 + s.train_steps // s.eval_every)
+    again = 1 + len(s.more_train_seeds)
+    at_paper_w = 0 if s.guidance_scale == PAPER_W else 1 + bool(s.more_train_seeds)  # its teacher, and its student
+    if at_paper_w > 1:
+        total += images(s.teacher_images, 2 * steps)
+    trainings = (again + (at_paper_w > 1)) * _step(s, 2, LORA_BACKWARD)
+    trainings += again * s.full_copies * _step(s, 2, FULL_BACKWARD)
+    milestones = (1 + s.full_copies) * len(looked_at(s))
     total += Work(seen * trainings) + images(milestones * s.curve_prompts, steps)
     judged = s.eval_prompts * len(s.eval_seeds)
-    for passes in (two * steps, (1 + two) / 2 * steps, *[steps] * (2 + s.full_copies)):
+    for passes in (
+        two * steps,
+        (1 + two) / 2 * steps,
+        *[steps] * (2 + s.full_copies),
+        *[2 * steps, steps][:at_paper_w],
+    ):
         total += images(judged, passes)
+    for few_steps in (n for n in (4, 8) if n < steps):
+        total += images(judged, two * few_steps) + images(judged, few_steps)
     return total
 
 
@@ -167,22 +181,25 @@ def _step(s: Settings, before: float, backward: float) -> float:
 
 
 def _few_steps(s: Settings) -> Work:
-    """Encoding, curves of the base, consistency trainings and fine-tunes, and the verdict."""
+    """Encoding, curves of the base, trainings on every set, sums of adapters, and the verdict."""
     sets, curve, judged = _sets(s), s.curve_prompts, s.eval_prompts * len(s.eval_seeds)
+    again, two = 1 + len(s.more_train_seeds), 2 if s.guidance_scale != 1 else 1
+    loras = len(sets) + (len(sets) > 1 and s.few_images > 0)
     total = Work(encoded=sum(sets.values()) * (1 + s.mirror))
-    for passes in (4, 8, 4 * s.sampling_steps, 4, 8, *(1, 2, 4, 8) * 2):
+    for passes in (two * s.sampling_steps, *(two * n for n in (2, 4, 8) * 3), *(1, 2, 4, 8) * (3 + s.full_copies)):
         total += images(curve, passes)
-    seen = s.lcm_steps * s.lcm_batch_size * s.gradient_accumulation
-    steps = len(sets) * (1 + len(s.more_train_seeds)) * _step(s, 3, LORA_BACKWARD)
+    steps = loras * again * _step(s, 3, LORA_BACKWARD)
     if s.full_copies:
         steps += _step(s, 3, FULL_BACKWARD) + 3 * _step(s, 1, LORA_BACKWARD)
-        total += images(4 * curve, 4)
-    fine_tuned = 2 * s.finetune_steps * s.lcm_batch_size * s.gradient_accumulation
-    total += Work(seen * steps + fine_tuned * _step(s, 0, LORA_BACKWARD))
-    guided = [2 * s.sampling_steps] * 3
-    for passes in (*guided, 8, *[4] * (3 + 2 * s.full_copies + len(sets))):
+        total += images(4 * curve, 4)  # the LCM and its mimics
+    batch = s.lcm_batch_size * s.gradient_accumulation
+    fine_tuned = 2 * again * s.finetune_steps * batch
+    total += Work(s.lcm_steps * batch * steps + fine_tuned * _step(s, 0, LORA_BACKWARD)) + images(4 * curve, 4)
+    scales = {s.guidance_scale, *s.finetune_guidance_scales}
+    tuned = [s.sampling_steps * (2 if w != 1 else 1) for w in scales] * 2
+    for passes in (two * s.sampling_steps, *tuned, two * 4, *[4] * (4 + 2 * s.full_copies + loras)):
         total += images(judged, passes)
-    return total + images((1 + s.full_copies) * 4 * curve, 15 / 4) + images(5 * curve, 4)
+    return total
 
 
 def _timed(s: Settings, on_gpu: bool) -> Work:
@@ -190,13 +207,15 @@ def _timed(s: Settings, on_gpu: bool) -> Work:
 
     On a CPU each is timed on two runtimes and two numbers of threads.
     """
-    repeats, grid_repeats, steps = s.timing_repeats, max(3, s.timing_repeats // 2), s.sampling_steps
+    repeats, steps = s.timing_repeats, s.sampling_steps
+    turns, grid_repeats = protocol(s.timing_batch, repeats), few(repeats)
     runtimes, threads, larger = (1, 1, 2.25) if on_gpu else (2, 2, 2.25)  # work of a side half as large again
     ladder = sum(size for size in (1, 2, 4, 8, 16, 32) if size <= 2 * s.eval_batch)
-    total = Work(runtimes * threads * ladder * (4 * repeats + 2) + larger * ladder * (4 * grid_repeats + 2))
-    methods = [2 * steps, 1.5 * steps, steps, *[steps] * s.full_copies]
-    passes = [*methods * runtimes, steps, 8, *[4] * len(_sets(s))]
-    total += images(threads * s.timing_batch * (repeats + 1) * len(passes), sum(passes) / len(passes))
+    total = Work(runtimes * threads * ladder * (repeats // 2 + 2) + larger * ladder * (repeats // 3 + 2))
+    deployed = [2 * steps, 1.5 * steps, steps, *[steps] * s.full_copies, 8, *[4] * len(_sets(s))]
+    passes = deployed + [2 * steps, steps] * (runtimes - 1)
+    timed = sum(batch * (count + 1) for batch, count in turns.items())
+    total += images(threads * timed * len(passes), sum(passes) / len(passes))
     grid = sum(batch for batch in GRID if batch <= s.eval_batch)
     return total + images((1 + larger) * grid * (grid_repeats + 1) * 3, (3 * steps + 4) / 3)
 

@@ -1,4 +1,4 @@
-"""The ledger of claims: what the two works say that can be measured, and what the tables of a run say about it.
+"""The two ledgers: what the works claim that can be measured, and our checks; and what the tables of a run say of each.
 
 The claims are data, assets/claims.yaml, whose head explains the keys; how each is ruled stands in `rules`.
 """
@@ -16,25 +16,37 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from lora_distill.errors import InputError, MissingError
 from lora_distill.publish import stamps
-from lora_distill.publish.rules import NOT_REPRODUCED, PARTLY, REPRODUCED, RULES, UNTOLD
+from lora_distill.publish.rules import DIRECTION, FAILS, HOLDS, NOT_REPRODUCED, REPRODUCED, RULES, UNTOLD, Interval
 from lora_distill.settings import PACKAGE, results_folders
 from lora_distill.storage import read_frame
 
 CLAIMS = PACKAGE / "assets" / "claims.yaml"
-NOT_TESTABLE = "not testable here"
-VERDICTS = (REPRODUCED, PARTLY, NOT_REPRODUCED, NOT_TESTABLE)
+NOT_TESTABLE, CANNOT_TELL = "not testable here", "cannot tell"
 WORKS = {
     "paper": "LoRA-Enhanced Distillation on Guided Diffusion Models",
     "slides": "Enhancing Image Generation with LCM LoRA Distillation",
-    "readers": "What readers of both ask for",
+    "checks": "What readers of both ask, and what this project asks of itself",
 }
 
 
-CONDITIONS = {  # columns of tables that `measure` writes
-    "machine": ("machine",), "precision": ("dtype", "precision"), "runtime": ("runtime",), "batch": ("batch",),
-    "resolution": ("resolution",),
+@dataclass(frozen=True)
+class Ledger:
+    """One of the two ledgers: what its claims are called, of which works they are, and what verdicts they can have."""
+
+    name: str
+    works: tuple[str, ...]
+    verdicts: tuple[str, ...]  # the last is that of a claim that nothing was told about
+
+
+LEDGERS = (
+    Ledger("Claims of the works", ("paper", "slides"), (REPRODUCED, DIRECTION, NOT_REPRODUCED, NOT_TESTABLE)),
+    Ledger("Our checks", ("checks",), (HOLDS, FAILS, CANNOT_TELL)),
+)
+BOUNDS = {"value": ("low", "high"), "seconds_an_image": ("lowest", "highest")}  # columns of intervals; else _low, _high
+CONDITIONS = {  # columns of tables of what was measured, and of contrasts: how a value is written
+    "machine": "{}", "dtype": "{}", "precision": "{}", "runtime": "{}", "batch": "batch {}", "resolution": "{} px",
+    "repeats": "{} repeats", "n": "N = {}", "seeds": "{} seeds", "trainings": "{} trainings",
 }  # fmt: skip
-CONDITION_TEXTS = {"batch": "batch {}", "resolution": "{} px"}
 
 
 class ClaimsError(InputError):
@@ -59,20 +71,35 @@ class Quantity(_Strict):
     profile: str = ""
     where: dict[str, str | int | float | bool] = {}
     column: str
-    take: Literal["only", "min", "max", "median", "each"] = "only"
+    take: Literal["only", "min", "max", "median", "each", "interval", "intervals"] = "only"
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The column, and those of its interval where that is taken."""
+        bounds = BOUNDS.get(self.column, (f"{self.column}_low", f"{self.column}_high"))
+        return (self.column, *bounds) if self.take.startswith("interval") else (self.column,)
+
+
+Number = float | list[float] | Interval | list[Interval]  # what a quantity was measured to be
 
 
 class Claim(_Strict):
     """One sentence of the ledger. Either it is measured, and ruled by its function, or `not_testable` says why not."""
 
     id: str = Field(pattern=r"^[a-z0-9-]+$")
-    work: Literal["paper", "slides", "readers"]
+    work: Literal["paper", "slides", "checks"]
     statement: str
     source: str
     stated: str
     measured: dict[str, Quantity] = {}
+    construction: str = ""
     not_testable: str = ""
     notes: str = ""
+
+    @property
+    def ledger(self) -> Ledger:
+        """The ledger that the claim is in."""
+        return next(each for each in LEDGERS if self.work in each.works)
 
     @model_validator(mode="after")
     def _either_measured_or_not_testable(self) -> "Claim":
@@ -83,13 +110,13 @@ class Claim(_Strict):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a run says about a claim, one of VERDICTS, with the numbers it rests on.
+    """What a run says about a claim, one of its ledger's verdicts, with the numbers it rests on.
 
     `here` is our numbers in words, with a remark where they are too coarse, or why there are none.
     """
 
     claim: Claim
-    quantities: dict[str, float | list[float]]
+    quantities: dict[str, Number]
     verdict: str
     here: str
 
@@ -125,21 +152,23 @@ def load(path: Path = CLAIMS) -> list[Claim]:
 def judge(claim: Claim, folder: Path) -> Verdict:
     """The verdict on one claim from the tables in a folder of results.
 
-    What was not measured there makes it "not testable here". Raises `ClaimsError` for a table that cannot be read.
+    What was not measured there is told by no one. Raises `ClaimsError` for a table that cannot be read.
     """
+    untold = claim.ledger.verdicts[-1]
     if claim.not_testable:
-        return Verdict(claim, {}, NOT_TESTABLE, claim.not_testable)
+        return Verdict(claim, {}, untold, claim.not_testable)
     try:
         quantities = {name: measure(quantity, folder) for name, quantity in claim.measured.items()}
     except Missing as reason:
-        return Verdict(claim, {}, NOT_TESTABLE, str(reason))
+        return Verdict(claim, {}, untold, str(reason))
     try:
         verdict, here = RULES[claim.id](**quantities)
     except ArithmeticError as error:
         raise ClaimsError(f"claim {claim.id}: {error}") from None
+    here += f"; by construction: {claim.construction}" if claim.construction else ""
     here += conditions(claim, folder)
-    if verdict in UNTOLD:
-        return Verdict(claim, quantities, NOT_TESTABLE, f"{here}: {verdict}")
+    if verdict == UNTOLD:
+        return Verdict(claim, quantities, untold, f"{here}: {verdict}")
     return Verdict(claim, quantities, verdict, here)
 
 
@@ -148,48 +177,47 @@ def ledger(folder: Path) -> list[Verdict]:
     return [judge(claim, folder) for claim in load()]
 
 
-def measure(quantity: Quantity, folder: Path) -> float | list[float]:
-    """Look a number up in the tables of a folder, in the unit of its column; a list of numbers where each is taken.
+def measure(quantity: Quantity, folder: Path) -> Number:
+    """Look a number up in the tables of a folder, in the unit of its column, or several, or with their intervals.
 
     Raises `Missing` when the table, the row or the value is not there, `ClaimsError` when the table is malformed.
     """
     path, table = _read(quantity, folder)
     if unknown := quantity.where.keys() - set(table.columns):
         raise ClaimsError(f"{path} has no column {min(unknown)!r}; it has {', '.join(map(str, table.columns))}")
-    if quantity.column not in table.columns:  # of photographs there is no reader's verdict, and without CLIP no cosine
-        raise Missing(f"no {quantity.column} in {path.name}")
+    for column in quantity.columns:  # of photographs there is no reader's verdict, and without CLIP no cosine
+        if column not in table.columns:
+            raise Missing(f"no {column} in {path.name}")
     table = _rows(quantity, path, table)
     place = ", ".join(f"{column} {value}" for column, value in quantity.where.items())
-    values = _numbers(table[quantity.column], f"{path}: {quantity.column}, {place}").dropna()
-    if values.abs().max() == math.inf:
+    numbers = [_numbers(table[column], f"{path}: {column}, {place}") for column in quantity.columns]
+    values = pandas.concat(numbers, axis=1).dropna()
+    if (values.abs() == math.inf).any(axis=None):
         raise ClaimsError(f"{path}: {quantity.column}, {place}: expected finite numbers")
     if values.empty:
         raise Missing(f"no {quantity.column} in {path.name} for {place}")
-    if quantity.take == "each":
-        return values.astype(float).to_list()
-    if quantity.take != "only":
-        return float(values.agg(quantity.take))
-    if len(values) > 1:
-        raise ClaimsError(f"{path}: {len(values)} rows for {place}; one was expected")
-    return float(values.iloc[0])
+    if quantity.take in ("min", "max", "median"):
+        return float(values.iloc[:, 0].agg(quantity.take))
+    found = [Interval(*row) if len(row) > 1 else row[0] for row in values.to_numpy().tolist()]
+    if quantity.take in ("each", "intervals"):
+        return found
+    if len(found) > 1:
+        raise ClaimsError(f"{path}: {len(found)} rows for {place}; one was expected")
+    return found[0]
 
 
 def conditions(claim: Claim, folder: Path) -> str:
-    """Machine, precision, runtime, batch and size of what a claim rests on, in brackets; empty for other tables than
-    those that `measure` writes."""
-    found: dict[str, set[str]] = {kind: set() for kind in CONDITIONS}
+    """What the numbers of a claim rest on, in brackets: of what `measure` measured machine, precision, runtime, batch
+    and size; of a contrast how many prompts, seeds and trainings, or turns. Empty for other tables."""
+    found: dict[str, set[str]] = {column: set() for column in CONDITIONS}
     for quantity in claim.measured.values():
         path, table = _read(quantity, folder)
-        if "machine" not in table.columns:
-            continue
-        table = _rows(quantity, path, table)
-        for kind, columns in CONDITIONS.items():
-            for column in set(columns) & set(table.columns):
-                found[kind] |= {str(value) for value in table[column]}
-    texts = {
-        kind: ", ".join(sorted(values, key=lambda text: (len(text), text))) for kind, values in found.items() if values
-    }
-    parts = [CONDITION_TEXTS.get(kind, "{}").format(text) for kind, text in texts.items()]
+        if {"machine", "against"} & set(table.columns):
+            rows = _rows(quantity, path, table)
+            for column in found.keys() & set(table.columns):
+                found[column] |= {f"{value:g}" if isinstance(value, float) else str(value) for value in rows[column]}
+    ordered = {column: sorted(values, key=lambda text: (len(text), text)) for column, values in found.items()}
+    parts = [CONDITIONS[column].format(", ".join(values)) for column, values in ordered.items() if values]
     return f" [{'; '.join(parts)}]" if parts else ""
 
 
@@ -202,20 +230,35 @@ def check(folder: Path) -> None:
 
 
 def summary(verdicts: list[Verdict]) -> str:
-    """How many claims have which verdict, in a line."""
-    counts = Counter(verdict.verdict for verdict in verdicts)
-    return f"{len(verdicts)} claims: " + ", ".join(f"{counts[name]} {name}" for name in VERDICTS)
+    """How many claims of the works have which verdict, and then how many checks of ours, in a line."""
+    return "; ".join(f"{name}: {found}" for name, found in counts(verdicts).items())
+
+
+def counts(verdicts: list[Verdict]) -> dict[str, str]:
+    """How many have which verdict, in words, by ledger."""
+    return {ledger.name: _counted(ledger, verdicts) for ledger in LEDGERS}
+
+
+def _counted(ledger: Ledger, verdicts: list[Verdict]) -> str:
+    found = Counter(verdict.verdict for verdict in verdicts if verdict.claim.ledger == ledger)
+    return f"{found.total()}, of them " + ", ".join(f"{found[name]} {name}" for name in ledger.verdicts)
 
 
 def as_table(verdicts: list[Verdict]) -> str:
-    """The ledger in Markdown, a table for each work."""
+    """The ledgers in Markdown, a table for each work and one of our checks, each ledger with its count."""
     parts = []
-    for work, title in WORKS.items():
-        rows = [(v.claim.statement, v.claim.stated, v.here, v.verdict) for v in verdicts if v.claim.work == work]
-        lines = ["| claim | stated | here | verdict |", "|---|---|---|---|"]
-        lines += ["| " + " | ".join(" ".join(cell.split()).replace("|", r"\|") for cell in row) + " |" for row in rows]
-        parts.append(f"**{title}**\n\n" + "\n".join(lines))
-    return "\n\n".join([*parts, summary(verdicts) + "."])
+    for ledger in LEDGERS:
+        parts.append(f"**{ledger.name}: {_counted(ledger, verdicts)}.**")
+        for work in ledger.works:
+            rows = [(v.claim.statement, v.claim.stated, v.here, v.verdict) for v in verdicts if v.claim.work == work]
+            lines = [f"| {WORKS[work]} | stated | here | verdict |", "|---|---|---|---|"]
+            lines += ["| " + " | ".join(map(_cell, row)) + " |" for row in rows]
+            parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", r"\|")
 
 
 def as_text(verdicts: list[Verdict]) -> str:
@@ -243,8 +286,10 @@ def as_rows(verdicts: list[Verdict]) -> list[dict[str, str]]:
     ]
 
 
-def _written(value: float | list[float]) -> str:
-    return ", ".join(f"{number:.6g}" for number in (value if isinstance(value, list) else [value]))
+def _written(value: Number) -> str:
+    if isinstance(value, Interval):
+        return f"{value.value:.6g} ({value.low:.6g} to {value.high:.6g})"
+    return ", ".join(map(_written, value)) if isinstance(value, list) else f"{value:.6g}"
 
 
 def _read(quantity: Quantity, folder: Path) -> tuple[Path, pandas.DataFrame]:
@@ -264,8 +309,9 @@ def _read(quantity: Quantity, folder: Path) -> tuple[Path, pandas.DataFrame]:
 def _rows(quantity: Quantity, path: Path, table: pandas.DataFrame) -> pandas.DataFrame:
     """The rows of a quantity's table in which other columns have the values of its `where`."""
     for column, value in quantity.where.items():
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        found = _numbers(table[column], f"{path}: {column}") if is_number else table[column]
+        found = table[column].astype(str) if isinstance(value, str) else table[column]
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            found = _numbers(table[column], f"{path}: {column}")
         table = table[found == value]
     return table
 

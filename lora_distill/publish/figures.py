@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import textwrap
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,6 +26,7 @@ from lora_distill.storage import device_name, git_commit, read_table, table_text
 from lora_distill.writing import atomic_write, whole_file
 
 STYLE = PACKAGE / "assets" / "figures.mplstyle"
+CHARACTERS = 20  # of a caption, in an inch
 THUMBNAIL = 128  # pixels, as a grid shows a picture at most an inch wide
 NO_DATES = {"pdf": {"CreationDate": None, "Creator": None, "Producer": None}, "svg": {"Date": None, "Creator": None}}
 
@@ -111,6 +113,7 @@ def render(
             mark = f"{prompts} prompts: not a result"
             figure.text(0.5, 0.5, mark, color="#bbbbbb", fontsize=20, ha="center", rotation=20)
         comment = json.dumps({**{key: source[key] for key in source if key != "sha256"}, "claims": plot.claims})
+        _print_below(figure, f"Figure {_number(name)}. {plot.caption}. {_basis(rows, source)}")
         metadata = {
             "svg": {"Title": plot.caption, "Description": comment, **NO_DATES["svg"]},
             "png": {"Title": plot.caption, "Comment": comment, "Software": None},
@@ -120,6 +123,39 @@ def render(
         drawn = {f"{name}.{kind}": _saved(figure, kind, fields) for kind, fields in metadata.items()}
     plt.close(figure)
     return figure, drawn
+
+
+def _number(name: str) -> str:
+    """A figure's number: its notebook's, and its place among the figures of that notebook."""
+    notebook = name.partition("_")[0]
+    return f"{notebook}.{1 + [other for other in FIGURES if other.startswith(notebook)].index(name)}"
+
+
+def _basis(rows: list[dict], source: dict[str, Any]) -> str:
+    """What a figure rests on: N, seeds and trainings, where its rows say them, profile and device."""
+    parts = []
+    for column, said in (("n", "N ="), ("seeds", "seeds:"), ("trainings", "trainings:")):
+        values = [row[column] for row in rows if isinstance(row.get(column), int)]
+        if values:
+            least, most = min(values), max(values)
+            parts.append(f"{said} {least:,}" + (f" to {most:,}" if most > least else ""))
+    parts += [f"profile {source['profile']}"] if "profile" in source else []
+    text = ", ".join([*parts, *([source["device"]] if source.get("device") else [])])
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+def _print_below(figure: Figure, text: str) -> None:
+    """Write the caption under all of a figure, which `savefig.bbox: tight` makes room for; the layout stays."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for legend in figure.legends:  # one outside of the axes would follow the lower edge down into the caption
+        box = legend.get_window_extent().transformed(figure.transFigure.inverted())
+        legend.borderaxespad = 0
+        legend.set_loc("lower left")
+        legend.set_bbox_to_anchor((box.x0, box.y0), transform=figure.transFigure)
+    lines = textwrap.fill(text, max(40, int(CHARACTERS * figure.get_figwidth())))
+    below = figure.get_tightbbox().y0 - 0.08  # inches
+    figure.text(0, below / figure.get_figheight(), lines, fontsize=7, va="top", color="0.25", parse_math=False)
 
 
 def _saved(figure: Figure, kind: str, metadata: dict[str, Any]) -> bytes:

@@ -1,7 +1,7 @@
 """The figures of the series: how each is drawn from its rows, what it shows, and the claims it bears on."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -9,22 +9,29 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from lora_distill.publish import plots_memory
+from lora_distill.publish import plots_few_steps, plots_memory
 from lora_distill.publish.style import (
     ALIGNMENTS,
+    OBJECTS,
     REFERENCE,
     STYLES,
     WIDTH,
     Rows,
     alignment_of,
+    calibration_lines,
     column,
+    errors_with_interval,
     grouped,
     image_grid,
     loss_by_method,
+    numbered,
     value_with_interval,
 )
 
 STAGES = {"vae_crops": "VAE, crops", "vae_images": "VAE, images", "text_encoder": "text encoder", "unet": "UNet"}
+FD = "fd_efficientnet_lite0"
+SHARES = ("all_correct", "content")  # columns that are shares of images
+MEASURES = {"clip_cosine": "CLIP cosine", "fit_error": "fit error", FD: "FD-EfficientNet-Lite0"}
 PARTS = (("text_encoder", "text encoder", "C4"), ("unet", "UNet", "C0"), ("vae", "VAE", "C2"))
 
 
@@ -64,14 +71,60 @@ def alignment_against_guidance(rows: Rows) -> Figure:
 
 
 def quality_against_guidance(rows: Rows) -> Figure:
-    """Alignment and distance to real images against w; the teacher's w is dotted."""
+    """What is right, how clean, and the distance to real images, against w; the teacher's w is dotted.
+
+    Colours are numbers of objects. Short lines at w = 1 are what the errors of the captions alone would leave right.
+    """
+    by_objects = {name: points for name, points in grouped(rows, "objects").items() if name != "all"}
+    if not by_objects:
+        return _of_photographs(rows)
+    figure, (ax, ax_fit, ax_fd) = plt.subplots(1, 3, figsize=(6.5, 2.6))
+    aligned = alignment_of(rows)
+    for objects, points in by_objects.items():
+        value_with_interval(ax, points, "guidance_scale", aligned, label=numbered(objects), **OBJECTS[objects])
+        _predicted(ax, points, OBJECTS[objects]["color"])
+        _mean_with_interval(ax_fit, points, "guidance_scale", "fit_error", **OBJECTS[objects])
+    everything = [row for row in rows if row["objects"] == "all"]
+    _mean_with_interval(ax_fd, everything, "guidance_scale", FD, color="black")
+    calibration_lines(ax_fd, rows)
+    for panel, title, ylabel in zip(
+        figure.axes,
+        ("right", "clean (lower is cleaner)", "distance to real images"),
+        (ALIGNMENTS[aligned][0], "fit error", "FD-EfficientNet-Lite0"),
+        strict=True,
+    ):
+        panel.axvline(rows[0]["teacher_guidance_scale"], color="0.2", linestyle=":", linewidth=1.2, marker="", zorder=1)
+        panel.set(xlabel="guidance scale w", ylabel=ylabel, title=title)
+        panel.set_xticks((1, 3, 5, 7.5, 10), ("1", "3", "5", "7.5", "10"))
+    ax.set_ylim(0, 104)
+    ax_fit.set_ylim(bottom=0)
+    handles, labels = (a + b for a, b in zip(*(p.get_legend_handles_labels() for p in (ax, ax_fd)), strict=True))
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    return figure
+
+
+def _predicted(ax: Axes, rows: Rows, colour: str) -> None:
+    """A short line at w = 1 where the errors of the captions alone say how much is right."""
+    for row in rows:
+        if row.get("predicted") is not None:
+            w = row["guidance_scale"]
+            ax.plot(
+                [w - 0.75, w + 0.75], [100 * row["predicted"]] * 2, color=colour, marker="", linewidth=1.2, alpha=0.7
+            )
+
+
+def _mean_with_interval(ax: Axes, rows: Rows, x: str, name: str, **style: Any) -> None:
+    """A curve in its own unit, with the intervals of its columns `name`_low and `name`_high."""
+    means, low, high = (column(rows, f"{name}{end}").astype(float) for end in ("", "_low", "_high"))
+    ax.errorbar(column(rows, x), means, np.abs([low - means, high - means]), **style)
+
+
+def _of_photographs(rows: Rows) -> Figure:
+    """Alignment and distance against w, for prompts without a number of objects."""
     figure, ax, ax_fd = _quality_panels("guidance scale w", rows)
-    distance, low, high = (column(rows, f"fd_efficientnet_lite0{end}") for end in ("", "_low", "_high"))
-    spread = (distance - low, high - distance)
-    ax_fd.errorbar(column(rows, "guidance_scale"), distance, spread, color="C1", marker="s")
+    _mean_with_interval(ax_fd, rows, "guidance_scale", FD, color="C1", marker="s")
     if ax:
         value_with_interval(ax, rows, "guidance_scale", alignment_of(rows))
-        ax.set_ylim(top=ALIGNMENTS[alignment_of(rows)][2])
     for panel in figure.axes:
         panel.axvline(rows[0]["teacher_guidance_scale"], color="0.5", linestyle=":", linewidth=1, label="teacher's w")
     figure.axes[0].legend(loc="lower right")
@@ -79,11 +132,14 @@ def quality_against_guidance(rows: Rows) -> Figure:
 
 
 def guidance_against_timestep(rows: Rows) -> Figure:
-    """The size of what guidance adds to the output of the conditional pass."""
-    figure, ax = plt.subplots(figsize=(WIDTH, 2.2))
-    ax.plot(column(rows, "timestep"), column(rows, "relative_difference"))
-    ax.set(xlabel="timestep t (noise grows to the right)", ylim=(0, None))
-    ax.set_ylabel("size of the difference\n/ size of the output")
+    """The size of what guidance adds to the conditional pass: to the network's output, and to its x0 and eps."""
+    figure, ax = plt.subplots(figsize=(WIDTH, 2.4))
+    for quantity, points in grouped(rows, "quantity").items():
+        ax.plot(column(points, "timestep"), column(points, "relative_difference"), label=quantity)
+    ax.set(xlabel="timestep t (noise grows to the right)", yscale="log")
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.set_ylabel("size of the difference\n/ size of the quantity")
+    ax.legend()
     return figure
 
 
@@ -93,28 +149,99 @@ def distillation_loss(rows: Rows) -> Figure:
 
 
 def quality_against_steps(rows: Rows) -> Figure:
-    """Alignment and distance to real images against training steps; the row without a step is the teacher.
+    """Errors, fit error and distance to real images against training steps; the row without a step is the teacher.
 
-    The band is the 95 % interval of the teacher's distance over its images; that of each point is about as wide.
+    The bands are the 95 % intervals of the teacher's; those of each point are about as wide. Photographs have the
+    cosine and the distance, or the distance alone.
     """
-    figure, ax, ax_fd = _quality_panels("training step", rows)
-    aligned = alignment_of(rows)
-    _, factor, top = ALIGNMENTS[aligned]
-    for method, points in grouped(rows, "method").items():
-        if points[0]["step"] is None:
-            ax_fd.axhline(points[0]["fd_efficientnet_lite0"], **REFERENCE)
-            band = (points[0]["fd_efficientnet_lite0_low"], points[0]["fd_efficientnet_lite0_high"])
-            ax_fd.axhspan(*band, color="0.9", zorder=0, label="95 % interval of the teacher's")
-        else:
-            ax_fd.plot(column(points, "step"), column(points, "fd_efficientnet_lite0"), label=None if ax else method)
-        if ax and points[0]["step"] is None:
-            ax.axhline(factor * points[0][aligned], label=method, **REFERENCE)
-        elif ax:
-            value_with_interval(ax, points, "step", aligned, label=method)
-    if ax:
-        ax.set_ylim(top=top)
-        ax.legend(loc="lower right")
-    ax_fd.legend(loc="lower center", fontsize=7)
+    measured = [name for name in ("all_correct", "content", "clip_cosine", "fit_error", FD) if name in rows[0]]
+    figure, axes = plt.subplots(1, len(measured), figsize=(6.5, 2.5), squeeze=False)
+    for ax, name in zip(axes[0], measured, strict=True):
+        for method, points in grouped(rows, "method").items():
+            if points[0]["step"] is None:
+                _reference_of(ax, points[0], name, method)
+            elif name in SHARES:
+                errors = [{**_as_errors(row, name), "step": row["step"]} for row in points]
+                errors_with_interval(ax, errors, "step", label=method)
+            else:
+                ax.plot(column(points, "step"), column(points, name), label=method)
+        ax.set(xlabel="training step", ylabel="errors, %" if name in SHARES else MEASURES[name])
+        ax.set_xscale("symlog", linthresh=5, linscale=0.4)
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.set_xticks(sorted({row["step"] for row in rows if row["step"] in (0, 5, 20, 100, 500)}))
+        ax.set_xlim(left=-1)
+        ax.minorticks_off()
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return figure
+
+
+def _as_errors(row: dict[str, Any], share: str) -> dict[str, float]:
+    """The columns of errors of one with a share that is right."""
+    return {"errors": 1 - row[share], "low": 1 - row["high"], "high": 1 - row["low"], "n": row["n"]}
+
+
+def _reference_of(ax: Axes, row: dict[str, Any], name: str, label: str) -> None:
+    """The teacher's value as a line, and its interval as a band where there is one."""
+    value, low, high = row[name], row.get(f"{name}_low"), row.get(f"{name}_high")
+    if name in SHARES:
+        errors = _as_errors(row, name)
+        value, low, high = (max(100 * errors[key], 50 / row["n"]) for key in ("errors", "low", "high"))
+    ax.axhline(value, label=label, **REFERENCE)
+    if low is not None:
+        ax.axhspan(low, high, color="0.9", zorder=0)
+
+
+def errors_by_objects(rows: Rows) -> Figure:
+    """Errors against the number of objects, of seen and held-out compositions, and PSNR to the teacher; by method."""
+    figure, axes = plt.subplots(1, 3, figsize=(6.5, 2.7))
+    each = [row for row in rows if row["objects"] != "all"]
+    methods = list(grouped(each, "method"))
+    for ax, composition in zip(axes, ("seen", "held out"), strict=False):
+        for index, method in enumerate(methods):
+            points = [row for row in each if (row["method"], row["compositions"]) == (method, composition)]
+            errors_with_interval(
+                ax, _beside(points, index, len(methods)), "x", label=method, elinewidth=0.8, **_style(method, index)
+            )
+        ax.set(title=f"compositions {composition}", xlabel="objects", xticks=(1, 2, 3, 4))
+    axes[0].set_ylabel("errors, %")
+    low, high = (pick(ax.get_ylim()[i] for ax in axes[:2]) for i, pick in ((0, min), (1, max)))
+    for ax in axes[:2]:
+        ax.set_ylim(low, high)
+    for index, method in enumerate(methods):
+        points = [row for row in each if (row["method"], row["compositions"]) == (method, "all")]
+        if points[0]["psnr_to_teacher_db"] is not None:
+            near = column(points, "psnr_to_teacher_db")
+            axes[2].plot([int(row["objects"]) for row in points], near, **_style(method, index))
+    axes[2].set(title="likeness to the teacher", xlabel="objects", xticks=(1, 2, 3, 4), ylabel="PSNR, dB")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
+def _beside(rows: Rows, index: int, count: int) -> Rows:
+    """Rows with an `x` at their number of objects, a little aside of the other methods'."""
+    return [{**row, "x": int(row["objects"]) + 0.08 * (index - (count - 1) / 2)} for row in rows]
+
+
+def _style(method: str, index: int) -> dict[str, Any]:
+    return STYLES.get(method, {"color": f"C{index % 7}", "marker": "osvDP^X"[index % 7]})
+
+
+def errors_against_passes(rows: Rows) -> Figure:
+    """Errors against UNet evaluations, a panel a number of objects; a method of several points is a curve."""
+    panels = {name: points for name, points in grouped(rows, "objects").items() if name != "all"}
+    figure, axes = plt.subplots(1, len(panels), figsize=(6.5, 2.7), sharey=True)
+    for ax, (objects, found) in zip(axes, panels.items(), strict=True):
+        for index, (method, points) in enumerate(grouped(found, "method").items()):
+            ordered = sorted(points, key=lambda row: row["unet_passes"])
+            line = "-" if points[0]["trained"] else ":"
+            errors_with_interval(
+                ax, ordered, "unet_passes", label=method, **{"linestyle": line, **_style(method, index)}
+            )
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.set(title=numbered(objects), xlabel="UNet evaluations")
+    axes[0].set_ylabel("errors, %")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 
@@ -127,36 +254,6 @@ def _quality_panels(xlabel: str, rows: Rows) -> tuple[Figure, Axes | None, Axes]
     for ax in first:
         ax.set(xlabel=xlabel, ylabel=ALIGNMENTS[aligned][0], title="alignment")
     return figure, first[0] if first else None, last
-
-
-# -------------------------------------------------------------------------------------------------------- 03: few steps
-
-
-def consistency_loss(rows: Rows) -> Figure:
-    """The consistency loss of the trainings, a curve a method."""
-    return loss_by_method(rows, "pseudo-Huber loss")
-
-
-def content_against_passes(rows: Rows) -> Figure:
-    """What counts against UNet evaluations: trained models solid, samplers of the base dotted.
-
-    A method of a single point is the guided teacher, a dashed line.
-    """
-    figure, ax = plt.subplots(figsize=(WIDTH, 2.8))
-    aligned = alignment_of(rows)
-    name, factor, top = ALIGNMENTS[aligned]
-    for method, points in grouped(rows, "method").items():
-        if len(points) == 1:
-            label = f"{method}, {points[0]['unet_passes']} evaluations"
-            ax.axhline(factor * points[0][aligned], label=label, **REFERENCE)
-        else:
-            style = {"linestyle": "-" if points[0]["trained"] else ":", **STYLES.get(method, {})}
-            value_with_interval(ax, points, "unet_passes", aligned, label=method, **style)
-    ax.set_xscale("log", base=2)
-    ax.xaxis.set_major_formatter("{x:g}")
-    ax.set(xlabel="UNet evaluations an image", ylabel=name, ylim=(0, top) if top else None)
-    ax.legend(fontsize=7)
-    return figure
 
 
 # ------------------------------------------------------------------------------------------- 04: evaluation and seconds
@@ -175,7 +272,8 @@ def distance_bars(rows: Rows) -> Figure:
     for ax, (source, methods) in zip(axes, panels.items(), strict=True):
         names = [row["method"] for row in methods]
         spread = {"xerr": [row["sd"] for row in methods]} if methods[0]["sd"] is not None else {}
-        ax.barh(names, [row["distance"] or 0 for row in methods], **spread)
+        colours = [STYLES.get(name, {"color": "0.6"})["color"] for name in names]
+        ax.barh(names, [row["distance"] or 0 for row in methods], color=colours, **spread)
         for y, row in enumerate(methods):
             if row["distance"] is None:
                 ax.annotate("value lost", (0, y), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7)
@@ -207,27 +305,32 @@ def speed_bars(rows: Rows) -> Figure:
 
 
 def pareto_front(rows: Rows) -> Figure:
-    """Content against UNet evaluations of every method: trained ones solid, samplers of the base dotted.
+    """Errors against UNet evaluations of every method: trained ones solid, samplers of the base dotted.
 
-    Points of one number of evaluations stand side by side. What is best at its number or fewer is the front, the
-    grey steps.
+    Of photographs there is the cosine or the distance instead. Points of one number of evaluations stand side by side.
+    What is best at its number or fewer is the front, the grey steps.
     """
     figure, ax = plt.subplots(figsize=(WIDTH, 3.8))
     aligned = alignment_of(rows)
-    name, factor, top = ALIGNMENTS[aligned]
-    better = min if aligned.startswith("fd_") else max
+    shares = aligned in SHARES
     methods = grouped(rows, "method")
     for index, (method, points) in enumerate(methods.items()):
         aside = 2 ** (0.015 * (index - len(methods) / 2))  # points of one number of evaluations stand side by side
         shifted = [{**row, "unet_passes": aside * row["unet_passes"]} for row in points]
         style = {"linestyle": "-" if points[0]["trained"] else ":", "elinewidth": 0.9, **STYLES.get(method, {})}
-        value_with_interval(ax, shifted, "unet_passes", aligned, label=method, **style)
+        if shares:
+            wrong = [{**_as_errors(row, aligned), "unet_passes": row["unet_passes"]} for row in shifted]
+            errors_with_interval(ax, wrong, "unet_passes", label=method, **style)
+        else:
+            value_with_interval(ax, shifted, "unet_passes", aligned, label=method, **style)
     ordered = sorted(rows, key=lambda row: row["unet_passes"])
-    best = [factor * better(r[aligned] for r in ordered if r["unet_passes"] <= row["unet_passes"]) for row in ordered]
-    ax.step(column(ordered, "unet_passes"), best, where="post", color="0.8", linewidth=5, zorder=0, marker="")
+    values = [max(100 * (1 - row[aligned]), 50 / row["n"]) if shares else row[aligned] for row in ordered]
+    best = np.maximum.accumulate(values) if aligned == "clip_cosine" else np.minimum.accumulate(values)
+    ends = {row["unet_passes"]: value for row, value in zip(ordered, best, strict=True)}
+    ax.step(list(ends), list(ends.values()), where="post", color="0.8", linewidth=5, zorder=0, marker="")
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter("{x:g}")
-    ax.set(xlabel="UNet evaluations an image", ylabel=name, ylim=(0, top + 1) if top else None)
+    ax.set(xlabel="UNet evaluations an image", ylabel="errors, %" if shares else ALIGNMENTS[aligned][0])
     figure.legend(*ax.get_legend_handles_labels(), fontsize=6.5, loc="outside lower center", ncols=4)
     return figure
 
@@ -235,7 +338,7 @@ def pareto_front(rows: Rows) -> Figure:
 def saving_against_batch(rows: Rows) -> Figure:
     """What each method saves of the teacher's seconds, and f (1 - rho) for one pass; a panel a resolution.
 
-    Whiskers reach from the method's slowest to its fastest repeat, against the teacher's median.
+    Whiskers are the 95 % intervals of what is saved turn by turn.
     """
     panels = grouped(rows, "resolution")
     figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 2.5), sharey=True)
@@ -243,9 +346,8 @@ def saving_against_batch(rows: Rows) -> Figure:
         batches = list(grouped(points, "batch"))
         for method, line in grouped(points, "method").items():
             saving = column(line, "saving_percent")
-            teacher = column(line, "seconds_an_image") / (1 - saving / 100)
-            ends = [100 * (1 - column(line, key) / teacher) for key in ("highest", "lowest")]
-            spread = np.abs(np.array(ends) - saving)  # up to rounding, the median lies between the ends
+            ends = [column(line, f"saving_percent_{end}") for end in ("low", "high")]
+            spread = np.abs(np.array(ends) - saving)
             ax.errorbar(column(line, "batch"), saving, spread, elinewidth=0.9, label=method)
         ax.plot(batches, [grouped(points, "batch")[b][0]["bound_percent"] for b in batches],
                 color="0.5", linestyle="--", marker="", label="one pass: f (1 − ρ)")  # fmt: skip
@@ -269,15 +371,17 @@ def batch_cost(rows: Rows) -> Figure:
     ax.set(xscale="log", xticks=batches, xticklabels=batches, ylim=(0.4, None))
     ax.set(xlabel="batch B", ylabel="ρ = t(B) / t(2B)")
     ax.minorticks_off()
-    ax.legend()
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 
 def seconds_an_image(rows: Rows) -> Figure:
     """Milliseconds an image by part, a bar a method and a panel a runtime and number of threads; savings at the ends.
 
-    Savings are against the guided teacher of the same panel. Whiskers reach from the fastest to the slowest repeat.
+    Of several batches the smallest is drawn. Savings are against the guided teacher of the same panel. Whiskers reach
+    from the fastest to the slowest repeat.
     """
+    rows = [row for row in rows if row["batch"] == min(row["batch"] for row in rows)]
     panels = _by_conditions(rows)
     heights = [len(methods) for methods in panels.values()]
     figure, axes = plt.subplots(
@@ -331,7 +435,7 @@ INFERENCE = ("memory-half-inference",)
 SPEED = ("inference-time-40-percent", "inference-time-as-deployed")
 FLICKR = ("finetune-fid-below-base", "lcm-lora-fid-above-base", "larger-data-better")
 FEW_STEPS = ("lcm-lora-alignment", "lcm-lora-against-untrained")
-OVER_BATCHES = ("time-over-batch-and-resolution", "lcm-lora-time-over-batch-and-resolution")
+OVER_BATCHES = ("time-over-batch-and-resolution",)
 
 FIGURES = {
     "00_world": Plot(image_grid, "Scenes of the bundled world, two styles"),
@@ -351,16 +455,37 @@ FIGURES = {
     ),
     "01_measured_memory": Plot(plots_memory.measured_peaks, "Measured peak memory of the architecture's steps", MEMORY),
     "01_measured_seconds": Plot(plots_memory.measured_seconds, "Measured seconds an image of the architecture", SPEED),
-    "02_guidance_curve": Plot(quality_against_guidance, "Quality against guidance"),
+    "02_guidance_curve": Plot(
+        quality_against_guidance,
+        "Quality against guidance. Dotted: the teacher's w. Short lines at w = 1: what the wrong names in the training "
+        "captions alone would leave right",
+    ),
     "02_guidance_grid": Plot(image_grid, "The same noise at several guidance scales"),
-    "02_difference": Plot(guidance_against_timestep, "What guidance adds, against the timestep"),
+    "02_difference": Plot(
+        guidance_against_timestep, "What guidance adds to the conditional pass, against the timestep"
+    ),
     "02_loss": Plot(distillation_loss, "Distillation loss, LoRA against a full copy"),
-    "02_quality_against_steps": Plot(quality_against_steps, "Quality against training steps", KEPT),
+    "02_quality_against_steps": Plot(
+        quality_against_steps, "Quality against training steps; grey: the teacher and its 95 % interval", KEPT
+    ),
     "02_same_noise": Plot(image_grid, "Teacher and students on the same noise", KEPT),
+    "02_errors": Plot(
+        errors_by_objects,
+        "Errors, and likeness to the teacher, by number of objects; no error at all stands at half a picture",
+        KEPT,
+    ),
+    "02_errors_against_passes": Plot(
+        errors_against_passes,
+        "Errors against UNet evaluations; solid: trained, dotted: the base, untrained",
+        KEPT,
+    ),
     "03_images": Plot(image_grid, "Six training images, one caption each"),
-    "03_loss": Plot(consistency_loss, "Consistency loss against training steps"),
-    "03_same_noise": Plot(image_grid, "Teacher, fine-tune, LCM and LCM-LoRA on the same noise", FLICKR),
-    "03_quality_against_passes": Plot(content_against_passes, "Content against UNet evaluations", FEW_STEPS),
+    "03_same_noise": Plot(image_grid, "Teacher, fine-tune and LCM-LoRA on the same noise", FLICKR),
+    "03_quality_against_passes": Plot(
+        plots_few_steps.quality_against_passes,
+        "Errors, cleanness and distance against UNet evaluations, and errors by number of objects",
+        FEW_STEPS,
+    ),
     "03_composition": Plot(image_grid, "LCM-LoRA and the fine-tune added up, four steps"),
     "04_distance": Plot(distance_bars, "The slides' Figure 1: Frechet distance by method", FLICKR),
     "04_speed": Plot(speed_bars, "The slides' Figure 2: seconds an image", ("lcm-lora-2-4-times-faster",)),
@@ -370,6 +495,6 @@ FIGURES = {
         "Seconds an image",
         (*SPEED, "time-against-standard-distillation", "lcm-lora-2-4-times-faster", "larger-data-faster"),
     ),
-    "04_pareto": Plot(pareto_front, "Content against UNet evaluations, every method", FEW_STEPS),
+    "04_pareto": Plot(pareto_front, "Quality against UNet evaluations, every method", FEW_STEPS),
     "04_saving": Plot(saving_against_batch, "Saved seconds against the batch", OVER_BATCHES),
 }

@@ -1,253 +1,250 @@
 """The rule of every claim: from the numbers that a run measured to a verdict and our numbers in words.
 
 A function is named for its claim in assets/claims.yaml and takes what that claim measures, by name; its docstring is
-the rule that is printed. Verdicts are tried in the order reproduced, partly, too coarse; where none holds the claim is
-not reproduced.
+the rule that is printed.
 
-Spread. Quality is measured with several sampling seeds on the same prompts; sd is their standard deviation. Where a
-profile trains a student several times (more_train_seeds), each sampling seed judges another training and sd holds the
-spread of both; otherwise it does not hold that of training. The spread of a difference is twice the root of the summed
-squares of both sd. Where it is so large that the opposite cannot be excluded either, that B is lower by a fiftieth of
-its distance or by a point, that the loss is within its margin, the measurement is too coarse. One seed has no spread:
-nothing is told from it. Nor is a loss where there is no margin, as where guidance gains nothing: on photographs it
-often worsens the distance. Some students were trained several times and what they are compared with once: then one of
-the two sd lacks the spread of training (`trainings` in the tables). Of seconds, the slowest and fastest of several runs
-stand for the spread. The account of memory has none: it is counted, not sampled.
+A work's claim is *reproduced* where its number is: ours, with its whole interval, lies within a quarter of it on either
+side. It is *direction only* where ours goes the same way, or where the work gives no number. A check of ours *holds* or
+*fails*. Where the interval has room for both answers, none is given.
+
+Intervals are those of `judge.paired`: 95 %, by paired bootstrap over prompts, seeds and trainings, or over the turns of
+a timing. The account of memory has none: it is counted, not sampled. A difference counts when its interval excludes
+"none" and it is as large as what matters. Two methods are equal when the interval lies within a margin. What matters
+and the margins were chosen before the world of one to four objects was judged:
+
+* 1.25 times the errors. Where a teacher draws 8 of 100 pictures wrong, a student may draw 10: about as much as two
+  seeds of a hundred pictures differ by, and far less than the step from guidance to none.
+* 1.05 times a Frechet distance for a difference, 1.1 times for equality: half of the least and the least step that a
+  reader of tables of FID calls better.
+* 1 dB of PSNR, 5 % of the seconds, 1 % of the memory (as far as the account is from its simulation).
 """
 
 from collections.abc import Callable
+from statistics import mean
+from typing import NamedTuple
 
-REPRODUCED, PARTLY, NOT_REPRODUCED, TOO_COARSE = "reproduced", "partly", "not reproduced", "too coarse to tell"
-ONE_SEED = "one seed has no spread, cannot tell"
-NO_MARGIN = "no positive margin, cannot tell"
-UNTOLD = (TOO_COARSE, ONE_SEED, NO_MARGIN)
-Ruling = tuple[str, str]  # one of the verdicts or of UNTOLD, and our numbers in words
-SLIDES_SPEED_UP = 2.07 / 0.86
+REPRODUCED, DIRECTION, NOT_REPRODUCED = "reproduced", "direction only", "not reproduced"
+HOLDS, FAILS = "holds", "fails"
+UNTOLD = "the interval holds both answers"
+NEAR = 0.25  # of a work's number: how far ours may be from it
+ERRORS, DISTANCE, FARTHER, PSNR, SECONDS, MEMORY = 1.25, 1.1, 1.05, 1.0, 1.05, 1.0
+SLIDES_SPEED_UP, BASE = 2.07 / 0.86, "the base's"
+Ruling = tuple[str, str]  # a verdict or UNTOLD, and our numbers in words
+
+
+class Interval(NamedTuple):
+    """A number with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+# ---------------------------------------------------------------------------------------------- the paper
 
 
 def inference_time_40_percent(
-    saving_25: float, saving_50: float, unet_saving: float, student_slowest: float, teacher_fastest: float
+    student_25: Interval, teacher_25: Interval, student_50: Interval, teacher_50: Interval, unet_saving: float
 ) -> Ruling:
-    """Reproduced: the medians save 40 % at 25 and at 50 steps. Partly: they save 20 %."""
-    surely, least = 100 * (1 - student_slowest / teacher_fastest), min(saving_25, saving_50)
-    here = (
-        f"{_n(saving_25)} % less at 25 steps, {_n(saving_50)} % at 50 (medians), {_n(surely)} % for the slowest run "
-        f"against the teacher's fastest; {_n(unet_saving)} % without text encoder and decoder"
-    )
-    return _verdict(least >= 40, partly=least >= 20), here
+    """Reproduced: 30 to 50 % less at 25 and at 50 steps, whichever repeats are compared. Direction only: less."""
+    savings = [_saved_range(student_25, teacher_25), _saved_range(student_50, teacher_50)]
+    here = f"{_in(savings[0])} % less at 25 steps, {_in(savings[1])} % at 50, between any two repeats"
+    return _numbered(savings, 40, least=5), f"{here}; {_n(unet_saving)} % without text encoder and decoder"
 
 
 def memory_half_training(before: float, after: float, paper_1: float, paper_16: float) -> Ruling:
-    """Reproduced: at least 50 % less at batch 1, measured, and at 16, on paper. Partly: at one of them."""
-    saved = 100 * (1 - after / before)
-    here = (
-        f"{_n(saved)} % less at batch 1, measured ({_n(before)} → {_n(after)} GB; {_n(paper_1)} % on paper), "
-        f"{_n(paper_16)} % at 16 on paper"
-    )
-    return _half(saved, paper_16), here
-
-
-def memory_half_inference(before: float, after: float, paper_1: float, paper_16: float) -> Ruling:
-    """Reproduced: at least 50 % less for one image, measured, and for 16, on paper. Partly: for one of the two."""
-    return memory_half_training(before, after, paper_1, paper_16)
+    """Reproduced: 37.5 to 62.5 % less at batch 1, measured, and at 16, on paper. Direction only: less at both."""
+    saved, here = _memory(before, after, paper_1, paper_16)
+    return _numbered([_exactly(saved), _exactly(paper_16)], 50, least=MEMORY), here
 
 
 def memory_half_before_distillation(before: float, after: float, paper_1: float, paper_16: float) -> Ruling:
-    """Reproduced: at least 50 % less at batch 1, measured, and at 16, on paper. Partly: at one of them."""
+    """Reproduced: 37.5 to 62.5 % less at batch 1, measured, and at 16, on paper. Direction only: less at both."""
     return memory_half_training(before, after, paper_1, paper_16)
 
 
-def memory_half_sharing(before: float, after: float, paper_1: float, paper_16: float, most: float) -> Ruling:
-    """Reproduced: at least 50 % less at batch 1, measured, and at 16, on paper. Partly: at one of them."""
-    verdict, here = memory_half_training(before, after, paper_1, paper_16)
-    return verdict, f"{here}; at most {_n(most)} % in any precision"
-
-
 def conventional_raises_memory(full_1: float, full_16: float, distillation_1: float, distillation_16: float) -> Ruling:
-    """Reproduced: more by over 1 % at batch 1 and 16. Partly: at one of them."""
+    """Direction only: more by over 1 % at batch 1 and 16."""
     rise_1, rise_16 = 100 * (distillation_1 / full_1 - 1), 100 * (distillation_16 / full_16 - 1)
     here = (
         f"{_n(full_1)} → {_n(distillation_1)} GB at batch 1 (+{_n(rise_1)} %), "
         f"{_n(full_16)} → {_n(distillation_16)} GB at batch 16 (+{_n(rise_16)} %)"
     )
-    return _verdict(rise_1 > 1 and rise_16 > 1, partly=rise_1 > 1 or rise_16 > 1), here
+    return _work(rise_1 > MEMORY and rise_16 > MEMORY), here
 
 
-def quality_kept(
-    teacher: float, teacher_sd: float, student: float, student_sd: float, unguided: float, seeds: float
-) -> Ruling:
-    """Reproduced: the loss with its spread is within the margin. Too coarse: the loss less its spread is."""
-    lost, spread, margin = student - teacher, _spread(teacher_sd, student_sd), 0.1 * (unguided - teacher)
-    here = f"FD-EfficientNet-Lite0 {_n(teacher)} → {_n(student)}: {_lost(lost, spread, margin)}"
-    return _kept(lost, spread, margin, seeds), here
+def quality_kept(fd_ratio: Interval, kid: Interval) -> Ruling:
+    """Direction only: the Frechet distance is at most 1.1 times the teacher's, with its interval."""
+    return _work(_at_most(fd_ratio, DISTANCE)), _distance("the teacher's", fd_ratio, kid)
 
 
-def alignment_kept(
-    teacher: float, teacher_sd: float, student: float, student_sd: float, unguided: float, seeds: float
-) -> Ruling:
-    """Reproduced: the loss with its spread is within the margin. Too coarse: the loss less its spread is."""
-    lost, spread, margin = teacher - student, _spread(teacher_sd, student_sd), 0.1 * (teacher - unguided)
-    here = f"all correct {_n(teacher)} → {_n(student)} %: {_lost(lost, spread, margin, 'points ')}"
-    return _kept(lost, spread, margin, seeds), here
+def alignment_kept(errors: Interval) -> Ruling:
+    """Direction only: at most 1.25 times the teacher's errors, with the interval."""
+    return _work(_at_most(errors, ERRORS)), f"{_in(errors)} times the teacher's errors, margin {_n(ERRORS)}"
 
 
-def finetune_fid_below_base(
-    base: float, base_sd: float, rank_4: float, rank_4_sd: float, rank_16: float, rank_16_sd: float, seeds: float
-) -> Ruling:
-    """Reproduced: both gain more than the spread. Partly: one does. Too coarse: one may gain 2 % of the base's."""
-    gain_4, spread_4 = base - rank_4, _spread(base_sd, rank_4_sd)
-    gain_16, spread_16 = base - rank_16, _spread(base_sd, rank_16_sd)
-    here = (
-        f"FD-EfficientNet-Lite0 of the base {_n(base)}: rank 4 {_n(rank_4)}, {_n(gain_4)} ± {_n(spread_4)} gained; "
-        f"rank 16 {_n(rank_16)}, {_n(gain_16)} ± {_n(spread_16)} gained"
-    )
-    return _both_exceed(gain_4, spread_4, gain_16, spread_16, least=0.02 * base, seeds=seeds), here
+# ---------------------------------------------------------------------------------------------- the slides
 
 
-def lcm_lora_fid_above_base(
-    base: float, base_sd: float, lcm_8k: float, lcm_8k_sd: float, lcm_30k: float, lcm_30k_sd: float, seeds: float
-) -> Ruling:
-    """Reproduced: both exceed the base by more than the spread. Partly: one does. Too coarse: one may by 2 %."""
-    above_8k, spread_8k = lcm_8k - base, _spread(base_sd, lcm_8k_sd)
-    above_30k, spread_30k = lcm_30k - base, _spread(base_sd, lcm_30k_sd)
-    here = (
-        f"FD-EfficientNet-Lite0 of the base {_n(base)}: LCM-LoRA 8k {_n(lcm_8k)}, {_n(above_8k)} ± {_n(spread_8k)} "
-        f"above it; 30k {_n(lcm_30k)}, {_n(above_30k)} ± {_n(spread_30k)} above it"
-    )
-    return _both_exceed(above_8k, spread_8k, above_30k, spread_30k, least=0.02 * base, seeds=seeds), here
+def finetune_fid_below_base(fd_ratio: Interval, kid: Interval, narrow: Interval) -> Ruling:
+    """Direction only: the wide fine-tune's Frechet distance is lower than the base's, by 5 % or more."""
+    here = f"all layers: {_distance(BASE, fd_ratio, kid)}; attention alone: {_in(narrow)} times"
+    return _work(_is_more(_inverse(fd_ratio), FARTHER)), here
 
 
-def larger_data_better(lcm_8k: float, lcm_8k_sd: float, lcm_30k: float, lcm_30k_sd: float, seeds: float) -> Ruling:
-    """Reproduced: the gain exceeds its spread. Too coarse: the gain may be 2 % of the distance."""
-    gain, spread = lcm_8k - lcm_30k, _spread(lcm_8k_sd, lcm_30k_sd)
-    here = f"FD-EfficientNet-Lite0 {_n(lcm_8k)} (8k) → {_n(lcm_30k)} (30k): {_n(gain)} ± {_n(spread)} gained"
-    return _gained(gain, spread, 0.02 * lcm_8k, seeds), here
+def lcm_lora_fid_above_base(lcm_8k: Interval, kid_8k: Interval, lcm_30k: Interval, kid_30k: Interval) -> Ruling:
+    """Direction only: the Frechet distances of both, 8k and 30k, are higher than the base's, by 5 % or more."""
+    here = f"8k: {_distance(BASE, lcm_8k, kid_8k)}; 30k: {_distance(BASE, lcm_30k, kid_30k)}"
+    return _work(_all(_is_more(lcm_8k, FARTHER), _is_more(lcm_30k, FARTHER))), here
 
 
-def lcm_lora_2_4_times_faster(times: float, base_fastest: float, lcm_slowest: float) -> Ruling:
-    """Reproduced: its slowest run is 2.07 / 0.86 times as fast as the base's fastest. Partly: it is faster at all."""
-    surely = base_fastest / lcm_slowest
-    here = f"{_n(times)} times faster (medians), {_n(surely)} times by its slowest run against the base's fastest"
-    return _verdict(surely >= SLIDES_SPEED_UP, partly=surely > 1), here
+def larger_data_better(fd_ratio: Interval, kid: Interval) -> Ruling:
+    """Direction only: the Frechet distance after many pictures is lower than after few, by 5 % or more."""
+    return _work(_is_more(_inverse(fd_ratio), FARTHER)), _distance("that after few pictures", fd_ratio, kid)
 
 
-def larger_data_faster(small: float, small_fastest: float, large: float, large_slowest: float) -> Ruling:
-    """Reproduced: the slowest run of 30k is faster than the fastest of 8k."""
-    change = 100 * (large / small - 1)
-    here = f"{_n(1000 * small)} ms an image (8k), {_n(1000 * large)} ms (30k): {_n(change)} %"
-    return _verdict(large_slowest < small_fastest), here
+def lcm_lora_2_4_times_faster(ratio: Interval, lcm: float, base: float, base_unet: float, base_steps: float) -> Ruling:
+    """Reproduced: 1.8 to 3 times as fast, with the interval, one image a call. Direction only: faster."""
+    faster = _inverse(ratio)
+    steps = (SLIDES_SPEED_UP * lcm - (base - base_unet)) / (base_unet / base_steps)
+    here = f"{_in(faster)} times faster than {_n(base_steps)} guided steps; 2.4 times would be {steps:.0f} guided steps"
+    verdict = _numbered([faster], SLIDES_SPEED_UP, none=1, least=SECONDS)
+    return verdict, here
+
+
+def larger_data_faster(ratio: Interval) -> Ruling:
+    """Direction only: the seconds after 30k are fewer than after 8k, by 5 % or more."""
+    return _work(_is_more(_inverse(ratio), SECONDS)), f"30k takes {_in(ratio)} times the seconds of 8k"
+
+
+# ---------------------------------------------------------------------------------------------- checks: memory, seconds
+
+
+def memory_half_inference(before: float, after: float, paper_1: float, paper_16: float) -> Ruling:
+    """Holds: at least 50 % less for one image, measured, and for 16, on paper."""
+    saved, here = _memory(before, after, paper_1, paper_16)
+    return _check(min(saved, paper_16) >= 50), here
+
+
+def memory_half_sharing(before: float, after: float, paper_1: float, paper_16: float, most: float) -> Ruling:
+    """Holds: at least 50 % less at batch 1, measured, and at 16, on paper."""
+    verdict, here = memory_half_inference(before, after, paper_1, paper_16)
+    return verdict, f"{here}; at most {_n(most)} % in any precision"
 
 
 def memory_training_on_gpu(conventional_1: float, conventional_16: float, shared_1: float, shared_16: float) -> Ruling:
-    """Reproduced: at least 50 % less at batch 1 and 16. Partly: at one of them."""
+    """Holds: at least 50 % less at batch 1 and 16."""
     batch_1, batch_16 = 100 * (1 - shared_1 / conventional_1), 100 * (1 - shared_16 / conventional_16)
-    return _half(batch_1, batch_16), f"{_n(batch_1)} % less at batch 1, {_n(batch_16)} % at batch 16"
+    here = f"{_n(batch_1)} % less at batch 1, {_n(batch_16)} % at batch 16"
+    return _check(min(batch_1, batch_16) >= 50), here
 
 
 def memory_inference_on_gpu(guided_1: float, guided_16: float, one_pass_1: float, one_pass_16: float) -> Ruling:
-    """Reproduced: at least 50 % less for one image and for sixteen. Partly: for one of the two."""
+    """Holds: at least 50 % less for one image and for sixteen."""
     return memory_training_on_gpu(guided_1, guided_16, one_pass_1, one_pass_16)
-
-
-def inference_time_on_gpu(saving_1: float, saving_16: float) -> Ruling:
-    """Reproduced: at least 40 % less at batch 1 and 16. Partly: at one of them."""
-    here = f"{_n(saving_1)} % less at batch 1, {_n(saving_16)} % at batch 16 (medians)"
-    return _verdict(min(saving_1, saving_16) >= 40, partly=max(saving_1, saving_16) >= 40), here
-
-
-def inference_time_as_deployed(
-    threads: list[float],
-    saving_percent: list[float],
-    student_slowest: list[float],
-    teacher_fastest: list[float],
-    in_pytorch_percent: list[float],
-) -> Ruling:
-    """Reproduced: the median saves 40 % at every number of threads. Partly: it saves 20 %."""
-    least = min(saving_percent)
-    surely = [100 * (1 - s / t) for s, t in zip(student_slowest, teacher_fastest, strict=True)]
-    count = f"{_each(threads)} thread{'s' if max(threads) > 1 else ''}"
-    here = (
-        f"{_each(saving_percent)} % less on {count} (medians), {_each(surely)} % for the slowest run against the "
-        f"teacher's fastest; {_each(in_pytorch_percent)} % in PyTorch"
-    )
-    return _verdict(least >= 40, partly=least >= 20), here
 
 
 def memory_account_is_true(
     simulated_least: float, simulated_most: float, measured_least: float, measured_most: float
 ) -> Ruling:
-    """Reproduced: within 5 % of simulation and measurement. Partly: of the simulation."""
-    simulated = simulated_least >= 0.95 and simulated_most <= 1.05
-    measured = measured_least >= 0.95 and measured_most <= 1.05
+    """Holds: within 5 % of simulation and measurement."""
+    least, most = min(simulated_least, measured_least), max(simulated_most, measured_most)
     here = (
         f"account / simulation {_n(simulated_least)} to {_n(simulated_most)} on SD 1.5, "
         f"account / measurement {_n(measured_least)} to {_n(measured_most)}"
     )
-    return _verdict(simulated and measured, partly=simulated), here
+    return _check(least >= 0.95 and most <= 1.05), here
 
 
-def distance_against_standard_distillation(
-    copied: float, copied_sd: float, student: float, student_sd: float, teacher: float, unguided: float, seeds: float
+def inference_time_on_gpu(
+    student_1: Interval, teacher_1: Interval, student_16: Interval, teacher_16: Interval
 ) -> Ruling:
-    """Reproduced: the loss with its spread is within the margin. Too coarse: the loss less its spread is."""
-    lost, spread, margin = student - copied, _spread(copied_sd, student_sd), 0.1 * (unguided - teacher)
-    values = f"{_n(copied)} (full copy), {_n(student)} (LoRA)"
-    return _kept(lost, spread, margin, seeds), f"FD-EfficientNet-Lite0 {values}: {_lost(lost, spread, margin)}"
+    """Holds: at least 40 % less at batch 1 and 16, whichever repeats are compared."""
+    savings = [_saved_range(student_1, teacher_1), _saved_range(student_16, teacher_16)]
+    here = f"{_in(savings[0])} % less at batch 1, {_in(savings[1])} % at batch 16, between any two repeats"
+    return _check(_all(*(_at_least(saving, 40) for saving in savings))), here
 
 
-def inception_score_kept(teacher: float, teacher_sd: float, student: float, student_sd: float, seeds: float) -> Ruling:
-    """Reproduced: the loss with its spread is within the margin. Too coarse: the loss less its spread is."""
-    lost, spread, margin = teacher - student, _spread(teacher_sd, student_sd), 0.05 * teacher
-    return _kept(lost, spread, margin, seeds), f"{_n(teacher)} → {_n(student)}: {_lost(lost, spread, margin)}"
+def inference_time_as_deployed(threads: list[float], deployed: list[Interval], in_pytorch: list[Interval]) -> Ruling:
+    """Holds: one image takes at least 40 % less, with the interval, as deployed and at every number of threads."""
+    savings, beside = ([_saved(ratio) for ratio in ratios] for ratios in (deployed, in_pytorch))
+    count = f"{_each(threads)} thread{'s' if max(threads) > 1 else ''}"
+    here = f"{_all_in(savings)} % less on {count}, one image; {_all_in(beside)} % in PyTorch"
+    return _check(_all(*(_at_least(saving, 40) for saving in savings))), here
 
 
-def alignment_against_standard_distillation(
-    copied: float, copied_sd: float, student: float, student_sd: float, teacher: float, unguided: float, seeds: float
-) -> Ruling:
-    """Reproduced: the loss with its spread is within the margin. Too coarse: the loss less its spread is."""
-    lost, spread, margin = copied - student, _spread(copied_sd, student_sd), 0.1 * (teacher - unguided)
-    here = f"{_n(copied)} % (full copy), {_n(student)} % (LoRA): {_lost(lost, spread, margin, 'points ')}"
-    return _kept(lost, spread, margin, seeds), here
+def time_over_batch_and_resolution(savings: list[Interval]) -> Ruling:
+    """Holds: at least 40 % less, with the interval, at every batch and resolution."""
+    least, most = min(each.value for each in savings), max(each.value for each in savings)
+    enough = sum(each.low >= 40 for each in savings)
+    here = f"{_n(least)} to {_n(most)} % less, surely 40 % in {enough} of {len(savings)} cells"
+    return _check(_all(*(_at_least(each, 40) for each in savings))), here
 
 
-def time_over_batch_and_resolution(least: float, middle: float, most: float) -> Ruling:
-    """Reproduced: 40 % less at every batch and resolution. Partly: at some."""
-    here = f"{_n(least)} to {_n(most)} % less, median {_n(middle)} %"
-    return _verdict(least >= 40, partly=most >= 40), here
+def time_against_standard_distillation(ratios: list[Interval]) -> Ruling:
+    """Holds: one image takes as long as the full copy's within 5 %, with the interval, at every number of threads."""
+    return _check(_all(*(_is_same(each, SECONDS) for each in ratios))), f"{_all_in(ratios)} times the full copy's"
 
 
-def time_against_standard_distillation(
-    copied: float, copied_slowest: float, student: float, student_fastest: float
-) -> Ruling:
-    """Reproduced: at most 5 % slower, with ranges that overlap. Partly: at most 20 % slower."""
-    change = 100 * (student / copied - 1)
-    here = f"{_n(1000 * copied)} ms an image (full copy), {_n(1000 * student)} ms (LoRA, merged): {_n(change)} %"
-    return _verdict(change <= 5 and student_fastest <= copied_slowest, partly=change <= 20), here
+# ---------------------------------------------------------------------------------------------- checks: quality
 
 
-def lcm_lora_time_over_batch_and_resolution(least_saved: float, most_saved: float) -> Ruling:
-    """Reproduced: 2.07 / 0.86 times faster at every batch and resolution. Partly: at some."""
-    least, most = 100 / (100 - least_saved), 100 / (100 - most_saved)
-    verdict = _verdict(least >= SLIDES_SPEED_UP, partly=most >= SLIDES_SPEED_UP)
-    return verdict, f"{_n(least)} to {_n(most)} times faster"
+def alignment_kept_at_four_objects(errors: Interval) -> Ruling:
+    """Holds: at most 1.25 times the teacher's errors, with the interval."""
+    return _check(_at_most(errors, ERRORS)), f"{_in(errors)} times the teacher's errors, margin {_n(ERRORS)}"
 
 
-def lcm_lora_alignment(
-    base: float, base_sd: float, lcm: float, lcm_sd: float, untrained: float, seeds: float
-) -> Ruling:
-    """Reproduced: the loss with its spread is within the margin. Too coarse: the loss less its spread is."""
-    lost, spread, margin = base - lcm, _spread(base_sd, lcm_sd), 0.1 * (base - untrained)
-    here = f"content correct {_n(base)} → {_n(lcm)} %: {_lost(lost, spread, margin, 'points ')}"
-    return _kept(lost, spread, margin, seeds), here
+def distance_against_standard_distillation(fd_ratio: Interval, kid: Interval) -> Ruling:
+    """Holds: the Frechet distance is at most 1.1 times the full copy's, with the interval."""
+    return _check(_at_most(fd_ratio, DISTANCE)), _distance("the full copy's", fd_ratio, kid)
 
 
-def lcm_lora_against_untrained(
-    untrained: float, untrained_sd: float, lcm: float, lcm_sd: float, seeds: float
-) -> Ruling:
-    """Reproduced: the gain exceeds its spread. Too coarse: the gain may be a point."""
-    gain, spread = lcm - untrained, _spread(lcm_sd, untrained_sd)
-    here = f"content correct {_n(untrained)} → {_n(lcm)} %: {_n(gain)} ± {_n(spread)} points gained"
-    return _gained(gain, spread, 1, seeds), here
+def alignment_against_standard_distillation(errors: Interval) -> Ruling:
+    """Holds: at most 1.25 times the full copy's errors, with the interval."""
+    return _check(_at_most(errors, ERRORS)), f"{_in(errors)} times the full copy's errors, margin {_n(ERRORS)}"
+
+
+def pictures_against_standard_distillation(psnr: Interval) -> Ruling:
+    """Holds: the PSNR to the teacher's pictures is at most 1 dB below the full copy's, with the interval."""
+    return _check(_at_least(psnr, -PSNR)), f"PSNR to the teacher's pictures {_in(psnr, '+')} dB against the full copy's"
+
+
+def features_against_standard_distillation(fd_to_teacher: Interval, copied: float) -> Ruling:
+    """Holds: the Frechet distance to the teacher's pictures is at most 1.1 times the full copy's, with the interval."""
+    ratio = Interval(*(1 + each / copied for each in fd_to_teacher))
+    here = f"FD to the teacher's pictures {_in(ratio)} times the full copy's, which is {_n(copied)}"
+    return _check(_at_most(ratio, DISTANCE)), here
+
+
+def loss_against_standard_distillation(student: list[float], copied: list[float]) -> Ruling:
+    """Holds: over the second half of the training the loss is at most 1.1 times the full copy's."""
+    ours, theirs = (mean(losses[len(losses) // 2 :]) for losses in (student, copied))
+    return _check(ours <= DISTANCE * theirs), f"loss {ours:.3g} (LoRA), {theirs:.3g} (full copy)"
+
+
+def student_against_few_guided_steps(errors: Interval) -> Ruling:
+    """Holds: the base with 4 guided steps makes at least 1.25 times the student's errors."""
+    return _check(_is_more(_inverse(errors), ERRORS)), f"{_in(errors)} times the errors of 4 guided steps"
+
+
+def lcm_lora_alignment(errors: Interval) -> Ruling:
+    """Holds: at most 1.25 times the guided base's errors, with the interval."""
+    return _check(_at_most(errors, ERRORS)), f"{_in(errors)} times the guided base's errors, margin {_n(ERRORS)}"
+
+
+def lcm_lora_against_untrained(errors: Interval) -> Ruling:
+    """Holds: the untrained base makes at least 1.25 times the errors."""
+    return _check(_is_more(_inverse(errors), ERRORS)), f"{_in(errors)} times the untrained base's errors"
+
+
+def lcm_lora_against_few_guided_steps(errors: Interval) -> Ruling:
+    """Holds: at most 1.25 times the errors of 4 guided steps, with the interval."""
+    return _check(_at_most(errors, ERRORS)), f"{_in(errors)} times the errors of 4 guided steps, margin {_n(ERRORS)}"
+
+
+def style_and_speed(errors: Interval) -> Ruling:
+    """Holds: at most 1.25 times the errors of the fine-tune alone, of content or style, with the interval."""
+    return _check(_at_most(errors, ERRORS)), f"{_in(errors)} times the fine-tune's errors, margin {_n(ERRORS)}"
 
 
 RULES: dict[str, Callable[..., Ruling]] = {
@@ -255,9 +252,7 @@ RULES: dict[str, Callable[..., Ruling]] = {
     for rule in (
         inference_time_40_percent,
         memory_half_training,
-        memory_half_inference,
         memory_half_before_distillation,
-        memory_half_sharing,
         conventional_raises_memory,
         quality_kept,
         alignment_kept,
@@ -266,67 +261,136 @@ RULES: dict[str, Callable[..., Ruling]] = {
         larger_data_better,
         lcm_lora_2_4_times_faster,
         larger_data_faster,
+        memory_half_inference,
+        memory_half_sharing,
         memory_training_on_gpu,
         memory_inference_on_gpu,
+        memory_account_is_true,
         inference_time_on_gpu,
         inference_time_as_deployed,
-        memory_account_is_true,
-        distance_against_standard_distillation,
-        inception_score_kept,
-        alignment_against_standard_distillation,
         time_over_batch_and_resolution,
         time_against_standard_distillation,
-        lcm_lora_time_over_batch_and_resolution,
+        alignment_kept_at_four_objects,
+        distance_against_standard_distillation,
+        alignment_against_standard_distillation,
+        pictures_against_standard_distillation,
+        features_against_standard_distillation,
+        loss_against_standard_distillation,
+        student_against_few_guided_steps,
         lcm_lora_alignment,
         lcm_lora_against_untrained,
+        lcm_lora_against_few_guided_steps,
+        style_and_speed,
     )
 }
 
 
-def _verdict(reproduced: bool, *, partly: bool = False, too_coarse: bool = False) -> str:
-    if reproduced:
-        return REPRODUCED
-    if partly:
-        return PARTLY
-    return TOO_COARSE if too_coarse else NOT_REPRODUCED
+# ---------------------------------------------------------------------------------------------- answers
 
 
-def _half(batch_1: float, batch_16: float) -> str:
-    return _verdict(batch_1 >= 50 and batch_16 >= 50, partly=batch_1 >= 50 or batch_16 >= 50)
+def _at_most(number: Interval, margin: float) -> bool | None:
+    """Whether the whole interval is at most a margin; None where it holds both answers, here and below."""
+    return True if number.high <= margin else False if number.low > margin else None
 
 
-def _kept(lost: float, spread: float, margin: float, seeds: float) -> str:
-    if seeds < 2 or not margin > 0:
-        return ONE_SEED if seeds < 2 else NO_MARGIN
-    return _verdict(lost + spread <= margin, too_coarse=lost - spread <= margin)
+def _at_least(number: Interval, margin: float) -> bool | None:
+    return True if number.low >= margin else False if number.high < margin else None
 
 
-def _gained(gain: float, spread: float, least: float, seeds: float) -> str:
-    """Whether a difference exceeds its spread; too coarse where it may be more than `least`."""
-    if seeds < 2:
-        return ONE_SEED
-    return _verdict(gain > spread, too_coarse=gain + spread > least)
+def _is_same(ratio: Interval, margin: float) -> bool | None:
+    """Whether a ratio lies within a margin on either side of 1."""
+    return _all(_at_most(ratio, margin), _at_least(ratio, 1 / margin))
 
 
-def _both_exceed(a: float, spread_a: float, b: float, spread_b: float, least: float, seeds: float) -> str:
-    """Whether two differences exceed their spreads; too coarse where one that does not may be as much as `least`."""
-    if seeds < 2:
-        return ONE_SEED
-    exceed, possible = (a > spread_a, b > spread_b), (a + spread_a > least, b + spread_b > least)
-    return _verdict(all(exceed), partly=any(exceed), too_coarse=any(possible))
+def _is_more(number: Interval, least: float, none: float = 1) -> bool | None:
+    """Whether a number exceeds `none` with its interval, and by as much as matters; False where it surely does not."""
+    if number.low > none and number.value >= least:
+        return True
+    return False if number.high < least else None
 
 
-def _spread(sd: float, other_sd: float) -> float:
-    return 2 * (sd**2 + other_sd**2) ** 0.5
+def _all(*answers: bool | None) -> bool | None:
+    return False if False in answers else None if None in answers else True
 
 
-def _lost(lost: float, spread: float, margin: float, unit: str = "") -> str:
-    return f"{_n(lost)} ± {_n(spread)} {unit}lost, margin {_n(margin)}"
+def _work(answer: bool | None) -> str:
+    """Of a claim without a number."""
+    return UNTOLD if answer is None else DIRECTION if answer else NOT_REPRODUCED
+
+
+def _check(answer: bool | None) -> str:
+    return UNTOLD if answer is None else HOLDS if answer else FAILS
+
+
+def _numbered(found: list[Interval], stated: float, least: float, none: float = 0) -> str:
+    """Of a claim with a number that each of `found` is compared with."""
+    near = [each.low >= (1 - NEAR) * stated and each.high <= (1 + NEAR) * stated for each in found]
+    return REPRODUCED if all(near) else _work(_all(*(_is_more(each, least, none) for each in found)))
+
+
+# ---------------------------------------------------------------------------------------------- numbers
+
+
+def _exactly(value: float) -> Interval:
+    return Interval(value, value, value)
+
+
+def _inverse(ratio: Interval) -> Interval:
+    return Interval(1 / ratio.value, 1 / ratio.high, 1 / ratio.low)
+
+
+def _saved(ratio: Interval) -> Interval:
+    """What is saved, per cent, of a ratio of seconds."""
+    return Interval(*(100 * (1 - each) for each in (ratio.value, ratio.high, ratio.low)))
+
+
+def _saved_range(student: Interval, teacher: Interval) -> Interval:
+    """What is saved, per cent, of seconds with their ranges: least and most between any two repeats."""
+    ratios = student.value / teacher.value, student.low / teacher.high, student.high / teacher.low
+    return _saved(Interval(*ratios))
+
+
+def _memory(before: float, after: float, paper_1: float, paper_16: float) -> tuple[float, str]:
+    """Per cent saved at batch 1, and what is known in words."""
+    saved = 100 * (1 - after / before)
+    here = (
+        f"{_n(saved)} % less at batch 1, measured ({_n(before)} → {_n(after)} GB; {_n(paper_1)} % on paper), "
+        f"{_n(paper_16)} % at 16 on paper"
+    )
+    return saved, here
+
+
+def _distance(other: str, fd_ratio: Interval, kid: Interval) -> str:
+    """A ratio of Frechet distances in words, and whether the kernel distance on the same layer says the same."""
+    return f"FD {_in(fd_ratio)} times {other}; {_kid(fd_ratio, kid)}"
+
+
+def _kid(fd_ratio: Interval, kid: Interval) -> str:
+    fd_side, kid_side = _side(fd_ratio, 1), _side(kid, 0)
+    if not kid_side:
+        return "KID sees no difference"
+    said = "KID is higher" if kid_side > 0 else "KID is lower"
+    return said if fd_side == kid_side else f"{said}, FD does not say so" if not fd_side else f"{said}, against FD"
+
+
+def _side(number: Interval, none: float) -> int:
+    """1 where a number surely lies above `none`, -1 where below, else 0."""
+    return (number.low > none) - (number.high < none)
 
 
 def _n(value: float) -> str:
     """A number to two decimals, without zeros at its end."""
     return f"{round(value, 2):g}"
+
+
+def _in(number: Interval, sign: str = "") -> str:
+    """A number with its interval, to three digits."""
+    value, low, high = (f"{each:{sign}.3g}" for each in number)
+    return f"{value} ({low} to {high})"
+
+
+def _all_in(numbers: list[Interval]) -> str:
+    return " and ".join(map(_in, numbers))
 
 
 def _each(values: list[float]) -> str:

@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from lora_distill.errors import InputError
 
@@ -19,18 +20,36 @@ WIDTH = 5.5  # inches of a text column
 GAP = 0.03  # inches between the images of a grid
 # The colours of methods that several figures show: samplers of the base, what has learnt few steps, and one pass.
 STYLES = {
+    "teacher, two passes": {"color": "C4", "marker": "v"},
+    "teacher, w = 7.5": {"color": "C4", "marker": "v", "markerfacecolor": "white"},
+    "student, w = 7.5": {"color": "0.45", "marker": "*", "markersize": 8},
+    "no guidance": {"color": "C1", "marker": "s"},
     "DDIM, one pass": {"color": "C0", "marker": "o"},
     "LCM scheduler, one pass": {"color": "C1", "marker": "s"},
     "DDIM, guided": {"color": "C4", "marker": "v"},
     "DPM-Solver++, guided": {"color": "C5", "marker": "P"},
+    "LCM scheduler, guided": {"color": "C1", "marker": "s", "markerfacecolor": "white"},
     "half guided": {"color": "C0", "marker": "D", "markerfacecolor": "white"},
     "LCM-LoRA 8k": {"color": "C2", "marker": "^"},
     "LCM-LoRA 30k": {"color": "C2", "marker": "^", "markerfacecolor": "white"},
     "LoRA mimics LCM": {"color": "C3", "marker": "D"},
     "LCM, all weights": {"color": "C3", "marker": "s", "markerfacecolor": "white"},
+    "fine-tune + LCM-LoRA 8k": {"color": "0.45", "marker": "P"},
+    "teacher": {"color": "black", "marker": "h"},
     "LoRA student": {"color": "black", "marker": "*", "markersize": 8},
     "full copy": {"color": "black", "marker": "*", "markersize": 8, "markerfacecolor": "white"},
     "fine-tuned, rank 16": {"color": "0.45", "marker": "X"},
+}
+OBJECTS = {  # a colour and marker for each number of objects, light to dark
+    "1": {"color": "#8fc93a", "marker": "o"},
+    "2": {"color": "#21a585", "marker": "s"},
+    "3": {"color": "#2f6d8e", "marker": "^"},
+    "4": {"color": "#440154", "marker": "D"},
+}
+CALIBRATION = {  # what the Frechet distance of some images means: the column's end, and in words
+    "_other_style": ("the other drawing style", "-."),
+    "_vae": ("real images after the VAE", "--"),
+    "_floor": ("other real images", ":"),
 }
 REFERENCE = {"color": "0.5", "linestyle": "--", "linewidth": 1}  # of lines that nothing was trained for
 
@@ -65,11 +84,44 @@ def value_with_interval(ax: Axes, rows: Rows, x: str, value: str, **style: Any) 
     ax.errorbar(column(rows, x), values, np.abs([low - values, high - values]), **style)
 
 
+def numbered(objects: int | str) -> str:
+    """A number of objects in words."""
+    return f"{objects} object{'s' if str(objects) != '1' else ''}"
+
+
+def errors_with_interval(ax: Axes, rows: Rows, x: str, **style: Any) -> None:
+    """A curve of errors in per cent on a log axis, with their intervals; no error at all stands at half a one."""
+    least = np.array([50 / (row["n"] * row.get("seeds", 1)) for row in rows])
+    values, low, high = (np.maximum(100 * column(rows, key).astype(float), least) for key in ("errors", "low", "high"))
+    ax.errorbar(column(rows, x), values, np.abs([low - values, high - values]), **style)
+    log_percent(ax)
+
+
+def log_percent(ax: Axes) -> None:
+    """A log axis that says 0.5, 1, 2, 5, 10."""
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter("")
+
+
+def calibration_lines(ax: Axes, rows: Rows) -> None:
+    """Lines at the Frechet distances that say what others mean, where rows have them; the axis is in powers of ten."""
+    for end, (label, line) in CALIBRATION.items():
+        known = {row.get(f"fd_efficientnet_lite0{end}") for row in rows} - {None}
+        if known:
+            ax.axhline(known.pop(), **REFERENCE | {"linestyle": line, "marker": "", "label": label})
+            log_percent(ax)
+
+
 def loss_by_method(rows: Rows, ylabel: str) -> Figure:
-    """Training losses, a curve a method."""
+    """Training losses, a curve a method; a method without steps is a line."""
     figure, ax = plt.subplots(figsize=(WIDTH, 2.4))
     for method, points in grouped(rows, "method").items():
-        ax.plot(column(points, "step"), column(points, "loss"), label=method, marker="", linewidth=1.2)
+        if points[0]["step"] is None:
+            ax.axhline(points[0]["loss"], label=method, **REFERENCE)
+        else:
+            ax.plot(column(points, "step"), column(points, "loss"), label=method, marker="", linewidth=1.2)
     ax.set(xlabel="training step", ylabel=ylabel, ylim=(0, None))
     ax.legend()
     return figure
@@ -106,4 +158,4 @@ def image_grid(rows: Rows, images: np.ndarray) -> Figure:
 
 
 def _wrapped(caption: str | None) -> str:
-    return textwrap.fill(str(caption or ""), 16, max_lines=5, placeholder=" …")
+    return textwrap.fill(str(caption or ""), 16, max_lines=10, placeholder=" …")

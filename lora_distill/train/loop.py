@@ -9,7 +9,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -28,7 +28,8 @@ from lora_distill.writing import locked
 LEAST_SCALE = 2.0**-14  # of a loss in float16; a smaller one makes all gradients zero
 SCALING = 20  # updates that float16 may take to find its scale
 BEYOND_HALF = "bfloat16 or float32 has the range that float16 lacks"
-Milestones = tuple[int, Callable[..., dict], str]  # every so many updates, what is measured, and a key of it
+# every so many updates or after which of them, what is measured, and a key of it
+Milestones = tuple[int | Sequence[int], Callable[..., dict], str]
 
 
 def train(
@@ -45,8 +46,9 @@ def train(
 
     `draw_batch(step, batch_size, generator)` samples a batch: tensors with a row an image. With `milestones = (n,
     measure, key)` the dict `measure(step)` is added to the log before the first step, after every n-th and after the
-    last; `key` names all that it depends on. Several processes each take their rows of the same batch; each calls
-    `measure`, which may share work among them, and the main one's numbers and files are kept.
+    last; where n is a sequence, after its steps and the last. `key` names all that it depends on. Several processes
+    each take their rows of the same batch; each calls `measure`, which may share work among them, and the main one's
+    numbers and files are kept.
 
     The trained parameters and the log are written to `folder`/result.safetensors. If that file exists, it is loaded and
     nothing is trained; else training goes on from the checkpoint in `folder`, if any. A damaged file is ignored with a
@@ -75,7 +77,9 @@ def _trained(
     title: str,
 ) -> list[dict]:
     """Train from the checkpoint, or from the start, to the end; the rows of the log."""
-    every, measure, measured = milestones or (0, None, None)
+    looked_at, measure, measured = milestones or ((), None, None)
+    if isinstance(looked_at, int):
+        looked_at = range(0, schedule.steps, looked_at)
     average = Average(step, objective, schedule.ema_decay) if schedule.ema_decay else None
     state = Checkpoint(step, average, schedule, measured, folder)
     first_step, log = state.restore()
@@ -86,7 +90,7 @@ def _trained(
     rows, main, watch = own_rows(schedule.batch_size), processes.is_main(), _Watch(step)
     options = {"desc": title, "mininterval": 2, "file": sys.stdout, "ncols": 100, "disable": not main}
     progress = tqdm(total=schedule.steps, initial=first_step, **options)
-    if every and first_step == 0:
+    if milestones and first_step == 0:
         log.append({"step": 0, **_measured(measure, 0, None)})
     clock, images, machine = time.perf_counter(), 0, device_name(str(step.device))
     for update in range(first_step, schedule.steps):
@@ -112,7 +116,7 @@ def _trained(
             clock, images = time.perf_counter(), 0
             log.append(processes.agree(row))
             progress.set_postfix_str(f"loss {row['loss']:.4f}, {row['images_per_s']:.0f} images/s", refresh=False)
-        if every and (done % every == 0 or done == schedule.steps):
+        if milestones and (done in looked_at or done == schedule.steps):
             watch.check()
             log.append({"step": done, **_measured(measure, done, average)})
             clock, images = time.perf_counter(), 0

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lora_distill import processes
 from lora_distill.adapters import adapter_names, add_adapter, plain_copy, save_adapter
-from lora_distill.data.encoded import EncodedImages, consistency_batches, image_batches
+from lora_distill.data.encoded import EncodedImages, caption_dropout, consistency_batches, image_batches
 from lora_distill.data.teacher import noised_batches
 from lora_distill.devices import compiled, is_compiled
 from lora_distill.fingerprint import fingerprint
@@ -153,13 +153,21 @@ def finetune_lora(
     targets: str,
     name: str = "finetune",
     milestones: Milestones | None = None,
+    learning_rate: float | None = None,
 ) -> list[dict]:
-    """The slides' baseline: the adapter `name` is trained with the denoising loss on the images; return the log."""
+    """The slides' baseline: the adapter `name` is trained with the denoising loss on the images; return the log.
+
+    A share of the captions is dropped, as the settings say. The learning rate is by default `finetune_learning_rate`.
+    """
     _new_adapter(pipe, name, rank, targets, settings)
     objective = Denoising(pipe.unet, pipe.scheduler)
+    dropout, empty_embeds = settings.finetune_caption_dropout, encode_prompts(pipe, [""])
     draw_batch = image_batches(images, pipe.scheduler.config.num_train_timesteps)
-    plan = replace(_plan(settings, settings.finetune_learning_rate), steps=settings.finetune_steps, ema_decay=0.0)
+    draw_batch = caption_dropout(draw_batch, empty_embeds.float(), dropout)
+    plan = _plan(settings, learning_rate or settings.finetune_learning_rate)
+    plan = replace(plan, steps=settings.finetune_steps, ema_decay=0.0)
     key = {"pipeline": fingerprint(pipe), "images": images.key, "rank": rank, "targets": targets}
+    key |= {"caption_dropout": dropout}
     log = fit(name, objective, draw_batch, pipe, plan, settings, folder, milestones, **key)
     _save(pipe, name, folder, settings, "fine-tune", plan, {"images": images.key})
     return log

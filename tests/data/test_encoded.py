@@ -11,7 +11,15 @@ from diffusers.models.autoencoders.vae import Encoder
 from transformers import CLIPTextModel
 
 from lora_distill.data.captioned import captioned_images
-from lora_distill.data.encoded import LEFT_OR_RIGHT, Framing, encode_images, image_batches, views
+from lora_distill.data.encoded import (
+    LEFT_OR_RIGHT,
+    Framing,
+    caption_dropout,
+    encode_images,
+    first_images,
+    image_batches,
+    views,
+)
 from lora_distill.pipeline import encode_prompts, load_pipeline
 from lora_distill.train.step import step_generator
 
@@ -373,3 +381,40 @@ class TestBatches:
 )
 def test_left_and_right_are_found_as_words(caption, found):
     assert bool(LEFT_OR_RIGHT.search(caption)) == found
+
+
+class TestFirstImages:
+    def test_they_are_those_that_were_encoded_first_with_their_captions(self, encoded, bundle, dataset, tmp_path):
+        few = first_images(encoded(SQUARE), 4)
+        alone = encode_images(bundle, dataset.select(range(4)), SQUARE, tmp_path / "alone", batch_size=4)
+        assert len(few) == 4
+        for ours, theirs in zip(draws(few, 30).values(), draws(alone, 30).values(), strict=True):
+            assert torch.allclose(ours, theirs, atol=2e-3)
+
+    def test_a_training_on_them_has_a_key_of_its_own(self, encoded):
+        whole = encoded(SQUARE)
+        assert len({whole.key, first_images(whole, 3).key, first_images(whole, 4).key}) == 3
+
+    @pytest.mark.parametrize("count", [0, COUNT + 1])
+    def test_more_than_there_are_is_one_line(self, encoded, count):
+        with pytest.raises(ValueError, match=f"few_images: expected 1 to {COUNT}, the images of the set, got {count}"):
+            first_images(encoded(SQUARE), count)
+
+
+class TestCaptionDropout:
+    def test_a_share_of_the_captions_is_empty_and_all_else_as_it_was(self, encoded, bundle):
+        batches, empty = image_batches(encoded(SQUARE), 1000), encode_prompts(bundle, [""])
+        plain, dropped = (
+            draw(0, 400, torch.Generator().manual_seed(0)) for draw in (batches, caption_dropout(batches, empty, 0.25))
+        )
+        embeds = dropped.pop("prompt_embeds")
+        is_empty = (embeds == empty).all(dim=(1, 2))
+        assert 70 < is_empty.sum() < 130
+        assert torch.equal(embeds[~is_empty], plain.pop("prompt_embeds")[~is_empty])
+        assert all(torch.equal(plain[name], dropped[name]) for name in plain | dropped)
+
+    def test_no_share_is_no_change(self, encoded, bundle):
+        batches = image_batches(encoded(SQUARE), 1000)
+        none = caption_dropout(batches, encode_prompts(bundle, [""]), 0.0)
+        one, other = (draw(3, 8, torch.Generator().manual_seed(1)) for draw in (batches, none))
+        assert all(torch.equal(one[name], other[name]) for name in one)

@@ -13,8 +13,9 @@ from lora_distill.adapters import adapter_parameters
 from lora_distill.data.captioned import captioned_images
 from lora_distill.data.teacher import scene_prompts
 from lora_distill.judge.features import cached_features, extract, load_extractor
-from lora_distill.judge.judge import Judge, Method, drawn, held_out, judge_for, judge_methods, load_images
+from lora_distill.judge.judge import Judge, Method, drawn, held_out, judge_for, judge_methods, load_images, looked_at
 from lora_distill.judge.pictures import Pictures, batches, kept_pictures, slug
+from lora_distill.judge.reader import judge_images
 from lora_distill.sampling import Sampler
 from lora_distill.settings import Settings
 
@@ -29,13 +30,34 @@ def test_the_first_images_of_a_judge_are_those_of_all(bundle):
 
 def test_milestones_are_the_judgement_of_the_student_on_seed_0(bundle):
     judge = Judge(bundle, scene_prompts("noto", "val", 4, seed=0), drawn("noto", "val", 150, seed=1))
-    every, measure, key = judge.milestones(Sampler(2), every=50)
-    assert key == judge.milestones(Sampler(2), every=50)[2] != judge.milestones(Sampler(3), every=50)[2]
+    steps, measure, key = judge.milestones(Sampler(2), [5, 10])
+    assert key == judge.milestones(Sampler(2), [5, 10])[2] != judge.milestones(Sampler(3), [5, 10])[2]
     quality = judge(Sampler(2), seed=0)
-    assert every == 50 and measure(100, bundle) == {
+    assert steps == [5, 10] and measure(100, bundle) == {
         "all_correct": quality.counted.value,
+        "fit_error": quality.fit_error.mean(),
         "fd_efficientnet_lite0": quality.frechet_distance,
     }
+
+
+def test_students_are_looked_at_early_regularly_and_at_the_end():
+    settings = Settings(train_steps=130, eval_every=50)
+    assert looked_at(settings) == [0, 5, 10, 20, 40, 50, 100, 130]
+    assert looked_at(Settings(train_steps=20, eval_every=50)) == [0, 5, 10, 20]
+
+
+def test_a_judgement_of_scenes_has_the_verdicts_of_one_reading_image_by_image(bundle):
+    prompts = scene_prompts("noto", "val", 4, seed=0)
+    judge = Judge(bundle, prompts, drawn("noto", "val", 20, seed=1), key="content")
+    images = drawn("noto", "val", 4, seed=0)
+    images[0] = 255
+    quality, verdicts = judge.judge_images(images), judge_images(images, prompts.scenes)
+    assert quality.right.tolist() == verdicts.right["content"].tolist() == [False, True, True, True]
+    assert (quality.object_share == verdicts.object_share).all() and (quality.fit_error == verdicts.fit_error).all()
+    assert quality.alignment["content"].value == 0.75
+    half = 1.959964 * verdicts.fit_error.std(ddof=1) / 2
+    score = quality.alignment["fit_error"]
+    assert (score.low, score.high) == pytest.approx((score.value - half, score.value + half))
 
 
 # ---------------------------------------------------------------------------------------------- photographs
@@ -71,10 +93,11 @@ def test_photographs_are_judged_by_clip_and_without_one_by_their_distance(bundle
     quality = judge(Sampler(2), seed=0)
     assert (judge.key, quality.column, list(quality.alignment)) == ("clip", "clip_cosine", ["clip"])
     assert -1 < quality.counted.low < quality.counted.value < quality.counted.high < 1
-    assert judge.milestones(Sampler(2), 5)[1](0, bundle).keys() == {"clip_cosine", "fd_efficientnet_lite0"}
+    assert judge.milestones(Sampler(2), [5])[1](0, bundle).keys() == {"clip_cosine", "fd_efficientnet_lite0"}
     bare = judge_for(bundle, photographs.model_copy(update={"clip": ""}), *options)
     quality = bare(Sampler(2), seed=0)
     assert (bare.key, quality.column, quality.alignment) == ("", "fd_efficientnet_lite0", {})
+    assert (quality.right, quality.object_share, quality.fit_error) == (None, None, None)
     assert quality.counted.value == quality.frechet_distance
 
 

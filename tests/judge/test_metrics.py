@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from dataclasses import asdict, replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from lora_distill.judge.metrics import (
     psnr,
     real_floor,
 )
+from lora_distill.judge.reader import EMPTY, MARGIN, Reader
 from lora_distill.pipeline import load_pipeline
 from lora_distill.sampling import Sampler
 
@@ -60,7 +62,9 @@ def test_a_proportion_reads_as_one_line():
 def test_alignment_is_1_for_the_scenes_that_were_drawn_and_0_for_others():
     shown = scenes.sample_scenes("noto", "val", 20, seed=0)
     images = np.stack([scenes.draw(s) for s in shown])
-    assert all(p.value == 1 and p.count == 20 for p in prompt_alignment(images, shown).values())
+    found = prompt_alignment(images, shown)
+    assert found.pop("fit_error").value < 0.01
+    assert all(score.value == 1 and score.count == 20 for score in found.values())
     others = [s for s in scenes.sample_scenes("noto", "val", 200, seed=1)][-20:]
     assert prompt_alignment(images, others)["all"].value == 0
 
@@ -68,12 +72,12 @@ def test_alignment_is_1_for_the_scenes_that_were_drawn_and_0_for_others():
 def test_alignment_of_saved_images_is_the_count_of_what_they_were_drawn_to_show(tmp_path):
     """PNGs that show what was asked, or something else in one known attribute; counted from their labels alone."""
     asked = scenes.sample_scenes("noto", "val", 12, seed=4)
-    other_colour = {"blue": "pink"}
+    other_colour, other_kind = {"blue": "pink"}, {"lion": "frog"}
     shown = [
         scene if i % 4 == 0 else
         replace(scene, style="fluent") if i % 4 == 1 else
         replace(scene, background=other_colour.get(scene.background, "blue")) if i % 4 == 2 else
-        replace(scene, first=scene.second, second=scene.first)
+        replace(scene, objects=tuple(replace(one, kind=other_kind.get(one.kind, "lion")) for one in scene.objects))
         for i, scene in enumerate(asked)
     ]  # fmt: skip
     for i, (scene, prompt) in enumerate(zip(shown, asked, strict=True)):
@@ -84,16 +88,15 @@ def test_alignment_of_saved_images_is_the_count_of_what_they_were_drawn_to_show(
     for path in tmp_path.glob("*.json"):
         shows, asks = json.loads(path.read_text()).values()
         same = {key: shows[key] == asks[key] for key in shows}
-        count["objects"] += sorted([shows["first"], shows["second"]]) == sorted([asks["first"], asks["second"]])
-        count["relation"] += same["first"] and same["second"] and same["axis"]
-        count["background"] += same["background"]
-        count["style"] += same["style"]
-        count["all"] += all(same[key] for key in ("first", "second", "axis", "background", "style"))
-    assert count == {"objects": 12, "relation": 9, "background": 9, "style": 9, "all": 3}
+        count.update({name: same[name] for name in ("objects", "background", "style")})
+        count["content"] += same["objects"] and same["background"]
+        count["all"] += all(same.values())
+    assert count == {"objects": 9, "background": 9, "style": 9, "content": 6, "all": 3}
 
     images = np.stack([np.asarray(Image.open(path)) for path in sorted(tmp_path.glob("*.png"))])
     measured = prompt_alignment(images, asked)
     assert {name: round(measured[name].value * 12) for name in count} == count
+    assert measured["object_share"].value == 0.75
 
 
 # ---------------------------------------------------------------------------------------------- distances
@@ -134,33 +137,37 @@ def test_the_distance_is_frechets_on_features_of_saved_images(features, tmp_path
     )
 
 
-def plainly_read(image: np.ndarray) -> tuple:
-    """(style, first, second, axis, background) of an image, each sprite compared with each window of it in numpy."""
-    background = np.sort(np.concatenate([image[:2], image[-2:]]).reshape(-1, 3), axis=0)[(4 * 64 - 1) // 2]
-    name = min(scenes.BACKGROUNDS, key=lambda name: np.linalg.norm(background - np.array(scenes.BACKGROUNDS[name])))
-    left = (image - background.astype(float)) / 255
-    size = scenes.SPRITE_SIZE
-    windows = np.lib.stride_tricks.sliding_window_view(left, (size, size, 3)).reshape(65 - size, 65 - size, -1)
-    errors = {}
-    for style in scenes.STYLES:
-        for kind, rgba in zip(scenes.KINDS, scenes.sprites(style).astype(float), strict=True):
-            sprite = (rgba[..., :3] - rgba[..., 3:] * np.array(scenes.BACKGROUNDS[name]) / 255).ravel()
-            squares = (windows**2).sum(-1) - 2 * windows @ sprite + (sprite**2).sum()
-            errors[style, kind] = squares / (sprite**2).sum()
-    seen = []
-    for _ in range(2):
-        best = min(errors, key=lambda sprite: errors[sprite].min())
-        y, x = np.unravel_index(errors[best].argmin(), errors[best].shape)
-        if errors[best].min() <= 0.35:
-            seen.append((*best, int(x), int(y)))
-        for error in errors.values():
-            error[max(0, y - size + 6) : y + size - 5, max(0, x - size + 6) : x + size - 5] = np.inf
-    if len(seen) < 2:
-        return (None,) * 4 + (name,)
-    (_, _, x0, y0), (_, _, x1, y1) = seen
-    axis = "horizontal" if abs(x1 - x0) > abs(y1 - y0) else "vertical"
-    first, second = sorted(seen, key=lambda sprite: sprite[2 if axis == "horizontal" else 3])
-    return first[0] if first[0] == second[0] else None, first[1], second[1], axis, name
+def plainly_right(image: np.ndarray, scene: scenes.Scene) -> bool:
+    """Whether an image shows its scene: every sprite compared with every window of each quarter, in numpy."""
+    border = np.sort(np.concatenate([image[:2], image[-2:]]).reshape(-1, 3), axis=0)[(4 * 64 - 1) // 2]
+    colours = {name: np.array(colour) for name, colour in scenes.BACKGROUNDS.items()}
+    name = min(colours, key=lambda name: np.linalg.norm(border - colours[name]))
+    left = np.pad((image - border.astype(float)) / 255, ((MARGIN, MARGIN), (MARGIN, MARGIN), (0, 0)))
+    side = scenes.QUARTER + 2 * MARGIN
+    seen = {
+        place: plainly_seen(left[top : top + side, x : x + side], colours[name] / 255)
+        for place, (top, x) in scenes.CORNERS.items()
+    }
+    wanted = {place: (scene.style, kind) for place, kind in scene.kinds.items()}
+    return name == scene.background and {place: found for place, found in seen.items() if found != EMPTY} == wanted
+
+
+def plainly_seen(quarter: np.ndarray, background: np.ndarray) -> tuple[str, str] | str | None:
+    """Style and kind of what fits a quarter best, "empty", or None for something else."""
+    errors, energies = {}, []
+    for size, style in product(scenes.SIZES, scenes.STYLES):
+        windows = np.lib.stride_tricks.sliding_window_view(quarter, (size, size, 3)).reshape(-1, size * size * 3)
+        for kind, rgba in zip(scenes.KINDS, scenes.sprites(style, size).astype(float), strict=True):
+            drawn = rgba[..., :3] - rgba[..., 3:] * background
+            for sprite in (drawn.ravel(), drawn[:, ::-1].ravel()):
+                energies.append(float(sprite @ sprite))
+                squares = (windows**2).sum(1) - 2 * windows @ sprite + energies[-1]
+                errors[style, kind] = min(errors.get((style, kind), np.inf), squares.min() / energies[-1])
+    inside = quarter[MARGIN:-MARGIN, MARGIN:-MARGIN]
+    if (inside**2).sum() < Reader.empty * min(energies):
+        return EMPTY
+    best = min(errors, key=errors.get)
+    return best if errors[best] <= Reader.tolerance else None
 
 
 def test_the_numbers_of_a_run_follow_from_the_images_that_it_saved(bundle, tmp_path):
@@ -171,10 +178,8 @@ def test_the_numbers_of_a_run_follow_from_the_images_that_it_saved(bundle, tmp_p
     (said,), (images,) = test["teacher"], load_images(tmp_path, "02_x")["teacher"]
     images = images[:]
 
-    read = [plainly_read(image) for image in images]
-    asked = [(scene.style, scene.first, scene.second, scene.axis, scene.background) for scene in prompts.scenes]
-    count = sum(one == other for one, other in zip(read, asked, strict=True))
-    assert 0 < count < 10 and said.counted.value == count / 10
+    count = sum(plainly_right(image, scene) for image, scene in zip(images, prompts.scenes, strict=True))
+    assert said.counted.value == count / 10
 
     network = EfficientNetLite0()
     with torch.no_grad():
@@ -194,7 +199,7 @@ def test_further_distances_are_those_of_each_seed_on_average():
     features = [extract(network, images) for images in seeds]
     values = [compare(one, extract(network, reference))["KID-EfficientNet-Lite0"].value for one in features]
     found = by_metric["KID-EfficientNet-Lite0"]
-    assert (found["value"], found["sd"]) == pytest.approx((np.mean(values), np.std(values)))
+    assert (found["value"], found["sd"]) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
     assert (found["method"], found["n"], found["seeds"], found["reference_n"]) == ("base", 40, 2, 40)
     assert by_metric.keys() >= {"FD-EfficientNet-Lite0", "recall-EfficientNet-Lite0"}
 
@@ -221,7 +226,7 @@ def test_another_style_is_farther_than_the_floor_by_every_measure(features):
     for name, score in other.items():
         farther = -1 if name.startswith(("precision", "recall")) else 1
         assert farther * score.value > farther * floor[name].value, name
-    assert other["FD-EfficientNet-Lite0"].value > 2 * floor["FD-EfficientNet-Lite0"].value
+    assert other["FD-EfficientNet-Lite0"].value > 1.5 * floor["FD-EfficientNet-Lite0"].value
     with pytest.raises(ValueError, match="floor at N = 121 needs as many real images beside the reference, got 120"):
         real_floor(features["noto"], features["reference"], count=121)
 

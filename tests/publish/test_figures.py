@@ -19,7 +19,7 @@ from lora_distill.storage import read_table
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = ROOT / "figures" / "full"
-ROWS = [{"timestep": 19, "relative_difference": 0.25}, {"timestep": 89, "relative_difference": 0.5}]
+ROWS = [{"timestep": t, "quantity": "v", "relative_difference": value} for t, value in ((19, 0.25), (89, 0.5))]
 GRID = figures.grid_rows(["w = 1", "w = 3"], ["a lion, 5 $", "a bus\nand a tree", "an owl"])
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)
 KINDS = ("svg", "png")
@@ -108,8 +108,31 @@ def test_provenance_is_that_of_the_results(checkout, monkeypatch):
 
 def test_figures_of_a_few_prompts_are_marked_as_no_result_whatever_the_profile_is_called(checkout):
     few = figures.save("02_difference", Settings(profile="mine", eval_prompts=4), ROWS)
-    assert [text.get_text() for text in few.texts] == ["4 prompts: not a result"]
-    assert not figures.save("02_difference", Settings(profile="smoke"), ROWS).texts
+    marks = [text.get_text() for text in few.texts if "Figure" not in text.get_text()]
+    assert marks == ["4 prompts: not a result"]
+    assert len(figures.save("02_difference", Settings(profile="smoke"), ROWS).texts) == 1, "the caption alone"
+
+
+def test_a_figure_says_below_what_it_is_and_rests_on(checkout, monkeypatch):
+    monkeypatch.setattr(figures, "device_name", lambda device: "a machine")
+    rows = [{"method": "a", "step": step, "loss": 0.5, "n": n, "seeds": 3} for step, n in ((0, 8), (1, 1600))]
+    (text,) = figures.save("02_loss", Settings(), rows).texts
+    number = 1 + [name for name in FIGURES if name.startswith("02")].index("02_loss")
+    assert " ".join(text.get_text().split()) == (
+        f"Figure 02.{number}. {FIGURES['02_loss'].caption}. N = 8 to 1,600, seeds: 3, profile cpu, a machine."
+    )
+
+
+def test_a_caption_stands_below_a_legend_that_is_outside_of_the_axes():
+    figure, ax = plt.subplots(layout="constrained")
+    ax.plot([0, 1], label="a curve")
+    figure.legend(loc="outside lower center")
+    figures._print_below(figure, "Figure 1. " + "A caption of some words. " * 12)
+    for size in ("tight", None):
+        figure.savefig(io.BytesIO(), bbox_inches=size)
+        (legend,), (text,) = figure.legends, figure.texts
+        assert text.get_window_extent().y1 < legend.get_window_extent().y0 < ax.get_window_extent().y0
+    plt.close(figure)
 
 
 def test_redrawn_figures_keep_their_mark(checkout):
@@ -258,7 +281,7 @@ def test_the_table_and_the_sheet_are_held_to_each_other(checkout):
 
 def test_rows_that_a_figure_cannot_draw(checkout):
     with pytest.raises(ValueError, match=r"02_difference.csv has no column 'relative_difference'"):
-        figures.save("02_difference", Settings(), [{"timestep": 1}])
+        figures.save("02_difference", Settings(), [{"timestep": 1, "quantity": "v"}])
     with pytest.raises(ValueError, match="no figure '02_nothing'"):
         figures.save("02_nothing", Settings(), ROWS)
 

@@ -8,12 +8,15 @@ from lora_distill.memory import schemes
 from lora_distill.publish import plots, plots_memory
 from lora_distill.publish.figures import STYLE, grid_rows
 from lora_distill.publish.plots import FIGURES
+from lora_distill.publish.plots_few_steps import quality_against_passes
 from lora_distill.publish.style import image_grid
 
 SHARE = {"low": 0.4, "high": 0.6, "n": 100}
 TERMS = {f"{term}_gb": 1.0 for term in plots_memory.COLOURS}
 DISTANCE = {f"fd_efficientnet_lite0{end}": value for end, value in (("", 90.0), ("_low", 88.0), ("_high", 92.0))}
-QUALITY = {"all_correct": 0.5, **DISTANCE, **SHARE}
+FIT = {"fit_error": 0.2, "fit_error_low": 0.1, "fit_error_high": 0.3}
+QUALITY = {"all_correct": 0.5, **FIT, **DISTANCE, **SHARE}
+ERRORS = {"errors": 0.5, "seeds": 2, **SHARE}
 ROWS = {
     "00_loss": [{"stage": s, "step": i, "loss": 1 / i} for s in ("vae_crops", "unet") for i in (1, 2)],
     "00_guidance": [
@@ -41,8 +44,21 @@ ROWS = {
          "seconds_an_image": 3.0, "saving_percent": 40.0}
         for h in ("run whole", "computed from passes") for s in "ab"
     ],
-    "02_guidance_curve": [{"guidance_scale": w, "teacher_guidance_scale": 3.0, **QUALITY} for w in (1.0, 3.0)],
-    "02_difference": [{"timestep": t, "relative_difference": 0.1} for t in (1, 2)],
+    "02_guidance_curve": [
+        {"guidance_scale": w, "objects": o, "teacher_guidance_scale": 3.0, **QUALITY, "predicted": p}
+        for w, p in ((1.0, 0.4), (3.0, None)) for o in ("all", *"1234")
+    ],
+    "02_difference": [
+        {"timestep": t, "quantity": q, "relative_difference": 0.1} for t in (1, 2) for q in ("v", "x0", "ε")
+    ],
+    "02_errors": [
+        {"method": m, "objects": o, "compositions": c, **ERRORS, "psnr_to_teacher_db": None if m == "a" else 20.0}
+        for m in "ab" for o in ("all", *"1234") for c in ("all", "seen", "held out")
+    ],
+    "02_errors_against_passes": [
+        {"method": m, "objects": o, "unet_passes": n, **ERRORS, "trained": m == "b"}
+        for m, n in (("a", 8), ("b", 4), ("b", 8)) for o in ("all", *"1234")
+    ],
     "02_loss": [{"method": m, "step": i, "loss": 0.1} for m in "ab" for i in (1, 2)],
     "02_quality_against_steps": [
         {"method": m, "step": i, **QUALITY} for m, i in (("a", 0), ("a", 1), ("teacher", None))
@@ -54,13 +70,13 @@ ROWS = {
     "04_seconds_per_image": [
         {"runtime": "PyTorch", "threads": t, "method": m, "seconds_an_image": 0.3,
          "lowest": 0.2, "highest": 0.4, "saving_percent": 20.0,
-         "text_encoder_seconds": 0.1, "unet_seconds": 0.1, "vae_seconds": 0.1, "batch": 8, "repeats": 5}
-        for t in (1, 2) for m in "ab"
+         "text_encoder_seconds": 0.1, "unet_seconds": 0.1, "vae_seconds": 0.1, "batch": b, "repeats": 5}
+        for b in (1, 8) for t in (1, 2) for m in "ab"
     ],
-    "03_loss": [{"method": m, "step": i, "loss": 0.1} for m in "ab" for i in (1, 2)],
     "03_quality_against_passes": [
-        {"method": m, "unet_passes": n, "content": 0.5, "trained": m == "b", **SHARE}
-        for m, n in (("a", 1), ("a", 2), ("b", 1), ("b", 2), ("teacher", 50))
+        {"method": m, "unet_passes": n, "objects": o, "content": 0.5, "fit_error": 0.2, "fd_efficientnet_lite0": 80.0,
+         "fd_efficientnet_lite0_floor": 30.0, "trained": m == "b", **SHARE}
+        for m, n in (("a", 1), ("a", 2), ("b", 1), ("b", 2), ("teacher", 50)) for o in ("all", "1", "4")
     ],
     "04_distance": [
         {"source": s, "method": m, "distance": d, "sd": sd, "floor": f, "metric": "FD",
@@ -75,11 +91,11 @@ ROWS = {
     ],
     "04_saving": [
         {"resolution": r, "batch": b, "method": m, "saving_percent": 30.0, "bound_percent": 35.0,
-         "seconds_an_image": 0.7, "lowest": 0.6, "highest": 0.8}
+         "saving_percent_low": 25.0, "saving_percent_high": 33.0}
         for r in (64, 96) for b in (1, 4) for m in "ab"
     ],
 }  # fmt: skip
-WITHOUT_LEGEND = {"00_loss", "02_difference", "04_speed"}  # a single curve a panel, or bars with their names
+WITHOUT_LEGEND = {"00_loss", "04_speed"}  # a single curve a panel, or bars with their names
 
 
 @pytest.fixture(autouse=True)
@@ -113,10 +129,44 @@ def test_names_and_captions():
 
 def test_the_front_is_the_best_that_so_many_evaluations_buy():
     rows = [{"method": m, "unet_passes": n, "content": c, "trained": False, **SHARE}
-            for m, n, c in (("a", 1, 0.3), ("b", 2, 0.5), ("a", 4, 0.4), ("b", 8, 0.9))]  # fmt: skip
+            for m, n, c in (("a", 1, 0.25), ("b", 2, 0.5), ("a", 4, 0.375), ("b", 8, 0.875))]  # fmt: skip
     ax = FIGURES["04_pareto"].draw(rows).axes[0]
     (front,) = [line for line in ax.lines if line.get_drawstyle() == "steps-post"]
-    assert front.get_xydata().tolist() == [[1, 30], [2, 50], [4, 50], [8, 90]]
+    assert front.get_xydata().tolist() == [[1, 75], [2, 50], [4, 50], [8, 12.5]]
+
+
+class TestErrors:
+    def test_they_are_in_per_cent_on_a_log_axis_and_none_at_all_stands_at_half_a_picture(self):
+        rows = [
+            {"method": "a", "objects": o, "unet_passes": n, "errors": e, "low": e / 2, "high": 2 * e, "n": 50,
+             "seeds": 2, "trained": True}
+            for n, e in ((4, 0.25), (8, 0.0)) for o in "14"
+        ]  # fmt: skip
+        for ax, title in zip(plots.errors_against_passes(rows).axes, ("1 object", "4 objects"), strict=True):
+            assert (ax.get_yscale(), ax.get_title()) == ("log", title)
+            assert ax.lines[0].get_xydata().tolist() == [[4, 25], [8, 0.5]]
+
+    def test_a_curve_of_guidance_has_a_short_line_at_what_the_captions_leave_right(self):
+        ax = plots.quality_against_guidance(ROWS["02_guidance_curve"]).axes[0]
+        lines = [line.get_xydata().tolist() for line in ax.lines]
+        assert lines.count([[0.25, 40], [1.75, 40]]) == 4
+
+    def test_a_distance_stands_beside_lines_of_known_ones(self):
+        known = {"fd_efficientnet_lite0_floor": 3.0, "fd_efficientnet_lite0_vae": 10.0}
+        rows = [row | known for row in ROWS["02_guidance_curve"]]
+        levels = [line.get_ydata()[0] for line in plots.quality_against_guidance(rows).axes[2].lines]
+        assert {3.0, 10.0} <= set(levels)
+
+    def test_steps_of_a_share_are_errors_beside_the_teachers(self):
+        figure = plots.quality_against_steps([row | {"all_correct": 0.75} for row in ROWS["02_quality_against_steps"]])
+        assert [ax.get_ylabel() for ax in figure.axes] == ["errors, %", "fit error", "FD-EfficientNet-Lite0"]
+        assert list(figure.axes[0].lines[0].get_ydata()) == [25, 25]
+
+
+def test_a_loss_without_steps_is_a_line():
+    rows = [*ROWS["02_loss"], {"method": "untrained", "step": None, "loss": 0.5}]
+    (line,) = [line for line in plots.distillation_loss(rows).axes[0].lines if line.get_label() == "untrained"]
+    assert list(line.get_ydata()) == [0.5, 0.5]
 
 
 def test_the_terms_of_memory_have_colours():
@@ -149,7 +199,7 @@ class TestImageGrid:
         figure = image_grid([{"row": None, "column": 0, "caption": caption}], np.zeros((1, 4, 4, 3), np.uint8))
         figure.draw_without_rendering()
         (text,) = texts(figure)
-        assert text.count("\n") == 4 and text.endswith("…")
+        assert text.count("\n") == 9 and text.endswith("…")
 
     def test_a_line_that_is_not_full(self):
         with pytest.raises(ValueError, match="3 images do not fill 2 lines"):
@@ -167,9 +217,23 @@ def shown(figure) -> str:
     return " ".join(text for ax in figure.axes for text in (ax.get_title(), ax.get_ylabel(), ax.get_xlabel()))
 
 
+def test_errors_are_what_is_not_right_and_none_at_all_is_half_an_error():
+    share = {"low": 0.9, "high": 1.0, "n": 50, "fit_error": 0.2, "fd_efficientnet_lite0": 80.0, "trained": False}
+    rows = [{"method": "a", "unet_passes": n, "objects": o, "content": c, **share}
+            for n, c in ((1, 0.6), (4, 1.0)) for o in ("all", "1", "2")]  # fmt: skip
+    figure = quality_against_passes(rows)
+    panels = {ax.get_title() or ax.get_ylabel(): ax for ax in figure.get_axes()}
+    assert list(panels) == ["errors, %", "fit error of the objects", "FD-EfficientNet-Lite0", "1 object", "2 objects"]
+    for name in ("errors, %", "1 object", "2 objects"):
+        assert panels[name].lines[0].get_ydata().tolist() == pytest.approx([40, 1])
+        assert panels[name].get_yscale() == "log"
+
+
 @pytest.mark.parametrize("measure", [{"clip_cosine": 0.3, **COSINE}, {"n": 60}], ids=["CLIP", "no CLIP"])
 def test_curves_of_photographs_are_of_the_cosine_or_of_the_distance_alone(measure):
-    curve = [{"guidance_scale": w, **measure, **FD, "teacher_guidance_scale": 7.5} for w in (1.0, 7.5)]
+    curve = [
+        {"guidance_scale": w, "objects": "all", **measure, **FD, "teacher_guidance_scale": 7.5} for w in (1.0, 7.5)
+    ]
     steps = [{"method": "LoRA", "step": step, **measure, **FD} for step in (0, 10)]
     steps = [row | dict.fromkeys(("low", "high") if "low" in row else ()) for row in steps]
     teacher = {"method": "teacher, two passes", "step": None, **measure, **FD}
@@ -186,7 +250,13 @@ def test_the_front_of_photographs_is_in_the_unit_of_what_was_measured(measure):
         {"method": "DDIM, one pass", "unet_passes": n, **measure, column: measure[column] * factor, "trained": False}
         for n, factor in ((2, 1.1), (4, 0.9))
     ]
-    for figure in (plots.content_against_passes(rows), plots.pareto_front(rows)):
+    figures = (
+        quality_against_passes(
+            [{"fit_error": None, "fd_efficientnet_lite0": 50.0, **row, "objects": "all"} for row in rows]
+        ),
+        plots.pareto_front(rows),
+    )
+    for figure in figures:
         assert figure.axes[0].get_ylabel() == {"clip_cosine": "CLIP cosine"}.get(column, "FD-EfficientNet-Lite0")
         plt.close(figure)
     front = plots.pareto_front(rows).axes[0].lines[-1].get_ydata()

@@ -102,3 +102,12 @@ def test_a_skip_that_does_not_divide_is_one_line(bundle, images, tmp_path):
 def test_w_min_above_w_max_is_one_line(bundle, images, tmp_path):
     with pytest.raises(ValueError, match="expected 1 <= w_min <= w_max, got 6 and 5"):
         train_lcm(bundle, images, SETTINGS.model_copy(update={"w_min": 6.0}), tmp_path)
+
+
+def test_a_fine_tune_with_another_rate_or_dropout_is_another_training(bundle, images, tmp_path):
+    first = finetune_lora(bundle, images, SETTINGS, tmp_path, 2, "attention")
+    settings = SETTINGS.model_copy(update={"finetune_learning_rate": 0.1})
+    assert finetune_lora(bundle, images, settings, tmp_path, 2, "attention", learning_rate=3.0e-3) == first
+    without = SETTINGS.model_copy(update={"finetune_caption_dropout": 0.0})
+    finetune_lora(bundle, images, without, tmp_path, 2, "attention")
+    assert len(list(tmp_path.glob("finetune-*"))) == 2
