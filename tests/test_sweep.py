@@ -4,12 +4,18 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from diffusers import UNet2DConditionModel
 
 from lora_distill import sweep
 from lora_distill.errors import RunError
 from lora_distill.judge import judge
-from lora_distill.settings import Settings, load_settings
-from lora_distill.sweep import GRIDS, METHODS, Swept, choose
+from lora_distill.pipeline import load_pipeline, with_unet
+from lora_distill.settings import Settings, load_settings, repository_root
+from lora_distill.storage import read_table
+from lora_distill.sweep import GRIDS, LENGTHS, METHODS, Swept, choose
+
+COMMITTED = repository_root() / "figures" / "sweep" / "sweep.csv"
 
 TINY = Settings(
     profile="tiny", teacher_images=4, sampling_steps=2, train_steps=2, batch_size=2, warmup_steps=1, log_every=1,
@@ -20,11 +26,17 @@ ONE = (Swept("fine-tune, attention", "finetune_attention_learning_rate", (1e-3,)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def few_real_images():
-    """Few reference images, for the distance is not what is tested."""
-    drawn = judge.drawn
+def tiny():
+    """The bundle with a UNet that is trained in a blink, and few reference images: neither is what is tested."""
+    drawn, pipe = judge.drawn, load_pipeline("bundled")
+    torch.manual_seed(0)
+    sizes = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 2}
+    blocks = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+              "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}  # fmt: skip
+    unet = UNet2DConditionModel.from_config({**pipe.unet.config, **sizes, **blocks}).eval().requires_grad_(False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(judge, "drawn", lambda style, split, count, seed: drawn(style, split, 12, seed))
+        patch.setattr(sweep, "pipeline_for", lambda settings: with_unet(pipe, unet))
         yield
 
 
@@ -166,3 +178,13 @@ def test_grids_surround_the_values_of_the_profiles(profile):
     for swept in GRIDS:
         grid = swept.grid(settings)
         assert 3 <= len(grid) <= 6 and grid == sorted(grid) and {row[0] for row in GRIDS} == METHODS.keys()
+
+
+@pytest.mark.skipif(not COMMITTED.exists(), reason="no sweep is committed yet")
+def test_profile_cpu_has_the_values_that_the_committed_sweep_chose():
+    """What a setting has in several methods is that of the first; how long a training is, is not chosen by quality."""
+    chosen = {}
+    for row in read_table(COMMITTED):
+        if row["chosen"] and row["setting"] not in LENGTHS:
+            chosen.setdefault(row["setting"], row["value"])
+    assert chosen == {setting: getattr(load_settings("cpu"), setting) for setting in chosen}
