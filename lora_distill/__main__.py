@@ -4,6 +4,7 @@ import os
 import sys
 import traceback
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -293,8 +294,10 @@ def sample(
 ) -> None:
     """Draw prompts with a pipeline, with or without a LoRA, whose own header says how it is sampled.
 
-    The bundled pipeline knows lion, frog, panda, pig, owl, octopus, butterfly, penguin, whale, apple, watermelon,
-    pineapple, burger, doughnut, car, bus, house, ball, umbrella, tree, cactus, mushroom, crown and gift, two a picture.
+    The bundled pipeline draws one to four objects, each at the upper or lower, left or right: lion, frog, panda, pig,
+    owl, octopus, butterfly, penguin, whale, apple, watermelon, pineapple, burger, doughnut, car, bus, house, ball,
+    umbrella, tree, cactus, mushroom, crown and gift, on pink, yellow, green, blue, purple or grey.
+    "a lion at the upper left, a bus at the lower right, on a blue background"
     """
     from lora_distill.drawing import Wishes, draw
 
@@ -428,6 +431,9 @@ def pretrain(
     preset: Annotated[str, typer.Option(help="short or full")] = "full",
     out: Annotated[Path, typer.Option(help="folder of the pipeline")] = Path("runs/pretraining/pipeline"),
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="seed of weights and data")] = 0,
+    caption_error: Annotated[
+        float | None, typer.Option(min=0, max=1, help="share of objects that captions name at random; the preset's")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:
     """Train the bundled pipeline from nothing; interrupted, it goes on where it stopped."""
@@ -439,7 +445,10 @@ def pretrain(
         raise InputError(f"no preset {preset!r}; there are {', '.join(text_to_image.PRESETS)}")
     out = Path(os.path.abspath(out.expanduser()))  # "." has no name
     with locked(work := out.with_name(f"{out.name}-work")):
-        text_to_image.pretrain(text_to_image.PRESETS[preset], out, work, seed, choose_device(device))
+        chosen = text_to_image.PRESETS[preset]
+        if caption_error is not None:
+            chosen = replace(chosen, caption_error=caption_error)
+        text_to_image.pretrain(chosen, out, work, seed, choose_device(device))
     print(out)
 
 

@@ -104,7 +104,7 @@ def _warn(prompts: list[str], pipeline: str, lora: Path | None, header: Mapping[
     if any(not prompt.strip() for prompt in prompts):
         problems += ["an empty prompt is drawn as it is, without a text"]
     if pipeline == "bundled" and (unknown := scenes.unknown_words(prompts)):
-        known = f"two of {', '.join(scenes.KINDS)} on {', '.join(scenes.BACKGROUNDS)}"
+        known = f"up to four of {', '.join(scenes.KINDS)} on {', '.join(scenes.BACKGROUNDS)}"
         words = ", ".join(word[:30] for word in unknown[:10])
         problems += [f"the bundled pipeline does not know {words}; it draws {known}"]
     for problem in problems:

@@ -66,7 +66,7 @@ def pretraining(folder: Path) -> None:
     plan = Schedule(6, 4, 1e-3, checkpoint_every=2, log_every=1)
     names = ("vae_crops", "vae_images", "text_encoder")
     schedules = dict.fromkeys(names, plan) | {"unet": Schedule(6, 4, 1e-3, ema_decay=0.9, checkpoint_every=2)}
-    pretrain(Preset(8, schedules, 1), folder / "pipeline", folder / "work")
+    pretrain(Preset(8, schedules), folder / "pipeline", folder / "work")
 
 
 def caches(folder: Path) -> None:

@@ -291,7 +291,10 @@ def test_a_file_gives_back_the_adapter_exactly(unet, inputs, tmp_path, targets, 
 def test_stock_diffusers_draws_the_same_from_the_file_and_after_fusing(bundle, tmp_path, targets):
     moved(bundle.unet, "student", alpha=1, targets=targets)
     save_adapter(bundle.unet, "student", tmp_path / "lora.safetensors")
-    prompts, noise = ["a lion left of a bus on a blue background"], initial_noise(bundle, 1, seed=1)
+    prompts, noise = (
+        ["a lion at the upper left, a bus at the lower right, blue"],
+        initial_noise(bundle, 1, seed=1),
+    )
     embeds = encode_prompts(bundle, prompts), encode_prompts(bundle, [""])
     ours = sample(bundle, Sampler(2, adapter="student"), noise, *embeds)
     teacher = sample(bundle, Sampler(2), noise, *embeds)

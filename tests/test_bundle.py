@@ -60,7 +60,10 @@ def test_the_reader_reads_its_vae_reconstructions(bundle):
 
 
 def test_stock_diffusers_ends_at_the_same_latents(bundle):
-    prompts = ["a lion left of a bus on a blue background", "a crown right of a cactus, green"]
+    prompts = [
+        "a lion at the upper left, a bus at the lower right, blue",
+        "a crown at the top right, green",
+    ]
     stock = StableDiffusionPipeline.from_pretrained(BUNDLED)
     stock.set_progress_bar_config(disable=True)
     noise = initial_noise(bundle, 2, seed=1)

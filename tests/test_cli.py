@@ -245,7 +245,7 @@ def test_a_tilde_that_the_shell_left_is_the_home_folder(command, tmp_path, monke
     layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     save_file({f"{layer}.lora_A.weight": torch.ones(2, 8), f"{layer}.lora_B.weight": torch.ones(8, 2)}, "l.safetensors")
     assert command("export", "l.safetensors", "--out=~/kohya.safetensors")[0] == 0
-    assert command("sample", "a lion left of a bus", "--steps=1", "--out=~/picture.png")[0] == 0
+    assert command("sample", "a lion at the upper left", "--steps=1", "--out=~/picture.png")[0] == 0
     assert command("train", "~/no-pictures", "--out=~/lora.safetensors")[0] == 2
     assert {path.name for path in (tmp_path / "home").glob("[!.]*")} == {"kohya.safetensors", "picture.png"}
     assert {path.name for path in (tmp_path / "here").iterdir()} == {"l.safetensors"}
@@ -258,6 +258,20 @@ def test_a_seed_that_is_none_is_refused_by_every_command_that_takes_one(command,
         code, _, said = command(*arguments, f"--seed={seed}")
         assert code == 2 and "--seed" in said and "not foreseen" not in said
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("options", "error"), [([], 0.1), (["--caption-error=0"], 0), (["--caption-error=0.2"], 0.2)])
+def test_the_errors_of_the_captions_of_a_pretraining_can_be_chosen(command, tmp_path, monkeypatch, options, error):
+    chosen = []
+    monkeypatch.setattr("lora_distill.pretrain.text_to_image.pretrain", lambda preset, *_: chosen.append(preset))
+    assert command("pretrain", "--preset=short", f"--out={tmp_path / 'p'}", "--device=cpu", *options)[0] == 0
+    assert [preset.caption_error for preset in chosen] == [error]
+
+
+@pytest.mark.parametrize("error", ["-0.1", "1.1", "nan", "half"])
+def test_a_share_of_errors_that_is_none_is_refused(command, tmp_path, error):
+    code, _, said = command("pretrain", "--preset=short", f"--out={tmp_path / 'p'}", f"--caption-error={error}")
+    assert code == 2 and "--caption-error" in said and list(tmp_path.iterdir()) == []
 
 
 def test_links_that_lead_in_a_circle_are_said_before_a_picture_is_drawn(command, tmp_path, monkeypatch):
@@ -282,7 +296,7 @@ def test_a_full_disk_is_one_line(command, monkeypatch, tmp_path):
 
     monkeypatch.setattr(Path, "write_bytes", full)
     picture = tmp_path / "lion.png"
-    code, _, err = command("sample", "a lion above a bus", "--steps", "1", "--out", str(picture))
+    code, _, err = command("sample", "a lion at the upper left", "--steps", "1", "--out", str(picture))
     last_line = err.rpartition("\r")[2].strip()  # after the progress bar
     assert code == 1 and last_line == f"{picture} could not be written: No space left on device"
 

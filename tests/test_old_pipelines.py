@@ -64,7 +64,7 @@ def first_timestep(scheduler):
 def test_a_full_lcm_is_made_of_a_config_without_time_cond_proj_dim(old):
     unet = load_pipeline(str(old)).unet
     copy = plain_copy(unet, time_cond_proj_dim=16)
-    x, t, embeds = torch.randn(2, 4, 8, 8), torch.tensor(500), torch.randn(2, 24, 128)
+    x, t, embeds = torch.randn(2, 4, 8, 8), torch.tensor(500), torch.randn(2, 36, 128)
     with torch.no_grad():
         assert torch.equal(copy(x, t, embeds, timestep_cond=torch.randn(2, 16)).sample, unet(x, t, embeds).sample)
         assert torch.equal(plain_copy(unet)(x, t, embeds).sample, unet(x, t, embeds).sample)

@@ -36,7 +36,7 @@ def test_nothing_of_a_loaded_pipeline_is_trained(bundle):
 
 
 def test_prompt_embeddings_are_those_of_the_stock_pipeline(bundle):
-    prompts = ["a lion left of a bus", "", "an owl above a doughnut, pink"]
+    prompts = ["a lion at the upper left", "", "an owl at the bottom left, pink"]
     theirs, empty = bundle.encode_prompt(prompts, "cpu", 1, True)
     assert torch.allclose(encode_prompts(bundle, prompts, batch_size=2), theirs, atol=1e-5)
     assert torch.allclose(encode_prompts(bundle, [""]), empty[:1], atol=1e-5)
@@ -45,13 +45,15 @@ def test_prompt_embeddings_are_those_of_the_stock_pipeline(bundle):
 def test_prompts_that_are_too_long_are_counted_in_one_warning(bundle):
     with pytest.warns(UserWarning) as caught:
         encode_prompts(bundle, [LONG, "a lion", LONG], batch_size=1)
-    assert [str(w.message) for w in caught] == ["2 of 3 prompts are longer than 24 tokens and were cut"]
+    assert [str(w.message) for w in caught] == ["2 of 3 prompts are longer than 36 tokens and were cut"]
 
 
 def test_prompts_that_fit_are_no_cause_for_warning(bundle):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        encode_prompts(bundle, ["a drawing of a hamburger to the right of a toadstool, yellow background"])
+        encode_prompts(
+            bundle, ["a drawing of a burger at the top right, a toadstool at the lower left, pink background"]
+        )
 
 
 def test_no_prompts_are_an_error(bundle):

@@ -310,13 +310,13 @@ def test_the_names_of_shards_of_a_variant_are_those_of_diffusers(folder):
 
 
 def test_a_vocabulary_in_two_files_is_read(folder):
-    before = load_pipeline("bundled").tokenizer("a lion left of a bus").input_ids
+    before = load_pipeline("bundled").tokenizer("a lion at the upper left").input_ids
     model = json.loads((folder / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))["model"]
     (folder / "tokenizer" / "tokenizer.json").unlink()
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     (folder / "tokenizer" / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
     (folder / "tokenizer" / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]), encoding="utf-8")
-    assert load_pipeline(str(folder)).tokenizer("a lion left of a bus").input_ids == before
+    assert load_pipeline(str(folder)).tokenizer("a lion at the upper left").input_ids == before
     for name in ("merges.txt", "vocab.json"):
         (folder / "tokenizer" / name).rename(folder / name)
         refused(folder, "tokenizer.json is missing, and so are vocab.json and merges.txt")

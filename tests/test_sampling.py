@@ -8,9 +8,9 @@ from lora_distill.pipeline import encode_prompts, load_pipeline
 from lora_distill.sampling import Sampler, initial_noise, sample, sample_in_batches, unet_passes
 
 PROMPTS = [
-    "a lion left of a bus on a blue background",
-    "a crown right of a cactus, green",
-    "on pink, an owl over a car",
+    "a lion at the upper left, a bus at the lower right, on a blue background",
+    "a crown at the top right, green",
+    "on pink, at the lower left an owl",
 ]
 
 

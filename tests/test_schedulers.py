@@ -16,7 +16,7 @@ from lora_distill.pipeline import encode_prompts
 from lora_distill.pipeline_files import check_loaded
 from lora_distill.sampling import Sampler, initial_noise, sample, step_generators, unet_passes
 
-PROMPTS = ["a lion left of a bus on a blue background"]
+PROMPTS = ["a lion at the upper left, a bus at the lower right, on a blue background"]
 GUIDED = Sampler(4, 3.0)
 SCHEDULERS = [
     DDIMScheduler,

@@ -35,7 +35,7 @@ from lora_distill.storage import cache_key
 SPLITS = ("train", "val", "test")
 ALL = "all"  # every image, whatever its split
 __all__ = ["bundled_scenes", "captioned_images", "image_digests", "scene_dataset", "set_names", "split_by_id"]
-WORLD = 1  # version of the drawn scenes, part of the key of their cache: raise it when they change
+WORLD = 2  # version of the drawn scenes, part of the key of their cache: raise it when they change
 DESCRIPTION = {"id": Value("string"), "captions": List(Value("string")), "split": Value("string")}
 SCENE_FEATURES = Features({"image": Image(), **DESCRIPTION, "scene": Value("string")})
 

@@ -227,6 +227,11 @@ def student_against_few_guided_steps(errors: Interval) -> Ruling:
     return _check(_is_more(_inverse(errors), ERRORS)), f"{_in(errors)} times the errors of 4 guided steps"
 
 
+def student_against_as_many_passes(errors: Interval) -> Ruling:
+    """Holds: the base with 4 guided steps makes at least 1.25 times the student's errors."""
+    return student_against_few_guided_steps(errors)
+
+
 def lcm_lora_alignment(errors: Interval) -> Ruling:
     """Holds: at most 1.25 times the guided base's errors, with the interval."""
     return _check(_at_most(errors, ERRORS)), f"{_in(errors)} times the guided base's errors, margin {_n(ERRORS)}"
@@ -277,6 +282,7 @@ RULES: dict[str, Callable[..., Ruling]] = {
         features_against_standard_distillation,
         loss_against_standard_distillation,
         student_against_few_guided_steps,
+        student_against_as_many_passes,
         lcm_lora_alignment,
         lcm_lora_against_untrained,
         lcm_lora_against_few_guided_steps,

@@ -34,7 +34,7 @@ def bundle():
 
 
 def captions(number: int) -> list[str]:
-    return [f"a lion and {number} apples", "an owl left of a crown", "a red bus"][: 1 + number % 3]
+    return [f"a lion and {number} apples", "an owl at the top left", "a red bus"][: 1 + number % 3]
 
 
 def captioned(pictures: list[PIL.Image.Image]) -> Dataset:
@@ -315,7 +315,7 @@ class TestBatches:
         batch = image_batches(encoded(SQUARE), 1000)(7, 5, step_generator(0, 7))
         assert {name: (tuple(value.shape), value.dtype) for name, value in batch.items()} == {
             "latents": ((5, 4, 8, 8), torch.float32),
-            "prompt_embeds": ((5, 24, 128), torch.float32),
+            "prompt_embeds": ((5, 36, 128), torch.float32),
             "eps": ((5, 4, 8, 8), torch.float32),
             "timesteps": ((5,), torch.int64),
         }

@@ -16,7 +16,10 @@ from lora_distill.sampling import Sampler, initial_noise, sample
 from lora_distill.settings import Settings
 from lora_distill.storage import cache_key, cached
 
-PROMPTS = ["a lion left of a bus on a blue background", "a crown right of a cactus, green"]
+PROMPTS = [
+    "a lion at the upper left, a bus at the lower right, blue",
+    "a crown at the top right, green",
+]
 GUIDED = Sampler(2, 3.0)
 
 

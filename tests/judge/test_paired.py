@@ -18,12 +18,19 @@ def features(seeds: int, prompts: int, width: int = 5, shift: float = 0.0) -> np
     return RNG.normal(shift, 1, (seeds, prompts, width))
 
 
-def test_a_resample_holds_as_many_of_each_stratum_and_of_the_seeds_as_there_are():
+def test_a_resample_holds_as_many_of_each_stratum_and_one_seed_fewer_than_there_are():
     drawn = draws(["a", "b", "b", "a", "b"], seeds=3, resamples=50)
     assert (drawn.prompts[:, [0, 3]].sum(1) == 2).all() and (drawn.prompts[:, [1, 2, 4]].sum(1) == 3).all()
-    assert (drawn.seeds.sum(1) == 3).all() and drawn.seeds.std() > 0 and drawn.prompts.std() > 0
+    assert (drawn.seeds.sum(1) == 2).all() and drawn.seeds.std() > 0 and drawn.prompts.std() > 0
     again = draws(["a", "b", "b", "a", "b"], seeds=3, resamples=50)
     assert (again.prompts == drawn.prompts).all() and (again.seeds == drawn.seeds).all()
+
+
+def test_one_seed_is_always_drawn_and_several_spread_as_their_deviation_with_ddof_1_says():
+    assert (draws(np.zeros(4), 1, 9).seeds == 1).all()
+    values = np.array([[1.0], [2.0], [6.0]])
+    means = paired.drawn_means(values, draws(np.zeros(1), 3, 20000))
+    assert means.var() == pytest.approx(values.var(ddof=1) / 3, rel=0.03)
 
 
 def test_a_drawn_mean_is_that_of_the_rows_written_out():

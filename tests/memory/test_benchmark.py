@@ -1,10 +1,12 @@
 """The command `measure`: every kind of part is run, one that was measured is read, and what does not fit is refused."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -165,6 +167,22 @@ def test_a_part_whose_process_is_killed_is_a_note_and_is_measured_again(folder, 
     [row] = read_table(folder / f"{MEMORY}.csv")
     assert row["note"] == "its process was killed, most often for want of memory"
     assert not list((folder.parent / "cache").glob("measured-*"))
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_a_part_on_a_gpu_runs_in_a_spawned_process(device, monkeypatch):
+    """A process that is forked from one that has used CUDA cannot use it, and a fork server's are forked."""
+    kinds = []
+
+    def get_context(kind):
+        kinds.append(kind)
+        return multiprocessing.get_context("spawn")
+
+    monkeypatch.setattr(benchmark, "get_context", get_context)
+    monkeypatch.setattr(benchmark, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
+    monkeypatch.setattr(parts, "measure", lambda part, pipeline, where: {"note": where})
+    assert benchmark.alone(SHARED, "bundled", device) == {"note": device}
+    assert kinds == ["spawn"]
 
 
 def test_a_gpu_that_is_full_is_a_note(monkeypatch):

@@ -25,9 +25,8 @@ TINY = Preset(
         "text_encoder": Schedule(1, 4, 1e-3, log_every=1),
         "unet": Schedule(1, 4, 1e-3, log_every=1),
     },
-    clean_steps=1,
 )
-WORDS = ["a lion left of a bus", "an owl, on a pink background", "the cat above the dog"]
+WORDS = ["a lion at the upper left", "an owl, on a pink background", "the cat in the bottom right"]
 SCRIPT = f"""
 import sys
 from lora_distill.pretrain.parts import build_tokenizer
@@ -86,20 +85,20 @@ def test_a_stage_whose_tokenizer_is_another_starts_anew(made, captions, monkeypa
     assert len(list((made / "work").glob("text_encoder-*"))) == 2
 
 
-@pytest.mark.parametrize("change", ["images", "seed", "tokenizer", "text encoder", "vae", "clean_steps", "nothing"])
+@pytest.mark.parametrize("change", ["images", "seed", "tokenizer", "text encoder", "vae", "caption error", "nothing"])
 def test_the_unets_folder_depends_on_all_that_decides_its_weights(tmp_path, change):
-    def place(images=8, seed=0, tokenizer=("a lion left of a bus",), scale=1.0, vae_scale=1.0, clean_steps=1):
+    def place(images=8, seed=0, tokenizer=("a lion at the upper left",), scale=1.0, vae_scale=1.0, error=0.1):
         torch.manual_seed(0)
         own = build_tokenizer(list(tokenizer))
         encoder, autoencoder = build_text_encoder(own), vae.build_vae()
         with torch.no_grad():
             next(encoder.parameters()).mul_(scale), next(autoencoder.parameters()).mul_(vae_scale)
-        preset = replace(TINY, images=images, clean_steps=clean_steps)
+        preset = replace(TINY, images=images, caption_error=error)
         train_text_to_image(preset, autoencoder, own, encoder, tmp_path, seed)
 
     changes = {"images": {"images": 9}, "seed": {"seed": 1}, "tokenizer": {"tokenizer": ["an owl"]}, "nothing": {},
                "text encoder": {"scale": 2.0}, "vae": {"vae_scale": 2.0},
-               "clean_steps": {"clean_steps": 0}}  # fmt: skip
+               "caption error": {"error": 0.2}}  # fmt: skip
     place(), place(**changes[change])
     assert len(list(tmp_path.iterdir())) == (1 if change == "nothing" else 2)
 

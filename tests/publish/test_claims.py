@@ -134,6 +134,7 @@ CASES = {
         {"fails": {"copied": [0.5, 0.5, 0.1, 0.2]}},
     ),
     "student-against-few-guided-steps": RATHER_LESS,
+    "student-against-as-many-passes": RATHER_LESS,
     "lcm-lora-alignment": ERRORS,
     "lcm-lora-against-untrained": RATHER_LESS,
     "lcm-lora-against-few-guided-steps": ERRORS,
@@ -273,7 +274,7 @@ def test_what_a_run_did_not_measure_is_not_testable(tmp_path):
         works
         == "Claims of the works: 12, of them 0 reproduced, 0 direction only, 0 not reproduced, 12 not testable here"
     )
-    assert checks == "Our checks: 20, of them 0 holds, 0 fails, 20 cannot tell"
+    assert checks == "Our checks: 21, of them 0 holds, 0 fails, 21 cannot tell"
 
 
 def test_a_table_of_one_profile_is_looked_for_in_its_run_and_then_in_its_committed_figures(checkout):

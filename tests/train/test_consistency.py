@@ -11,7 +11,10 @@ from lora_distill.pipeline import BUNDLED, encode_prompts, load_pipeline
 from lora_distill.sampling import Sampler, initial_noise, sample, step_generators, unet_passes
 from lora_distill.train.objectives import ConsistencyDistillation, ConsistencyFunction, ConsistencyMimicry, Denoising
 
-PROMPTS = ["a lion left of a bus on a blue background", "a crown right of a cactus, green"]
+PROMPTS = [
+    "a lion at the upper left, a bus at the lower right, blue",
+    "a crown at the top right, green",
+]
 TIMESTEPS = torch.tensor([0, 19, 259, 999])
 
 

@@ -81,7 +81,7 @@ def test_the_log_holds_measurements_at_the_milestones(bundle, teacher, tmp_path)
 
 def test_stock_diffusers_draws_the_student_from_its_file(bundle, teacher, tmp_path):
     distil_lora(bundle, teacher, SETTINGS, tmp_path)
-    prompts = ["a lion left of a bus on a blue background"]
+    prompts = ["a lion at the upper left, a bus at the lower right, on a blue background"]
     noise = initial_noise(bundle, 1, seed=1)
     ours = sample(
         bundle, Sampler(3, adapter="student"), noise, encode_prompts(bundle, prompts), encode_prompts(bundle, [""])

@@ -18,7 +18,7 @@ from lora_distill.train.recipes import finetune_lora, lora_file, mimic_lcm, trai
 SETTINGS = Settings(
     lcm_steps=2, finetune_steps=2, lcm_batch_size=2, warmup_steps=1, log_every=1, checkpoint_every=2, lcm_rank=2
 )
-PROMPTS = ["a lion left of a bus on a blue background"]
+PROMPTS = ["a lion at the upper left, a bus at the lower right, on a blue background"]
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,10 @@ EMPTY = torch.zeros(1, 5, 8)
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    captions = ["a lion left of a bus on a blue background", "a crown right of a cactus, green"]
+    captions = [
+        "a lion at the upper left, a bus at the lower right, blue",
+        "a crown at the top right, green",
+    ]
     return teacher_set(load_pipeline("bundled"), captions, Sampler(2, 3.0), 0, tmp_path_factory.mktemp("teacher"))
 
 
