@@ -12,6 +12,7 @@ the method's notebook: of guided students the style too, of methods trained on i
 
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -243,7 +244,9 @@ def _judged(bench: Bench, method: str, settings: Settings, folder: Path) -> dict
     """What is kept of a value: verdicts image by image, distances, loss. A training that diverged has all wrong."""
     start = time.perf_counter()
     try:
-        log, quality = METHODS[method](bench, settings, folder)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Adapter .* was active which is now deleted")  # for the next one
+            log, quality = METHODS[method](bench, settings, folder)
         found = {
             "counted": quality.column,
             "wrong": [int(not right) for right in quality.right],
