@@ -10,7 +10,7 @@ from lora_distill.publish.style import REFERENCE, Rows, column
 COLUMNS = 3
 MEASURES = {  # column: label and style
     "errors": ("errors, %", {"color": "C0", "marker": "o"}),
-    "fit_error": ("fit error x 100", {"color": "C4", "marker": "v", "linestyle": "--"}),
+    "fit_error": ("fit error, %", {"color": "C4", "marker": "v", "linestyle": "--"}),
 }
 
 
@@ -46,5 +46,10 @@ def _panel(ax: Axes, rows: Rows) -> None:
     for place, row in enumerate(rows):
         if row["default"]:
             ax.axvline(place, zorder=0, **REFERENCE)
-    ax.set_xticks(places, [f"{row['value']:g}" for row in rows])
+    ax.set_xticks(places, [_short(row["value"]) for row in rows])
     ax.set_xlim(-0.4, len(rows) - 0.6)
+
+
+def _short(value: float) -> str:
+    """A value as a narrow panel has room for it: 2.5e-4."""
+    return f"{value:g}" if value == 0 or value >= 0.01 else f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-")
