@@ -8,6 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from lora_distill import sweep
+from lora_distill.__main__ import sweep as command
 from lora_distill.errors import RunError
 from lora_distill.judge import judge
 from lora_distill.pipeline import load_pipeline, with_unet
@@ -170,6 +171,20 @@ class TestRule:
         expected = difference.std(ddof=1) / 8
         assert [row["errors_se"] for row in rows] == [pytest.approx(expected, abs=1e-6), 0]
         assert [row["chosen"] for row in rows] == [False, True]
+
+
+def test_the_command_saves_table_and_figure_and_says_what_is_chosen(tmp_path, monkeypatch, capsys):
+    (tmp_path / "params").mkdir()
+    (tmp_path / "params" / "cpu.yaml").write_text("profile: cpu\n", encoding="utf-8")
+    monkeypatch.setattr("lora_distill.settings.PACKAGE", tmp_path / "lora_distill")
+    monkeypatch.setattr(sweep, "_judged", lambda bench, method, settings, _: _found() | {"device": settings.device})
+    monkeypatch.chdir(tmp_path)
+    command("cpu", only=["LCM", "learning_rate"], device="cpu")
+    rows = read_table(tmp_path / "runs" / "cpu" / "figures" / "sweep.csv")
+    assert {row["method"] for row in rows} == {"LCM", "LoRA student"} and {row["device"] for row in rows} == {"cpu"}
+    assert (tmp_path / "runs" / "cpu" / "figures" / "sweep.png").exists()
+    said = capsys.readouterr().out
+    assert "learning_rate of LoRA student: 0.0005: 25.0 % (0.100), " in said and "chosen 0.0005" in said
 
 
 @pytest.mark.parametrize("profile", ["cpu", "full"])
