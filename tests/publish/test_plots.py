@@ -48,6 +48,11 @@ ROWS = {
         {"guidance_scale": w, "objects": o, "teacher_guidance_scale": 3.0, **QUALITY, "predicted": p}
         for w, p in ((1.0, 0.4), (3.0, None)) for o in ("all", *"1234")
     ],
+    "sweep": [
+        {"method": m, "setting": "learning_rate", "value": v, "default": v == 1e-3, "chosen": v == 2e-3, "n": 96,
+         "errors": 0.2, "errors_se": 0.01, "fit_error": 0.1, "fit_error_se": 0.01}
+        for m in "abcd" for v in (1e-3, 2e-3)
+    ],
     "02_difference": [
         {"timestep": t, "quantity": q, "relative_difference": 0.1} for t in (1, 2) for q in ("v", "x0", "ε")
     ],
