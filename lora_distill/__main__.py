@@ -132,14 +132,17 @@ def prepare(profile: Profile = "smoke") -> None:
 
 
 @app.command(rich_help_panel=SERIES)
-def publish(profile: Profile = "cpu") -> None:
+def publish(
+    profile: Profile = "cpu",
+    sweep: Annotated[bool, typer.Option("--sweep", help="take the profile's sweep alone, into figures/sweep/")] = False,
+) -> None:
     """Take the results of a finished run into the repository.
 
     Profile cpu fills the outputs of notebooks/, another one figures/<profile>/; README states those of figures/full/.
     """
     from lora_distill.publish import committed
 
-    for path in committed.publish(profile):
+    for path in committed.publish_sweep(profile) if sweep else committed.publish(profile):
         print(os.path.relpath(path))
 
 
@@ -371,6 +374,40 @@ def _draw_measured(checked: "Settings", tables: list[Path]) -> None:
         rows = read_table(path)
         if any(row.get("measured_gb") or row.get("seconds_an_image") for row in rows):
             saved.save(path.stem, checked, rows)
+
+
+@app.command(rich_help_panel=SERIES)
+def sweep(
+    profile: Profile = "cpu",
+    only: Annotated[list[str] | None, typer.Option(help="only this method or setting; may be repeated")] = None,
+    minutes: Annotated[float | None, typer.Option(min=0, help="begin no further value after so many")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda; by default the profile's")] = "",
+) -> None:
+    """Choose defaults on the val split: train every method with several values of its settings, one at a time.
+
+    Each value is kept at once, so a cut sweep goes on; params/ takes the chosen values by hand. With profile cpu it
+    takes about 25 minutes on two cores.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")  # a desktop's backend would open a window for each
+
+    from lora_distill import sweep as sweeps
+    from lora_distill.devices import check_device
+    from lora_distill.publish import figures as saved
+    from lora_distill.settings import checked_device, figures_dir, run_dir
+    from lora_distill.writing import locked
+
+    checked = _runnable(profile)
+    if device:
+        check_device(checked_device(device))
+        checked = checked.model_copy(update={"device": device})
+    with locked(run_dir(checked)):
+        rows = sweeps.run(checked, run_dir(checked), only or (), minutes)
+        print(sweeps.overview(rows))
+        if rows:
+            saved.save("sweep", checked, rows)
+            print(os.path.relpath(figures_dir(checked) / "sweep.csv"))
 
 
 @app.command(rich_help_panel=SERIES)

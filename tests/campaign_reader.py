@@ -29,6 +29,7 @@ SAMPLERS = (  # eight, for 25 pictures each
     Sampler(3, 3.0, scheduler="dpm++"), Sampler(2, 1.0),
 )  # fmt: skip
 COUNT, A_SHEET, COLUMNS, SCALE, TEXT, GAP = 200, 20, 5, 4, 44, 8
+EYES = {"first": "labels.csv", "second": "labels_second.csv"}  # of two who labelled without knowing of each other
 
 
 # ---------------------------------------------------------------------------------------------- drawn pictures
@@ -116,22 +117,28 @@ def read_sheets(folder: Path = FOLDER) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------- the reader and the eye
 
 
-def read_labels(folder: Path = FOLDER) -> list[dict]:
-    """The rows of labels.csv. Raises ValueError for one that is not filled in."""
-    rows = list(csv.DictReader(io.StringIO((folder / "labels.csv").read_text(encoding="utf-8"))))
+def read_labels(folder: Path = FOLDER, name: str = "first") -> list[dict]:
+    """What an eye said, with what was asked. Raises ValueError for a row that is not filled in."""
+    first, own = ({row["number"]: row for row in _rows(folder / EYES[one])} for one in ("first", name))
+    rows = [first[number] | labels for number, labels in own.items()]
     for row in rows:
         for place in scenes.PLACES:
             allowed = (EMPTY, eye.WRONG) if row[f"asked {place}"] == EMPTY else eye.LABELS
             if row[place] not in allowed:
-                raise ValueError(f"labels.csv: picture {row['number']}, {place}: expected {', '.join(allowed)}")
+                raise ValueError(f"{EYES[name]}: picture {row['number']}, {place}: expected {', '.join(allowed)}")
     return rows
 
 
+def _rows(path: Path) -> list[dict]:
+    return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
+
+
 def confusion(folder: Path = FOLDER) -> list[dict]:
-    """The table of the pictures and labels in `folder`."""
+    """The table of the pictures in `folder` and of what both eyes said of them."""
     reader = Reader()
     reader.tolerance = np.inf
-    return eye.confusion(reader.read(read_sheets(folder)), read_labels(folder))
+    labels = {name: read_labels(folder, name) for name in EYES}
+    return eye.confusion(reader.read(read_sheets(folder)), labels)
 
 
 def write_table(folder: Path = FOLDER) -> None:
@@ -139,8 +146,9 @@ def write_table(folder: Path = FOLDER) -> None:
     table = confusion(folder)
     atomic_write(folder / "confusion.csv", _text(table))
     for row in eye.shares(table):
-        said = ", ".join(f"{name} {100 * row[name]:.1f} %" for name in ("eye", "reader", "alike"))
-        print(f"tolerance {row['tolerance']:g}: {said}{' (chosen)' * (row['tolerance'] == Reader.tolerance)}")
+        said = ", ".join(f"{name} {100 * row[name]:.1f} %" for name in ("labelled", "reader", "alike"))
+        chosen = " (chosen)" * (row["tolerance"] == Reader.tolerance)
+        print(f"{row['eye']} eye, tolerance {row['tolerance']:g}: {said}{chosen}")
 
 
 def _text(rows: list[dict]) -> str:

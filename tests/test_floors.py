@@ -18,7 +18,7 @@ FLOORS = [  # from the ground up
     {"sampling"},
     {"data"},
     {"judge", "train"},
-    {"pretrain", "memory", "deployment", "drawing", "rehearsal"},
+    {"pretrain", "memory", "deployment", "drawing", "rehearsal", "sweep"},
     {"publish"},
     {"__main__"},
 ]

@@ -1,33 +1,35 @@
-"""The reader against the eye: 200 generated pictures, looked at once, and what the reader says of them."""
+"""The reader against the eye: what two lookers said of the objects of generated pictures, and what the reader says."""
 
 from collections import Counter
 
 from lora_distill.data.scenes import PLACES
 from lora_distill.judge.reader import EMPTY, OTHER, Reader, Reading
 
-TOLERANCES = tuple(round(Reader.tolerance * tenths / 10, 3) for tenths in range(4, 17))
+TOLERANCES = tuple(round(0.5 + 0.1 * i, 1) for i in range(16))
 RIGHT, DOUBLED, MELTED, MISSING, WRONG = LABELS = ("right", "doubled", "melted", "missing", "wrong")
 ANSWERS = (RIGHT, "another object", OTHER, EMPTY, "background unknown")
 
 
-def confusion(readings: list[Reading], labels: list[dict[str, str]]) -> list[dict]:
-    """How often the reader gives which answer to quarters of which label, a row a pair, for each of `TOLERANCES`.
+def confusion(readings: list[Reading], labels: dict[str, list[dict[str, str]]]) -> list[dict]:
+    """For each eye and each of `TOLERANCES`, how often the reader gives which answer to quarters of which label.
 
-    `readings` are made with an infinite tolerance. A row of `labels` has, for each place, the label of its quarter
-    under the place's name, "empty" where nothing was asked for, and the kind that was asked for under "asked <place>".
+    `readings` are made with an infinite tolerance. `labels` has for each eye a row a picture: for each place, under its
+    name, the label of its quarter, "empty" where nothing was asked for, and under "asked <place>" the kind asked for.
     """
-    table = []
-    for tolerance in TOLERANCES:
-        counted = Counter(
-            (row[place], _answer(reading, number, row[f"asked {place}"], tolerance))
-            for reading, row in zip(readings, labels, strict=True)
-            for number, place in enumerate(PLACES)
-        )
-        table += [
-            {"tolerance": tolerance, "eye": label, "reader": answer, "n": counted[label, answer]}
-            for label, answer in sorted(counted)
-        ]
-    return table
+    return [
+        {"eye": eye, "tolerance": tolerance, "label": label, "reader": answer, "n": n}
+        for eye, rows in labels.items()
+        for tolerance in TOLERANCES
+        for (label, answer), n in sorted(_counted(readings, rows, tolerance).items())
+    ]
+
+
+def _counted(readings: list[Reading], rows: list[dict[str, str]], tolerance: float) -> Counter[tuple[str, str]]:
+    return Counter(
+        (row[place], _answer(reading, number, row[f"asked {place}"], tolerance))
+        for reading, row in zip(readings, rows, strict=True)
+        for number, place in enumerate(PLACES)
+    )
 
 
 def _answer(reading: Reading, number: int, wanted: str, tolerance: float) -> str:
@@ -41,37 +43,56 @@ def _answer(reading: Reading, number: int, wanted: str, tolerance: float) -> str
 
 
 def matrix(table: list[dict], tolerance: float = Reader.tolerance) -> list[dict]:
-    """Of a confusion table, the counts at one tolerance: a row a label of the eye, a column an answer of the reader."""
-    counts = {(row["eye"], row["reader"]): row["n"] for row in table if row["tolerance"] == tolerance}
-    labels = [label for label in (*LABELS, EMPTY) if any(eye == label for eye, _ in counts)]
-    return [{"eye": label, **{answer: counts.get((label, answer), 0) for answer in ANSWERS}} for label in labels]
+    """Of a confusion table, the counts at one tolerance: a row an eye and label, a column an answer of the reader."""
+    rows = {}
+    for row in table:
+        if row["tolerance"] == tolerance:
+            rows.setdefault((row["eye"], row["label"]), dict.fromkeys(ANSWERS, 0))[row["reader"]] = row["n"]
+    order = {label: number for number, label in enumerate((*LABELS, EMPTY))}
+    eyes = list(dict.fromkeys(eye for eye, _ in rows))
+    keys = sorted(rows, key=lambda key: (eyes.index(key[0]), order[key[1]]))
+    return [{"eye": eye, "label": label, **rows[eye, label]} for eye, label in keys]
 
 
 def shares(table: list[dict]) -> list[dict]:
-    """By tolerance, of the objects asked for: the share that is right for the eye, the reader, and alike for both."""
+    """By eye and tolerance, of the objects asked for: the share right for the eye, the reader, and alike for both."""
     found = []
-    for tolerance in dict.fromkeys(row["tolerance"] for row in table):
-        rows = [row for row in table if row["tolerance"] == tolerance and row["eye"] != EMPTY]
+    for eye, tolerance in dict.fromkeys((row["eye"], row["tolerance"]) for row in table):
+        rows = [r for r in table if (r["eye"], r["tolerance"]) == (eye, tolerance) and r["label"] != EMPTY]
         total = sum(row["n"] for row in rows)
         counts = {
-            "eye": sum(row["n"] for row in rows if row["eye"] == RIGHT),
+            "labelled": sum(row["n"] for row in rows if row["label"] == RIGHT),
             "reader": sum(row["n"] for row in rows if row["reader"] == RIGHT),
-            "alike": sum(row["n"] for row in rows if (row["eye"] == RIGHT) == (row["reader"] == RIGHT)),
+            "alike": sum(row["n"] for row in rows if (row["label"] == RIGHT) == (row["reader"] == RIGHT)),
         }
-        found.append({"tolerance": tolerance, **{name: n / total for name, n in counts.items()}, "n": total})
+        found.append({"eye": eye, "tolerance": tolerance, **{k: n / total for k, n in counts.items()}, "n": total})
     return found
 
 
+def eyes_alike(one: list[dict[str, str]], other: list[dict[str, str]]) -> float:
+    """The share of the objects asked for of which two eyes say alike whether they are right."""
+    same = [
+        (a[place] == RIGHT) == (b[place] == RIGHT)
+        for a, b in zip(one, other, strict=True)
+        for place in PLACES
+        if a[place] != EMPTY
+    ]
+    return sum(same) / len(same)
+
+
 def in_words(table: list[dict]) -> str:
-    """What the table says at the reader's tolerance."""
-    (chosen,) = [row for row in shares(table) if row["tolerance"] == Reader.tolerance]
-    counts = {row["eye"]: row for row in matrix(table)}
-    bad = {label: row for label, row in counts.items() if label not in (RIGHT, EMPTY)}
-    let_by = ", ".join(f"{row[RIGHT]} of {sum(row[a] for a in ANSWERS)} {label}" for label, row in bad.items())
-    good = counts[RIGHT]
-    return (
-        f"Of {chosen['n']} objects the eye finds {100 * chosen['eye']:.1f} % right, the reader with tolerance "
-        f"{Reader.tolerance:g} {100 * chosen['reader']:.1f} %; of each single object both say the same in "
-        f"{100 * chosen['alike']:.1f} %. The reader refuses {sum(good[a] for a in ANSWERS) - good[RIGHT]} of "
-        f"{sum(good[a] for a in ANSWERS)} right ones, and takes for right {let_by}."
-    )
+    """What the table says at the reader's tolerance, a line an eye."""
+    counts = {(row["eye"], row["label"]): row for row in matrix(table)}
+    lines = []
+    for row in shares(table):
+        if row["tolerance"] == Reader.tolerance:
+            good = counts[row["eye"], RIGHT]
+            bad = [c for (eye, label), c in counts.items() if eye == row["eye"] and label not in (RIGHT, EMPTY)]
+            taken = ", ".join(f"{c[RIGHT]} of {sum(c[a] for a in ANSWERS)} {c['label']}" for c in bad)
+            refused = sum(good[a] for a in ANSWERS) - good[RIGHT]
+            lines.append(
+                f"The {row['eye']} eye finds {100 * row['labelled']:.1f} % of {row['n']} objects right, the reader "
+                f"{100 * row['reader']:.1f} %; of each object they say alike in {100 * row['alike']:.1f} %. The reader "
+                f"refuses {refused} of {refused + good[RIGHT]} right ones and takes for right {taken}."
+            )
+    return "\n".join(lines)

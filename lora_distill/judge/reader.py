@@ -11,6 +11,7 @@ from lora_distill.data.scenes import BACKGROUNDS, CORNERS, KINDS, PLACES, QUARTE
 
 EMPTY, OTHER = "empty", "something else"
 MARGIN = 2  # pixels by which a generated object may stand outside its quarter
+WORST = 2.0  # where an error ends: nothing like any sprite
 CANDIDATES = 4  # of a quarter's coarse search, that are looked at in full
 
 
@@ -19,26 +20,27 @@ class Reading:
     """What the reader recognises in an image; None for a background or style that it does not.
 
     `kinds` has for each quarter, in the order of `PLACES`, a kind, "empty" or "something else". `errors` has the error
-    of the sprite that fits each quarter best, as a share of the sprite's energy; 1 for one that is empty.
+    of the sprite that fits each quarter best, as a share of the sprite's detail; 2, the worst, for one that is empty.
     """
 
     background: str | None = None
     style: str | None = None
     kinds: tuple[str, ...] = (OTHER,) * len(PLACES)
-    errors: tuple[float, ...] = (1.0,) * len(PLACES)
+    errors: tuple[float, ...] = (WORST,) * len(PLACES)
 
 
 class Reader:
     """Reads the background, and of each quarter the object, from images, by analysis by synthesis.
 
     The background is the colour of the border. A quarter with hardly any difference from it is empty. Else every
-    sprite of every style, size and side is laid over the quarter at every position. It is found where the squared
-    error, of the whole quarter, is at most `tolerance` times the sprite's energy, its own squared difference from the
-    background. So a second object in the quarter, or the half of one, is not overlooked.
+    sprite of every style, size and side is laid over the quarter at every position, and the one that leaves the least
+    squared error, of the whole quarter, is what fits: a second object, or the half of one, is not overlooked. It is
+    found where that error is at most `tolerance` times the sprite's detail, what a strong blur takes from it. At 1 a
+    picture is no nearer to the sprite than a blot of its colours.
     """
 
     background_tolerance = 17.0  # Euclidean distance in 0..255 RGB: half the smallest distance in the palette
-    tolerance = 0.35  # as a fraction of the energy: with it reader and eye find as many objects right (figures/reader)
+    tolerance = 1.0  # as a fraction of the detail: with it the eye agrees, see figures/reader
     empty = 0.25  # a quarter with less than this part of the weakest sprite's energy is empty
 
     def __init__(self, device: str | torch.device = "cpu"):
@@ -46,6 +48,7 @@ class Reader:
         self.palette = torch.tensor(list(BACKGROUNDS.values()), dtype=torch.float32, device=self.device)
         self.names = [(style, kind) for style in STYLES for kind in KINDS for _ in range(2)]  # as drawn, mirrored
         self.templates = [[self._templates(size, colour / 255) for size in SIZES] for colour in self.palette]
+        self.details = [[_detail(t) for t in sizes] for sizes in self.templates]
         self.weakest = [min(float(t.square().sum((1, 2, 3)).min()) for t in sizes) for sizes in self.templates]
 
     def _templates(self, size: int, background: Tensor) -> Tensor:
@@ -84,7 +87,7 @@ class Reader:
         ).flatten(0, 1)  # (n x 4, 3, side, side)
         inside = quarters[..., MARGIN:-MARGIN, MARGIN:-MARGIN].square().sum((1, 2, 3))
         full = inside >= self.empty * self.weakest[background]
-        errors, sprite = torch.ones(len(quarters)), torch.full((len(quarters),), -1)
+        errors, sprite = torch.full((len(quarters),), WORST), torch.full((len(quarters),), -1)
         if full.any():
             found = [error.cpu() for error in self._best(quarters[full], background)]
             errors[full.cpu()], sprite[full.cpu()] = found
@@ -94,15 +97,15 @@ class Reader:
         ]
 
     def _best(self, quarters: Tensor, background: int) -> tuple[Tensor, Tensor]:
-        """Error and number of the sprite that fits each quarter (q, 3, side, side) best."""
+        """Error, as a share of the detail, and number of the sprite that fits each quarter (q, 3, side, side) best."""
         fits = [self._fit(quarters, templates) for templates in self.templates[background]]
-        errors = torch.stack([error for error, _ in fits])  # (sizes, q)
-        best, size = errors.min(dim=0)
-        sprite = torch.stack([number for _, number in fits]).gather(0, size[None])[0]
-        return best, sprite
+        errors, numbers = (torch.stack(parts) for parts in zip(*fits, strict=True))  # (sizes, q)
+        shares = torch.stack([d[n] for d, n in zip(self.details[background], numbers, strict=True)])  # (sizes, q)
+        best = errors.min(dim=0, keepdim=True).indices
+        return (errors / shares).gather(0, best)[0], numbers.gather(0, best)[0]
 
     def _fit(self, quarters: Tensor, templates: Tensor) -> tuple[Tensor, Tensor]:
-        """Error and number of the best of the templates (t, 3, size, size) of one size.
+        """Squared error and number of the best of the templates (t, 3, size, size) of one size.
 
         All are tried at half the resolution; the best few then in full, at every pixel around.
         """
@@ -122,6 +125,17 @@ class Reader:
         return styles.pop() if len(styles) == 1 else None, tuple(kinds), tuple(errors)
 
 
+def _detail(templates: Tensor) -> Tensor:
+    """The energy that a Gaussian blur of an eighth of their size takes from templates (t, 3, size, size): (t,)."""
+    size = templates.shape[-1]
+    distance = torch.arange(-(size // 2), size // 2 + 1, device=templates.device)
+    kernel = (-0.5 * (distance / (size / 8)).square()).exp()
+    kernel = (kernel / kernel.sum()).view(1, 1, -1, 1)
+    channels = templates.flatten(0, 1)[:, None]  # (t x 3, 1, size, size)
+    blurred = F.conv2d(F.conv2d(channels, kernel, padding="same"), kernel.mT, padding="same")
+    return (channels - blurred).square().sum((1, 2, 3)).view(-1, 3).sum(1)
+
+
 def _halved(pixels: Tensor) -> Tensor:
     """Pixels (n, 3, h, w) at half the resolution; an odd side is padded with nothing."""
     return F.avg_pool2d(F.pad(pixels, (0, pixels.shape[3] % 2, 0, pixels.shape[2] % 2)), 2)
@@ -139,16 +153,19 @@ def _unexplained(quarters: Tensor, margin: int, size: int) -> Tensor:
 
 
 def _errors(quarters: Tensor, templates: Tensor, margin: int) -> Tensor:
-    """Squared errors of templates (t, 3, s, s) at positions of quarters (q, 3, h, w), over their energies.
+    """Squared errors of templates (t, 3, s, s) at positions of quarters (q, 3, h, w).
 
     (q, t, y, x). |r - t|^2 = |r|^2 - 2 r t + |t|^2.
     """
     energy = templates.square().sum((1, 2, 3))[:, None, None]  # (t, 1, 1)
-    return (_unexplained(quarters, margin, templates.shape[-1]) - 2 * F.conv2d(quarters, templates)) / energy + 1
+    return _unexplained(quarters, margin, templates.shape[-1]) - 2 * F.conv2d(quarters, templates) + energy
 
 
 def _refined(quarters: Tensor, templates: Tensor, number: Tensor, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The best of candidates (q, c), template `number` at (y, x) of its quarter, and of the pixels around them."""
+    """Squared error and number of the best of candidates (q, c) and of the pixels around them.
+
+    Each is the template `number` at (y, x) of its quarter.
+    """
     size, side = templates.shape[-1], quarters.shape[-1]
     steps = torch.arange(-1, 2, device=quarters.device)
     ys = (y[..., None, None] + steps[:, None]).clamp(0, side - size).expand(*y.shape, 3, 3).flatten(1)  # (q, c x 9)
@@ -161,7 +178,7 @@ def _refined(quarters: Tensor, templates: Tensor, number: Tensor, y: Tensor, x: 
     flat = templates.flatten(1)
     energy = flat.square().sum(1)[numbers]
     product = (patches * flat[numbers]).sum(2)
-    error = (unexplained - 2 * product) / energy + 1
+    error = unexplained - 2 * product + energy
     best = error.min(dim=1)
     return best.values, numbers.gather(1, best.indices[:, None])[:, 0]
 
@@ -176,7 +193,7 @@ class Verdicts:
     `right` has boolean arrays (n,) by attribute. `objects`: every quarter has its object, or is empty as it should be.
     `background`. `style`. `content`: objects and background, all that a caption says. `all`: content and style.
     `object_share` (n,) is the share of the scene's objects that are in their place. `fit_error` (n,) is the mean error
-    of what fits their quarters best, at most 1, be it the right object or not: it has no threshold, and a melted object
+    of what fits their quarters best, at most 2, be it the right object or not: it has no threshold, and a melted object
     counts by how much.
     """
 
@@ -201,7 +218,7 @@ def compare_readings(readings: list[Reading], scenes: list[Scene]) -> Verdicts:
     right = {name: np.array(values, dtype=bool) for name, values in right.items()}
     content = right["objects"] & right["background"]
     quarters = [
-        [(seen == wanted, min(error, 1.0)) for seen, error, wanted in zip(r.kinds, r.errors, asked(s), strict=True)
+        [(seen == wanted, min(error, WORST)) for seen, error, wanted in zip(r.kinds, r.errors, asked(s), strict=True)
          if wanted != EMPTY]
         for r, s in pairs
     ]  # fmt: skip

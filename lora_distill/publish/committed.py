@@ -9,12 +9,13 @@ import nbformat
 from nbformat import NotebookNode
 from pydantic import TypeAdapter
 
-from lora_distill.errors import InputError, reading
+from lora_distill.errors import InputError, MissingError, reading
 from lora_distill.publish import claims, report, series, stamps
-from lora_distill.publish.figures import provenance_text, read_provenance
+from lora_distill.publish.figures import check, provenance_text, read_provenance
 from lora_distill.publish.series import SeriesError
 from lora_distill.publish.stamps import PROVENANCE
 from lora_distill.settings import Settings, figures_dir, load_settings, repository_root, run_dir
+from lora_distill.storage import read_table
 from lora_distill.writing import atomic_write, locked, whole_file
 
 IN_NOTEBOOKS = "cpu"  # the profile whose outputs the committed notebooks hold
@@ -23,6 +24,7 @@ IN_README = "full"  # the profile whose results the README states
 KINDS = {".svg", ".png", ".csv", ".json"}
 # What the commands `memory` and `measure` write, and no notebook.
 OF_MEMORY = ("01_memory*", "01_flops.csv", "01_measured_*")
+SWEEP = "sweep"  # the table and figure of the command, and their folder in figures/
 
 
 def publish(profile: str | Path) -> list[Path]:
@@ -64,6 +66,37 @@ def _publish(settings: Settings, folder: Path) -> list[Path]:
         outputs = {name for path in paths for name in stamps.read(folder, path.stem)["outputs"]}
         written = [copy_figures(folder / "figures", {Path(n).name for n in outputs if n.startswith("figures/")})]
     return [*written, write_readme()]
+
+
+def publish_sweep(profile: str | Path) -> list[Path]:
+    """Take table and figure of a profile's sweep into figures/sweep/; return that folder.
+
+    Raises `MissingError` where there is no sweep, `SeriesError` for one that is not finished or was not made by
+    committed code.
+    """
+    settings = load_settings(profile)
+    with locked(run_dir(settings)) if run_dir(settings).is_dir() else nullcontext():
+        source = figures_dir(settings)
+        command = f"python -m lora_distill sweep --profile {settings.profile}"
+        if not (made := read_provenance(source).get(SWEEP) if source.is_dir() else None):
+            raise MissingError(f"no sweep of profile {settings.profile}; {command} makes it")
+        check(source, made["sha256"])
+        check_sweep(read_table(source / f"{SWEEP}.csv"), command)
+        target = repository_root() / "figures" / SWEEP
+        for kind in ("csv", "svg", "png"):
+            _copy(source / f"{SWEEP}.{kind}", target)
+        atomic_write(target / PROVENANCE, provenance_text({SWEEP: made}))
+        stamps.write_sums(target)
+    return [target]
+
+
+def check_sweep(rows: list[dict], command: str) -> None:
+    """Raise `SeriesError` unless every setting of a sweep has a chosen value, and committed code judged all values."""
+    settings = {(row["method"], row["setting"]) for row in rows}
+    if open_ones := settings - {(row["method"], row["setting"]) for row in rows if row["chosen"]}:
+        raise SeriesError(f"the sweep is not finished: {' of '.join(min(open_ones)[::-1])}; {command} goes on")
+    if any(not row["commit"] or row["commit"].endswith("-dirty") for row in rows):
+        raise SeriesError(f"the sweep was not made by committed code; delete the run's sweep/, commit, then {command}")
 
 
 def check_finished(paths: list[Path], settings: Settings, folder: Path) -> None:
@@ -136,14 +169,18 @@ def copy_figures(source: Path, names: set[str]) -> Path:
                 path.unlink()
     for path in source.iterdir():
         if path.name in names | kept and path.suffix in KINDS:
-            with whole_file(target / path.name) as temporary:
-                shutil.copyfile(path, temporary)
+            _copy(path, target)
     if (source / PROVENANCE).exists():
         provenance = read_provenance(source)
         made = {name: made for name, made in provenance.items() if f"{name}.svg" in names | kept}
         atomic_write(target / PROVENANCE, provenance_text(made))
     stamps.write_sums(target)
     return target
+
+
+def _copy(path: Path, folder: Path) -> None:
+    with whole_file(folder / path.name) as temporary:
+        shutil.copyfile(path, temporary)
 
 
 def write_readme() -> Path:

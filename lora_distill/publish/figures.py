@@ -126,8 +126,10 @@ def render(
 
 
 def _number(name: str) -> str:
-    """A figure's number: its notebook's, and its place among the figures of that notebook."""
-    notebook = name.partition("_")[0]
+    """A figure's number: its notebook's, and its place among the figures of that notebook; of a command its name."""
+    notebook, of_notebook, _ = name.partition("_")
+    if not of_notebook:
+        return name
     return f"{notebook}.{1 + [other for other in FIGURES if other.startswith(notebook)].index(name)}"
 
 

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from lora_distill.publish import plots_few_steps, plots_memory
+from lora_distill.publish import plots_few_steps, plots_memory, plots_sweep
 from lora_distill.publish.style import (
     ALIGNMENTS,
     OBJECTS,
@@ -75,14 +75,18 @@ def alignment_against_guidance(rows: Rows) -> Figure:
 
 
 def reader_against_eye(rows: Rows) -> Figure:
-    """How many objects are right for the reader, and how often it and the eye agree, against the tolerance."""
-    figure, ax = plt.subplots(figsize=(WIDTH, 2.4))
-    ax.plot(column(rows, "tolerance"), 100 * column(rows, "alike"), label="reader and eye agree", marker="o")
-    ax.plot(column(rows, "tolerance"), 100 * column(rows, "reader"), label="right for the reader", marker="s")
-    ax.axhline(100 * rows[0]["eye"], label="right for the eye", **REFERENCE)
-    ax.axvline(rows[0]["chosen"], color="0.2", linestyle=":", linewidth=1.2, marker="", label="tolerance taken")
-    ax.set(xlabel="tolerance of the reader", ylabel=f"% of {rows[0]['n']} objects", ylim=(None, 100))
-    ax.legend(loc="lower right")
+    """How often the reader and each eye agree on an object, and how many are right for whom, against the tolerance."""
+    figure, (ax, ax_right) = plt.subplots(1, 2, figsize=(6.5, 2.3))
+    for number, (eye, points) in enumerate(grouped(rows, "eye").items()):
+        style = {"color": f"C{number}", "marker": "os"[number]}
+        ax.plot(column(points, "tolerance"), 100 * column(points, "alike"), label=f"{eye} eye", **style)
+        right = 100 * points[0]["labelled"]
+        ax_right.axhline(right, color=f"C{number}", linestyle="--", marker="", label=f"{eye} eye")
+    ax_right.plot(column(points, "tolerance"), 100 * column(points, "reader"), color="black", label="reader")
+    for panel, title in ((ax, "reader and eye agree"), (ax_right, "right")):
+        panel.axvline(rows[0]["chosen"], color="0.2", linestyle=":", linewidth=1.2, marker="", zorder=1)
+        panel.set(xlabel="tolerance of the reader", ylabel=f"% of {rows[0]['n']} objects", title=title)
+        panel.legend(loc="lower right")
     return figure
 
 
@@ -517,4 +521,9 @@ FIGURES = {
     ),
     "04_pareto": Plot(pareto_front, "Quality against UNet evaluations, every method", FEW_STEPS),
     "04_saving": Plot(saving_against_batch, "Saved seconds against the batch", OVER_BATCHES),
+    "sweep": Plot(
+        plots_sweep.errors_by_value,
+        "Errors and fit error on the val split by the value of one setting; ring: chosen, grey line: the profile's; "
+        "bars: one standard error of the difference from the best value",
+    ),
 }

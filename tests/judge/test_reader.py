@@ -13,7 +13,17 @@ from PIL import Image, ImageFilter
 from lora_distill.data import scenes
 from lora_distill.data.scenes import KINDS, QUARTER, SIZES, STYLES, Object, Scene
 from lora_distill.judge import eye
-from lora_distill.judge.reader import EMPTY, MARGIN, OTHER, Reader, Reading, asked, compare_readings, judge_images
+from lora_distill.judge.reader import (
+    EMPTY,
+    MARGIN,
+    OTHER,
+    WORST,
+    Reader,
+    Reading,
+    asked,
+    compare_readings,
+    judge_images,
+)
 
 COUNT = 1_000  # drawn pictures of each style; tests/campaign_reader.py reads 5,000
 CORNERS = {"upper left": (0, 0), "upper right": (0, 32), "lower left": (32, 0), "lower right": (32, 32)}
@@ -77,7 +87,9 @@ def test_every_drawn_picture_is_read_as_it_was_drawn(reader, style, split):
     data = scenes.sample_scenes(style, split, COUNT // 2, seed=7)
     for scene, reading in zip(data, reader.read(drawn(data)), strict=True):
         assert (reading.background, reading.style, reading.kinds) == (scene.background, style, asked(scene))
-        assert all(e < 1e-3 if kind != EMPTY else e == 1 for e, kind in zip(reading.errors, reading.kinds, strict=True))
+        assert all(
+            e < 5e-3 if kind != EMPTY else e == WORST for e, kind in zip(reading.errors, reading.kinds, strict=True)
+        )
 
 
 @pytest.mark.parametrize("change", [lambda x: blurred(x, 0.6), lambda x: noisy(x, 8), shifted])
@@ -94,10 +106,21 @@ def test_the_reader_is_not_content_with_another_scene(reader):
 # ---------------------------------------------------------------------------------------------- the search
 
 
-def plain_errors(quarter, background):
-    """The least error of each sprite, (style, kind): tried at every size, side and pixel of a padded quarter.
+def plain_blur(sprite, sd):
+    """A Gaussian blur of (3, size, size), row by row and column by column; nothing is beyond the border."""
+    at = torch.arange(sprite.shape[-1])
+    weights = (-0.5 * ((at[:, None] - at) / sd).square()).exp()
+    kernel = (-0.5 * (torch.arange(-(len(at) // 2), len(at) // 2 + 1) / sd).square()).exp().sum()
+    near = (at[:, None] - at).abs() <= len(at) // 2
+    weights = weights * near / kernel
+    return weights @ sprite @ weights.T
 
-    What counts is the squared difference over the quarter itself and over what of the sprite lies outside it.
+
+def plain_errors(quarter, background):
+    """The least squared error of each sprite, (style, kind), and it as a share of the sprite's detail.
+
+    Tried at every size, side and pixel of a padded quarter. What counts is the squared difference over the quarter
+    itself and over what of the sprite lies outside it.
     """
     inner = torch.zeros_like(quarter[:1])
     inner[:, MARGIN:-MARGIN, MARGIN:-MARGIN] = 1
@@ -109,10 +132,11 @@ def plain_errors(quarter, background):
         for style in STYLES:
             for kind, rgba in zip(KINDS, torch.from_numpy(scenes.sprites(style, size)), strict=True):
                 sprite = (rgba[..., :3] - rgba[..., 3:] * background).permute(2, 0, 1)
-                energy = sprite.square().sum()
+                detail = (sprite - plain_blur(sprite, size / 8)).square().sum()
                 for side in (sprite, sprite.flip(2)):
-                    error = (around + (windows - side.flatten()).square().sum(2)).min() / energy
-                    errors[style, kind] = min(errors.get((style, kind), torch.inf), float(error))
+                    error = (around + (windows - side.flatten()).square().sum(2)).min()
+                    found = float(error), float(error / detail)
+                    errors[style, kind] = min(errors.get((style, kind), (torch.inf, torch.inf)), found)
     return errors
 
 
@@ -132,9 +156,9 @@ def test_the_search_finds_what_trying_everything_finds(reader, change):
             if kind != EMPTY:
                 everything = plain_errors(quarter, background)
                 best = min(everything, key=everything.get)
-                found = everything[best] <= reader.tolerance
-                assert error == pytest.approx(everything[best], abs=1e-3 if found else 0.05)
+                found = everything[best][1] <= reader.tolerance
                 assert kind == (best[1] if found else OTHER)
+                assert error == pytest.approx(everything[best][1], abs=1e-2) if found else error > reader.tolerance
 
 
 # ---------------------------------------------------------------------------------------------- something else
@@ -151,7 +175,7 @@ PAIRS = [(a, b) for a, b in product(KINDS, KINDS) if a != b][::7]
 @pytest.mark.parametrize("background", scenes.BACKGROUNDS)
 def test_an_empty_picture_is_empty(reader, style, background):
     (reading,) = reader.read(painted(background=background)[None])
-    assert reading == Reading(background, None, (EMPTY,) * 4, (1.0,) * 4)
+    assert reading == Reading(background, None, (EMPTY,) * 4, (WORST,) * 4)
 
 
 def test_a_background_of_another_colour_is_none_and_nothing_is_read_on_it(reader):
@@ -166,19 +190,19 @@ def test_a_background_of_another_colour_is_none_and_nothing_is_read_on_it(reader
 @pytest.mark.parametrize("style", STYLES)
 def test_two_objects_that_overlap_in_one_quarter_are_something_else(reader, style):
     pictures = [painted((sprite_of(style, a, 20), 0, 0), (sprite_of(style, b, 20), 12, 12)) for a, b in PAIRS]
-    assert (first_kinds(reader, pictures) == OTHER).mean() >= 0.75
+    assert (first_kinds(reader, pictures) == OTHER).mean() >= 0.85
 
 
 @pytest.mark.parametrize("style", STYLES)
 def test_an_object_that_is_there_twice_is_something_else(reader, style):
     pictures = [painted((sprite_of(style, kind, 20), 0, 0), (sprite_of(style, kind, 20), 11, 9)) for kind in KINDS]
-    assert (first_kinds(reader, pictures) == OTHER).mean() >= 0.75
+    assert (first_kinds(reader, pictures) == OTHER).mean() >= 0.85
 
 
 @pytest.mark.parametrize("style", STYLES)
 def test_the_half_of_an_object_is_something_else(reader, style):
     pictures = [painted((sprite_of(style, kind)[:, :13], 3, 3)) for kind in KINDS]
-    assert (first_kinds(reader, pictures) == OTHER).mean() >= 0.8
+    assert (first_kinds(reader, pictures) == OTHER).mean() >= 0.9
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -199,7 +223,7 @@ def test_objects_in_other_colours_are_something_else(reader, style):
     """A third style: what is light becomes dark."""
     inverted = [np.concatenate([s[..., 3:] - s[..., :3], s[..., 3:]], 2) for s in (sprite_of(style, k) for k in KINDS)]
     pictures = [painted((sprite, 3, 3), background=name) for sprite in inverted for name in scenes.BACKGROUNDS]
-    assert (first_kinds(reader, pictures) == OTHER).mean() >= 0.95
+    assert (first_kinds(reader, pictures) == OTHER).all()
 
 
 def test_a_picture_of_both_styles_has_none(reader):
@@ -233,8 +257,18 @@ def test_pictures_are_read_one_by_one_whatever_the_batch(reader):
 
 
 @pytest.fixture(scope="module")
+def labels():
+    return {name: campaign_reader.read_labels(name=name) for name in campaign_reader.EYES}
+
+
+@pytest.fixture(scope="module")
 def confusion():
     return campaign_reader.confusion()
+
+
+@pytest.fixture(scope="module")
+def agreement(confusion):
+    return {(row["eye"], row["tolerance"]): row for row in eye.shares(confusion)}
 
 
 def test_the_committed_confusion_table_follows_from_the_pictures_and_their_labels(confusion):
@@ -243,39 +277,53 @@ def test_the_committed_confusion_table_follows_from_the_pictures_and_their_label
     assert committed == [{name: str(value) for name, value in row.items()} for row in confusion]
 
 
-def test_the_tolerance_is_the_one_at_which_eye_and_reader_find_as_many_objects_right(confusion):
-    """Of 200 generated pictures, bad ones among them."""
-    labels = campaign_reader.read_labels()
-    assert len(labels) == 200 and len({row["sampler"] + row["steps"] + row["w"] for row in labels}) == 8
-    found = {row["tolerance"]: row for row in eye.shares(confusion)}
-    apart = {tolerance: abs(row["eye"] - row["reader"]) for tolerance, row in found.items()}
-    assert min(apart, key=apart.get) == Reader.tolerance
-    assert found[Reader.tolerance]["alike"] > max(row["alike"] for row in found.values()) - 0.03
+def test_200_pictures_of_eight_samplers_are_labelled_by_two(labels):
+    assert [len(rows) for rows in labels.values()] == [200, 200]
+    assert len({row["sampler"] + row["steps"] + row["w"] for row in labels["first"]}) == 8
+
+
+def test_the_reader_finds_more_objects_right_than_the_stricter_eye_and_fewer_than_the_other(agreement):
+    first, second = (agreement[name, Reader.tolerance] for name in campaign_reader.EYES)
+    assert second["labelled"] < second["reader"] == first["reader"] < first["labelled"]
+
+
+def test_no_other_tolerance_agrees_much_better_with_both_eyes(agreement):
+    alike = {t: np.mean([agreement[name, t]["alike"] for name in campaign_reader.EYES]) for t in eye.TOLERANCES}
+    assert alike[Reader.tolerance] > max(alike.values()) - 0.02
 
 
 def test_a_confusion_table_counts_every_quarter():
     """The upper right one is found with the second tolerance and not with the first."""
     first, second = Reader.tolerance, eye.TOLERANCES[eye.TOLERANCES.index(Reader.tolerance) + 1]
-    errors = (0.0, (first + second) / 2, 1.0, 0.0)
+    errors = (0.0, (first + second) / 2, WORST, 0.0)
     labels = {"upper left": "right", "upper right": "melted", "lower left": "empty", "lower right": "wrong"}
     labels |= {f"asked {place}": kind for place, kind in zip(CORNERS, ("lion", "bus", EMPTY, "owl"), strict=True)}
-    table = eye.confusion([Reading("pink", "noto", ("lion", "bus", EMPTY, "frog"), errors)], [labels])
+    readings = [Reading("pink", "noto", ("lion", "bus", EMPTY, "frog"), errors)]
+    table = eye.confusion(readings, {"first": [labels]})
     strict, loose = (eye.matrix(table, tolerance) for tolerance in (first, second))
-    assert [row["eye"] for row in strict] == ["right", "melted", "wrong", "empty"]
-    counted = [{(row["eye"], name) for row in rows for name in eye.ANSWERS if row[name]} for rows in (strict, loose)]
+    assert [row["label"] for row in strict] == ["right", "melted", "wrong", "empty"]
+    counted = [{(row["label"], name) for row in rows for name in eye.ANSWERS if row[name]} for rows in (strict, loose)]
     always = {("right", "right"), ("wrong", "another object"), ("empty", EMPTY)}
     assert counted == [always | {("melted", OTHER)}, always | {("melted", "right")}]
     shares = {row["tolerance"]: row for row in eye.shares(table)}
-    assert shares[first] == {"tolerance": first, "eye": 1 / 3, "reader": 1 / 3, "alike": 1, "n": 3}
-    assert shares[second]["reader"] == shares[second]["alike"] == 2 / 3
-    said = "The reader refuses 0 of 1 right ones, and takes for right 0 of 1 melted, 0 of 1 wrong."
-    assert said in eye.in_words(table)
+    expected = {"eye": "first", "tolerance": first, "labelled": 1 / 3, "reader": 1 / 3, "alike": 1, "n": 3}
+    assert shares[first] == expected and shares[second]["reader"] == shares[second]["alike"] == 2 / 3
+    said = "The reader refuses 0 of 1 right ones and takes for right 0 of 1 melted, 0 of 1 wrong."
+    assert eye.in_words(table).endswith(said)
 
 
 def test_on_a_background_that_is_not_known_no_quarter_has_an_answer():
     labels = [{place: "right" for place in CORNERS} | {f"asked {place}": "lion" for place in CORNERS}]
-    (row,) = eye.matrix(eye.confusion([Reading()], labels))
+    (row,) = eye.matrix(eye.confusion([Reading()], {"first": labels}))
     assert row["background unknown"] == 4
+
+
+def test_eyes_agree_where_both_or_neither_find_an_object_right():
+    one, other = (
+        [dict(zip(CORNERS, labels, strict=True))]
+        for labels in (("right", "melted", "wrong", "empty"), ("right", "wrong", "right", "empty"))
+    )
+    assert eye.eyes_alike(one, other) == 2 / 3
 
 
 def test_sheets_give_their_pictures_back(tmp_path):
@@ -317,7 +365,7 @@ def test_the_error_is_the_mean_of_the_quarters_that_should_have_an_object():
     scores = compare_readings(
         [Reading(errors=(0.1, 0.5, 9.0, 7.0)), Reading(errors=(0.2, 0.3, 0.0, 0.4))], [TRIO, TRIO]
     )
-    assert scores.fit_error == pytest.approx([(0.1 + 0.5 + 1) / 3, 0.3])
+    assert scores.fit_error == pytest.approx([(0.1 + 0.5 + WORST) / 3, 0.3])
 
 
 def test_verdicts_of_pictures_are_those_of_their_readings(reader):

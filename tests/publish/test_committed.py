@@ -8,7 +8,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from lora_distill import settings, storage, writing
-from lora_distill.publish import claims, committed, report, series, stamps
+from lora_distill.publish import claims, committed, figures, report, series, stamps
 from lora_distill.publish.series import SeriesError
 
 README = "# A title\n<!-- results --><!-- /results -->\n<!-- ledger --><!-- /ledger -->\n"
@@ -233,6 +233,59 @@ class TestMeasured:
         with pytest.raises(SeriesError, match="not measured by committed code"):
             committed.publish("other")
         assert not (checkout / "figures" / "other").exists()
+
+
+SWEPT = {"method": "a", "setting": "learning_rate", "value": 1e-3, "default": True, "chosen": True, "n": 96,
+         "errors": 0.2, "errors_se": 0.0, "fit_error": 0.1, "fit_error_se": 0.0, "commit": "1a2b3c4d5e"}  # fmt: skip
+
+
+class TestSweep:
+    """What the command `sweep` wrote, taken into figures/sweep/ whatever the notebooks of the run are."""
+
+    @pytest.fixture
+    def swept(self, checkout):
+        """Save a sweep of profile cpu whose row has some other values."""
+
+        def save(**other):
+            figures.save("sweep", settings.load_settings("cpu"), [{**SWEPT, **other}])
+            return checkout / "figures" / "sweep"
+
+        return save
+
+    def test_table_and_figure_are_taken_with_what_made_them(self, swept):
+        folder = swept()
+        assert committed.publish_sweep("cpu") == [folder]
+        assert {path.name for path in folder.iterdir()} == {
+            "sweep.csv", "sweep.svg", "sweep.png", "provenance.json", "SHA256SUMS"
+        }  # fmt: skip
+        assert figures.read_provenance(folder)["sweep"]["profile"] == "cpu"
+        assert stamps.read_sums(folder).keys() == {"sweep.csv", "provenance.json"}
+        assert figures.redraw(folder) == [folder / "sweep.svg"]
+
+    @pytest.mark.parametrize(
+        ("other", "message"),
+        [
+            ({"chosen": False}, "the sweep is not finished: learning_rate of a; python -m lora_distill sweep"),
+            ({"commit": "1a2b3c4d5e-dirty"}, "the sweep was not made by committed code"),
+            ({"commit": None}, "the sweep was not made by committed code"),
+        ],
+    )
+    def test_one_that_is_not_finished_or_not_of_a_commit_is_refused(self, swept, other, message):
+        folder = swept(**other)
+        with pytest.raises(SeriesError, match=message):
+            committed.publish_sweep("cpu")
+        assert not folder.exists()
+
+    def test_one_that_was_edited_is_refused(self, swept, checkout):
+        swept()
+        table = checkout / "runs" / "cpu" / "figures" / "sweep.csv"
+        table.write_text(table.read_text(encoding="utf-8").replace("0.2", "0.1"), encoding="utf-8")
+        with pytest.raises(ValueError, match=r"sweep\.csv is damaged or was changed by hand"):
+            committed.publish_sweep("cpu")
+
+    def test_where_there_is_none_the_command_is_named(self, checkout):
+        with pytest.raises(FileNotFoundError, match="no sweep of profile cpu; python -m lora_distill sweep --profile"):
+            committed.publish_sweep("cpu")
 
 
 def test_the_readme_is_utf_8_whatever_the_locale(checkout, monkeypatch):

@@ -23,7 +23,10 @@ ROWS = {
         {"guidance_scale": w, "objects": n, "all_correct": 0.5, "predicted": p, **SHARE}
         for w, n, p in ((1.0, "1", 0.9), (2.0, "1", None), (1.0, "held out", None), (None, "VAE", None))
     ],
-    "00_reader": [{"tolerance": t, "eye": 0.7, "reader": t, "alike": 0.8, "n": 5, "chosen": 0.4} for t in (0.3, 0.4)],
+    "00_reader": [
+        {"eye": e, "tolerance": t, "labelled": 0.7, "reader": t, "alike": 0.8, "n": 5, "chosen": 0.4}
+        for e in ("first", "second") for t in (0.3, 0.4)
+    ],
     "01_schemes": [{"label": s, "batch": b, "checkpointing": b > 1, **TERMS} for b in (1, 16) for s in "ab"],
     "01_sharing": [
         {"precision": p, "checkpointing": c, "batch": b, "separate_gb": 2.0, "shared_gb": 1.5}
@@ -48,6 +51,11 @@ ROWS = {
     "02_guidance_curve": [
         {"guidance_scale": w, "objects": o, "teacher_guidance_scale": 3.0, **QUALITY, "predicted": p}
         for w, p in ((1.0, 0.4), (3.0, None)) for o in ("all", *"1234")
+    ],
+    "sweep": [
+        {"method": m, "setting": "learning_rate", "value": v, "default": v == 1e-3, "chosen": v == 2e-3, "n": 96,
+         "errors": 0.2, "errors_se": 0.01, "fit_error": 0.1, "fit_error_se": 0.01}
+        for m in "abcd" for v in (1e-3, 2e-3)
     ],
     "02_difference": [
         {"timestep": t, "quantity": q, "relative_difference": 0.1} for t in (1, 2) for q in ("v", "x0", "ε")
