@@ -10,7 +10,6 @@ import csv
 import io
 import sys
 import textwrap
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,8 @@ from PIL import Image, ImageDraw
 
 from lora_distill.data import scenes
 from lora_distill.data.teacher import scene_prompts
-from lora_distill.judge.reader import EMPTY, OTHER, Reader, Reading, asked
+from lora_distill.judge import eye
+from lora_distill.judge.reader import EMPTY, Reader, asked
 from lora_distill.pipeline import decode_latents, encode_prompts, load_pipeline
 from lora_distill.sampling import Sampler, initial_noise, sample, step_generators
 from lora_distill.writing import atomic_write
@@ -29,9 +29,6 @@ SAMPLERS = (  # eight, for 25 pictures each
     Sampler(3, 3.0, scheduler="dpm++"), Sampler(2, 1.0),
 )  # fmt: skip
 COUNT, A_SHEET, COLUMNS, SCALE, TEXT, GAP = 200, 20, 5, 4, 44, 8
-LABELS = ("right", "doubled", "melted", "missing", "wrong")  # of an object that was asked for, as the eye sees it
-NOTHING = "empty"  # of a quarter where none was asked for; what stands there all the same is "wrong"
-TOLERANCES = tuple(round(0.5 + 0.1 * i, 1) for i in range(16))
 EYES = {"first": "labels.csv", "second": "labels_second.csv"}  # of two who labelled without knowing of each other
 
 
@@ -81,7 +78,7 @@ def write_sheets(pipeline: str = "bundled", folder: Path = FOLDER) -> None:
 
 def _row(number: int, caption: str, scene: scenes.Scene, sampler: Sampler) -> dict:
     wanted = dict(zip(scenes.PLACES, asked(scene), strict=True))
-    looked = {place: NOTHING if kind == EMPTY else "" for place, kind in wanted.items()}
+    looked = {place: EMPTY if kind == EMPTY else "" for place, kind in wanted.items()}
     drawn = {"sampler": sampler.scheduler, "steps": sampler.steps, "w": sampler.guidance_scale}
     kinds = {f"asked {place}": kind for place, kind in wanted.items()}
     return {"number": number, "caption": caption, **looked, **kinds, **drawn}
@@ -120,15 +117,15 @@ def read_sheets(folder: Path = FOLDER) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------- the reader and the eye
 
 
-def read_labels(folder: Path = FOLDER, eye: str = "first") -> list[dict]:
-    """The rows of labels.csv with the labels of an eye. Raises ValueError for one that is not filled in."""
-    first, own = ({row["number"]: row for row in _rows(folder / EYES[name])} for name in ("first", eye))
+def read_labels(folder: Path = FOLDER, name: str = "first") -> list[dict]:
+    """What an eye said, with what was asked. Raises ValueError for a row that is not filled in."""
+    first, own = ({row["number"]: row for row in _rows(folder / EYES[one])} for one in ("first", name))
     rows = [first[number] | labels for number, labels in own.items()]
     for row in rows:
         for place in scenes.PLACES:
-            allowed = (NOTHING, "wrong") if row[f"asked {place}"] == EMPTY else LABELS
+            allowed = (EMPTY, eye.WRONG) if row[f"asked {place}"] == EMPTY else eye.LABELS
             if row[place] not in allowed:
-                raise ValueError(f"{EYES[eye]}: picture {row['number']}, {place}: expected {', '.join(allowed)}")
+                raise ValueError(f"{EYES[name]}: picture {row['number']}, {place}: expected {', '.join(allowed)}")
     return rows
 
 
@@ -136,59 +133,22 @@ def _rows(path: Path) -> list[dict]:
     return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
 
 
-def confusion(images: np.ndarray, folder: Path = FOLDER) -> list[dict]:
-    """For each eye and tolerance, how often the reader gives which answer to a quarter of which label."""
+def confusion(folder: Path = FOLDER) -> list[dict]:
+    """The table of the pictures in `folder` and of what both eyes said of them."""
     reader = Reader()
     reader.tolerance = np.inf
-    readings = reader.read(images)
-    return [
-        {"eye": eye, "tolerance": tolerance, "label": label, "reader": said, "n": n}
-        for eye in EYES
-        for rows in [read_labels(folder, eye)]
-        for tolerance in TOLERANCES
-        for (label, said), n in sorted(_counted(readings, rows, tolerance).items())
-    ]
-
-
-def _counted(readings: list[Reading], rows: list[dict], tolerance: float) -> Counter:
-    counted = Counter()
-    for reading, row in zip(readings, rows, strict=True):
-        for place, kind, error in zip(scenes.PLACES, reading.kinds, reading.errors, strict=True):
-            found = kind if kind == EMPTY or error <= tolerance else OTHER
-            counted[row[place], answer(found, row[f"asked {place}"], reading.background)] += 1
-    return counted
-
-
-def answer(kind: str, wanted: str, background: str | None) -> str:
-    """What the reader's answer to a quarter comes to."""
-    if background is None:
-        return "background unknown"
-    if kind in (EMPTY, OTHER):
-        return kind
-    return "right" if kind == wanted else "another object"
-
-
-def shares(table: list[dict]) -> dict[tuple[str, float], dict[str, float]]:
-    """By eye and tolerance, of the asked quarters: the share that is right for eye, for reader, and for both alike."""
-    found = {}
-    for eye, tolerance in dict.fromkeys((row["eye"], row["tolerance"]) for row in table):
-        rows = [r for r in table if (r["eye"], r["tolerance"]) == (eye, tolerance) and r["label"] != NOTHING]
-        counts = {
-            "eye": [row["n"] for row in rows if row["label"] == "right"],
-            "reader": [row["n"] for row in rows if row["reader"] == "right"],
-            "alike": [row["n"] for row in rows if (row["label"] == "right") == (row["reader"] == "right")],
-        }
-        found[eye, tolerance] = {name: sum(ns) / sum(row["n"] for row in rows) for name, ns in counts.items()}
-    return found
+    labels = {name: read_labels(folder, name) for name in EYES}
+    return eye.confusion(reader.read(read_sheets(folder)), labels)
 
 
 def write_table(folder: Path = FOLDER) -> None:
     """Write confusion.csv, and print by tolerance how often an object is right for the eye, the reader, both alike."""
-    table = confusion(read_sheets(folder), folder)
+    table = confusion(folder)
     atomic_write(folder / "confusion.csv", _text(table))
-    for (eye, tolerance), found in shares(table).items():
-        said = ", ".join(f"{name} {100 * share:.1f} %" for name, share in found.items())
-        print(f"{eye} eye, tolerance {tolerance:g}: {said}{' (chosen)' * (tolerance == Reader.tolerance)}")
+    for row in eye.shares(table):
+        said = ", ".join(f"{name} {100 * row[name]:.1f} %" for name in ("labelled", "reader", "alike"))
+        chosen = " (chosen)" * (row["tolerance"] == Reader.tolerance)
+        print(f"{row['eye']} eye, tolerance {row['tolerance']:g}: {said}{chosen}")
 
 
 def _text(rows: list[dict]) -> str:

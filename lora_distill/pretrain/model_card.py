@@ -21,11 +21,11 @@ from lora_distill.writing import atomic_write
 GUIDANCE_SCALES = (1.0, 2.0, 3.0, 5.0, 7.5, 10.0)
 STEPS = 25
 SEED = 0
+SEEN = {str(n): f"{n}, seen" for n in scenes.COUNTS}  # number of objects: the group of those without a held-out one
 NOTHING = dict.fromkeys(("n", "all", "objects", "background", "style", "object_share", "fit_error"), 1.0)
 EMPTY = {  # scores that are not there yet, to see whether a card can be written
     "count": 1, "unseen": 0, "sampler": "", "seed": 0, "device": "",
-    "guidance": {"1.0": {"all": NOTHING, **{str(n): NOTHING for n in scenes.COUNTS}, "seen": NOTHING,
-                         "unseen": NOTHING}},
+    "guidance": {"1.0": dict.fromkeys(("all", "seen", "unseen", *map(str, scenes.COUNTS), *SEEN.values()), NOTHING)},
     "reconstruction": {"noto": {"all": NOTHING, "4": NOTHING}, "fluent": {"all": NOTHING, "4": NOTHING}},
 }  # fmt: skip
 
@@ -54,9 +54,10 @@ def _sampled(pipe: StableDiffusionPipeline, prompts: Prompts, guidance_scale: fl
 
 
 def _by_count(verdicts: Verdicts, data: list[scenes.Scene]) -> dict[str, dict[str, float]]:
-    """The means of what is measured: of all images, of those of each number of objects, of seen and unseen ones."""
+    """The means of what is measured: of all images, by number of objects, by seen and unseen ones, and by both."""
     unseen, objects = np.array([scene.unseen for scene in data]), np.array([scene.count for scene in data])
     groups = {"all": unseen | True, **{str(n): objects == n for n in scenes.COUNTS}, "seen": ~unseen, "unseen": unseen}
+    groups |= {SEEN[str(n)]: (objects == n) & ~unseen for n in scenes.COUNTS}
     columns = {**verdicts.right, "object_share": verdicts.object_share, "fit_error": verdicts.fit_error}
     return {
         name: {"n": int(rows.sum()), **{column: float(values[rows].mean()) for column, values in columns.items()}}
@@ -96,7 +97,7 @@ def render(training: dict, scores: dict) -> str:
     """The model card as Markdown, from the contents of training.json and scores.json alone."""
     count, guidance = scores["count"], {float(w): groups for w, groups in scores["guidance"].items()}
     best = max(guidance, key=lambda w: guidance[w]["all"]["all"])
-    gains = {n: 100 * (guidance[best][n]["all"] - guidance[1.0][n]["all"]) for n in ("1", "4")}
+    gains = {n: 100 * (guidance[best][SEEN[n]]["all"] - guidance[1.0][SEEN[n]]["all"]) for n in ("1", "4")}
     predicted = " | ".join(f"{100 * (1 - 23 / 24 * training['caption_error']) ** n:.0f} %" for n in scenes.COUNTS)
     ceilings = ", ".join(
         f"{_share(found['all'])} ({style}; {_share(found['4'])} at four objects)"
@@ -141,9 +142,10 @@ Code: commit {training["commit"]}.
 
 {count:,} prompts of the test split, each number of objects equally often, {scores["unseen"]} of them with a held-out
 (object, place); {scores["sampler"]}, seed {scores["seed"]}, float32, {scores["device"]}. "All right" is the reader's
-verdict on objects, places, background and style together, in per cent of the images; intervals are 95 % Wilson.
-"Objects" is the share of single objects that are right, "error" how far they are from a drawn one (0 is clean, 1 is
-nothing like it). Ceiling, all right on VAE reconstructions of drawn test images: {ceilings}.
+verdict on objects, places, background and style together, in per cent of the images; intervals are 95 % Wilson. The
+columns by number of objects are of prompts without a held-out (object, place). "Objects" is the share of single objects
+that are right, "error" how far they are from a drawn one (0 is clean). Ceiling, all right on VAE reconstructions of
+drawn test images: {ceilings}.
 
 | guidance w | all right | 1 object | 2 | 3 | 4 | seen | held out | objects | error |
 |---|---|---|---|---|---|---|---|---|---|
@@ -163,8 +165,8 @@ def _share(found: dict[str, float]) -> str:
 
 
 def _card_row(guidance_scale: float, groups: dict[str, dict[str, float]]) -> str:
-    """A row of the card: all right by number of objects, and the measures of single objects."""
-    parts = " | ".join(f"{100 * groups[name]['all']:.1f}" for name in (*map(str, scenes.COUNTS), "seen", "unseen"))
+    """A row of the card: all right by number of objects without held-out ones, and the measures of single objects."""
+    parts = " | ".join(f"{100 * groups[name]['all']:.1f}" for name in (*SEEN.values(), "seen", "unseen"))
     everything = groups["all"]
     return (
         f"| {guidance_scale:g} | {_share(everything)} | {parts} | {100 * everything['object_share']:.1f} "

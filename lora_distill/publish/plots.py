@@ -54,16 +54,39 @@ def stage_losses(rows: Rows) -> Figure:
 
 
 def alignment_against_guidance(rows: Rows) -> Figure:
-    """What the reader finds correct, attribute by attribute; without a guidance scale stand the reconstructions."""
-    figure, ax = plt.subplots(figsize=(WIDTH, 2.4))
+    """What is all right by number of objects, and of prompts with a held-out object; dashed after the VAE alone.
+
+    Short lines at w = 1 are what the errors of the captions alone would leave right.
+    """
+    figure, ax = plt.subplots(figsize=(WIDTH, 2.8))
     sampled = [row for row in rows if row["guidance_scale"] is not None]
-    for attribute, points in grouped(sampled, "attribute").items():
-        value_with_interval(ax, points, "guidance_scale", "correct", label=attribute)
+    for group, points in grouped(sampled, "objects").items():
+        style = OBJECTS.get(group, {"color": "0.5", "marker": "x", "linestyle": ":"})
+        label = numbered(group) if group in OBJECTS else group
+        value_with_interval(ax, points, "guidance_scale", "all_correct", label=label, **style)
+        _predicted(ax, points, style["color"])
     for row in rows:
         if row["guidance_scale"] is None:
-            ax.axhline(100 * row["correct"], label=row["attribute"], **REFERENCE)
-    ax.set(xlabel="guidance scale w", ylabel=f"correct, % of {rows[0]['n']:,} pictures", ylim=(None, 102))
-    ax.legend(loc="lower right")
+            ax.axhline(100 * row["all_correct"], label=row["objects"], **REFERENCE)
+    ax.set(xlabel="guidance scale w", ylabel="all right, %", ylim=(0, 104))
+    ax.set_xticks((1, 3, 5, 7.5, 10), ("1", "3", "5", "7.5", "10"))
+    figure.legend(loc="outside lower center", ncols=3)
+    return figure
+
+
+def reader_against_eye(rows: Rows) -> Figure:
+    """How often the reader and each eye agree on an object, and how many are right for whom, against the tolerance."""
+    figure, (ax, ax_right) = plt.subplots(1, 2, figsize=(6.5, 2.3))
+    for number, (eye, points) in enumerate(grouped(rows, "eye").items()):
+        style = {"color": f"C{number}", "marker": "os"[number]}
+        ax.plot(column(points, "tolerance"), 100 * column(points, "alike"), label=f"{eye} eye", **style)
+        right = 100 * points[0]["labelled"]
+        ax_right.axhline(right, color=f"C{number}", linestyle="--", marker="", label=f"{eye} eye")
+    ax_right.plot(column(points, "tolerance"), 100 * column(points, "reader"), color="black", label="reader")
+    for panel, title in ((ax, "reader and eye agree"), (ax_right, "right")):
+        panel.axvline(rows[0]["chosen"], color="0.2", linestyle=":", linewidth=1.2, marker="", zorder=1)
+        panel.set(xlabel="tolerance of the reader", ylabel=f"% of {rows[0]['n']} objects", title=title)
+        panel.legend(loc="lower right")
     return figure
 
 
@@ -439,9 +462,10 @@ OVER_BATCHES = ("time-over-batch-and-resolution",)
 
 FIGURES = {
     "00_world": Plot(image_grid, "Scenes of the bundled world, two styles"),
+    "00_reader": Plot(reader_against_eye, "The reader against the eye, on generated pictures"),
     "00_loss": Plot(stage_losses, "Losses of the bundle's four training stages"),
     "00_vae": Plot(image_grid, "Drawn scenes and their VAE reconstructions"),
-    "00_guidance": Plot(alignment_against_guidance, "Alignment of the bundle against guidance"),
+    "00_guidance": Plot(alignment_against_guidance, "Pictures of the bundle that are all right, against guidance"),
     "00_samples": Plot(image_grid, "Four prompts, one sample each, not selected"),
     "01_schemes": Plot(plots_memory.training_peaks, "Peak memory of every training scheme, by term", MEMORY),
     "01_sharing": Plot(

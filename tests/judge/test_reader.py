@@ -12,6 +12,7 @@ from PIL import Image, ImageFilter
 
 from lora_distill.data import scenes
 from lora_distill.data.scenes import KINDS, QUARTER, SIZES, STYLES, Object, Scene
+from lora_distill.judge import eye
 from lora_distill.judge.reader import (
     EMPTY,
     MARGIN,
@@ -256,8 +257,18 @@ def test_pictures_are_read_one_by_one_whatever_the_batch(reader):
 
 
 @pytest.fixture(scope="module")
+def labels():
+    return {name: campaign_reader.read_labels(name=name) for name in campaign_reader.EYES}
+
+
+@pytest.fixture(scope="module")
 def confusion():
-    return campaign_reader.confusion(campaign_reader.read_sheets())
+    return campaign_reader.confusion()
+
+
+@pytest.fixture(scope="module")
+def agreement(confusion):
+    return {(row["eye"], row["tolerance"]): row for row in eye.shares(confusion)}
 
 
 def test_the_committed_confusion_table_follows_from_the_pictures_and_their_labels(confusion):
@@ -266,22 +277,53 @@ def test_the_committed_confusion_table_follows_from_the_pictures_and_their_label
     assert committed == [{name: str(value) for name, value in row.items()} for row in confusion]
 
 
-def test_200_pictures_of_eight_samplers_are_labelled_by_two():
-    labels = [campaign_reader.read_labels(eye=eye) for eye in campaign_reader.EYES]
-    assert [len(rows) for rows in labels] == [200, 200]
-    assert len({row["sampler"] + row["steps"] + row["w"] for row in labels[0]}) == 8
+def test_200_pictures_of_eight_samplers_are_labelled_by_two(labels):
+    assert [len(rows) for rows in labels.values()] == [200, 200]
+    assert len({row["sampler"] + row["steps"] + row["w"] for row in labels["first"]}) == 8
 
 
-def test_the_reader_finds_more_objects_right_than_the_stricter_eye_and_fewer_than_the_other(confusion):
-    found = campaign_reader.shares(confusion)
-    first, second = (found[eye, Reader.tolerance] for eye in campaign_reader.EYES)
-    assert second["eye"] < second["reader"] == first["reader"] < first["eye"]
+def test_the_reader_finds_more_objects_right_than_the_stricter_eye_and_fewer_than_the_other(agreement):
+    first, second = (agreement[name, Reader.tolerance] for name in campaign_reader.EYES)
+    assert second["labelled"] < second["reader"] == first["reader"] < first["labelled"]
 
 
-def test_no_other_tolerance_agrees_much_better_with_both_eyes(confusion):
-    found = campaign_reader.shares(confusion)
-    alike = {t: sum(found[eye, t]["alike"] for eye in campaign_reader.EYES) / 2 for t in campaign_reader.TOLERANCES}
+def test_no_other_tolerance_agrees_much_better_with_both_eyes(agreement):
+    alike = {t: np.mean([agreement[name, t]["alike"] for name in campaign_reader.EYES]) for t in eye.TOLERANCES}
     assert alike[Reader.tolerance] > max(alike.values()) - 0.02
+
+
+def test_a_confusion_table_counts_every_quarter():
+    """The upper right one is found with the second tolerance and not with the first."""
+    first, second = Reader.tolerance, eye.TOLERANCES[eye.TOLERANCES.index(Reader.tolerance) + 1]
+    errors = (0.0, (first + second) / 2, WORST, 0.0)
+    labels = {"upper left": "right", "upper right": "melted", "lower left": "empty", "lower right": "wrong"}
+    labels |= {f"asked {place}": kind for place, kind in zip(CORNERS, ("lion", "bus", EMPTY, "owl"), strict=True)}
+    readings = [Reading("pink", "noto", ("lion", "bus", EMPTY, "frog"), errors)]
+    table = eye.confusion(readings, {"first": [labels]})
+    strict, loose = (eye.matrix(table, tolerance) for tolerance in (first, second))
+    assert [row["label"] for row in strict] == ["right", "melted", "wrong", "empty"]
+    counted = [{(row["label"], name) for row in rows for name in eye.ANSWERS if row[name]} for rows in (strict, loose)]
+    always = {("right", "right"), ("wrong", "another object"), ("empty", EMPTY)}
+    assert counted == [always | {("melted", OTHER)}, always | {("melted", "right")}]
+    shares = {row["tolerance"]: row for row in eye.shares(table)}
+    expected = {"eye": "first", "tolerance": first, "labelled": 1 / 3, "reader": 1 / 3, "alike": 1, "n": 3}
+    assert shares[first] == expected and shares[second]["reader"] == shares[second]["alike"] == 2 / 3
+    said = "The reader refuses 0 of 1 right ones and takes for right 0 of 1 melted, 0 of 1 wrong."
+    assert eye.in_words(table).endswith(said)
+
+
+def test_on_a_background_that_is_not_known_no_quarter_has_an_answer():
+    labels = [{place: "right" for place in CORNERS} | {f"asked {place}": "lion" for place in CORNERS}]
+    (row,) = eye.matrix(eye.confusion([Reading()], {"first": labels}))
+    assert row["background unknown"] == 4
+
+
+def test_eyes_agree_where_both_or_neither_find_an_object_right():
+    one, other = (
+        [dict(zip(CORNERS, labels, strict=True))]
+        for labels in (("right", "melted", "wrong", "empty"), ("right", "wrong", "right", "empty"))
+    )
+    assert eye.eyes_alike(one, other) == 2 / 3
 
 
 def test_sheets_give_their_pictures_back(tmp_path):

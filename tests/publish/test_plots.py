@@ -20,8 +20,12 @@ ERRORS = {"errors": 0.5, "seeds": 2, **SHARE}
 ROWS = {
     "00_loss": [{"stage": s, "step": i, "loss": 1 / i} for s in ("vae_crops", "unet") for i in (1, 2)],
     "00_guidance": [
-        {"guidance_scale": w, "attribute": a, "correct": 0.5, **SHARE}
-        for w, a in ((1.0, "all"), (2.0, "all"), (1.0, "objects"), (None, "VAE"))
+        {"guidance_scale": w, "objects": n, "all_correct": 0.5, "predicted": p, **SHARE}
+        for w, n, p in ((1.0, "1", 0.9), (2.0, "1", None), (1.0, "held out", None), (None, "VAE", None))
+    ],
+    "00_reader": [
+        {"eye": e, "tolerance": t, "labelled": 0.7, "reader": t, "alike": 0.8, "n": 5, "chosen": 0.4}
+        for e in ("first", "second") for t in (0.3, 0.4)
     ],
     "01_schemes": [{"label": s, "batch": b, "checkpointing": b > 1, **TERMS} for b in (1, 16) for s in "ab"],
     "01_sharing": [
