@@ -138,7 +138,7 @@ def publish(
 ) -> None:
     """Take the results of a finished run into the repository.
 
-    Profile cpu fills the outputs of notebooks/, another one figures/<profile>/; README states those of figures/full/.
+    Figures go to figures/<profile>/; profile cpu also fills the outputs of notebooks/, and README states its results.
     """
     from lora_distill.publish import committed
 
