@@ -30,10 +30,10 @@ SWEEP = "sweep"  # the table and figure of the command, and their folder in figu
 def publish(profile: str | Path) -> list[Path]:
     """Take the results of a finished run into the repository; return what was written.
 
-    Figures go to figures/<profile>/, also of a run that holds what `measure` wrote and no notebook; the outputs of `cpu`
-    also go into the notebooks, and the README states the results of figures/cpu/. Notebook 00 is taken when the run
-    has it. Raises `SeriesError`, in one line and before anything is written, for a run that is not finished, is stale,
-    or was not made by one clean commit.
+    Figures go to figures/<profile>/, also of a run that holds what `measure` wrote and no notebook. Outputs of profile
+    cpu also go into the notebooks, and the README states the results of figures/cpu/. Notebook 00 is taken when the run
+    has it. Raises `SeriesError`, in one line and before anything is written, for a run that is not finished, is
+    stale, or was not made by one clean commit.
     """
     settings = load_settings(profile)
     with locked(folder) if (folder := run_dir(settings)).is_dir() else nullcontext():  # it is read whole
