@@ -30,13 +30,14 @@ from lora_distill.errors import InputError, RunError
 from lora_distill.fingerprint import fingerprint
 from lora_distill.judge.judge import FD, JUDGED, Judge, Quality, judge_for
 from lora_distill.judge.metrics import psnr
+from lora_distill.judge.reader import Reader
 from lora_distill.pipeline import pipeline_for
 from lora_distill.sampling import Sampler, multi_step
 from lora_distill.settings import Settings
 from lora_distill.storage import cache_key, device_name, git_commit, keep_value, kept_value
 from lora_distill.train import recipes
 
-SWEPT = 1  # version of what is kept of a value, in its key: raise it when this changes
+SWEPT = 2  # version of what is kept of a value, the reader's verdicts too, in its key: raise it when this changes
 SPLIT, PROMPTS, NOISE = "val", 96, 0  # what values are judged on; prompts a multiple of 4
 FEW = 4  # steps of the samplers of consistency models
 LAST = 5  # lines of the log whose mean is the loss at the end
@@ -236,7 +237,7 @@ def _key(bench: Bench, method: str, settings: Settings) -> str:
     """Of all that decides what is found of a method; learning rates of other methods do not."""
     rates = {swept.setting for swept in GRIDS if swept.setting.endswith("learning_rate") and swept.method != method}
     values = settings.model_dump(exclude=ASIDE | rates)
-    versions = (SWEPT, recipes.RECIPE, JUDGED)
+    versions = (SWEPT, recipes.RECIPE, JUDGED, Reader.tolerance)
     return cache_key(versions=versions, method=method, prompts=bench.prompts, settings=values, pipeline=bench.made_on)
 
 

@@ -87,6 +87,13 @@ class TestWhole:
         sweep.run(other, whole.folder, grids=TWO, prompts=4)
         assert judged == ["LoRA student"]
 
+    def test_another_reader_judges_anew(self, whole, monkeypatch):
+        monkeypatch.setattr(sweep.Reader, "tolerance", 0.5)
+        judged = []
+        monkeypatch.setattr(sweep, "_judged", lambda bench, method, *_: judged.append(method) or _found(method))
+        sweep.run(TINY, whole.folder, ["LCM"], grids=TWO, prompts=4)
+        assert set(judged) == {"LCM"}
+
 
 def _found(name: str = "", wrong: tuple = (1, 0, 0, 0)) -> dict:
     found = {"counted": "content", "wrong": list(wrong), "fit_error": [0.1] * len(wrong), "psnr_to_teacher_db": None}

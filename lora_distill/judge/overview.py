@@ -182,7 +182,7 @@ def evaluation_results(measured: list[dict]) -> dict[str, str]:
     pair = [next(row for row in measured if row["method"] == name) for name in (TEACHER, "LoRA student")]
     kid, recall = "kid_efficientnet_lite0", "recall_efficientnet_lite0"
     return {
-        f"KID-{EXTRACTOR}: teacher, LoRA student": ", ".join(f"{r[kid]:.3f} ± {r[f'{kid}_sd']:.3f}" for r in pair),
+        f"KID-{EXTRACTOR}: teacher, LoRA student": ", ".join(_spread(r[kid], r[f"{kid}_sd"], 3) for r in pair),
         f"recall-{EXTRACTOR}: teacher, LoRA student": ", ".join(f"{r[recall]:.2f}" for r in pair),
     }
 
@@ -284,7 +284,7 @@ def further(rows: list[dict]) -> pandas.DataFrame:
     """The rows of `judge.further_distances`, a column a metric; empty where no extractor was asked for."""
     table = {}
     for row in rows:
-        table.setdefault((row["set"], row["method"]), {})[row["metric"]] = f"{row['value']:.3f} ± {row['sd']:.3f}"
+        table.setdefault((row["set"], row["method"]), {})[row["metric"]] = _spread(row["value"], row["sd"], 3)
     return pandas.DataFrame(table).T
 
 
@@ -365,6 +365,11 @@ def _written(row: dict, column: str) -> str:
     value, sd, digits = row[column], row.get(sd_column(column)), HEADINGS[column][1]
     if value is None or digits is None:
         return "" if value is None else str(value)
+    return _spread(value, sd, digits)
+
+
+def _spread(value: float, sd: float | None, digits: int) -> str:
+    """A mean with its deviation over seeds; one seed has none."""
     return f"{value:.{digits}f}" + (f" ± {sd:.{digits}f}" if sd is not None else "")
 
 

@@ -62,8 +62,9 @@ def _publish(settings: Settings, folder: Path) -> list[Path]:
     for path in written:
         write_outputs(path, folder / path.name)
     outputs = {name for path in paths for name in stamps.read(folder, path.stem)["outputs"]}
-    figures = copy_figures(folder / "figures", {Path(n).name for n in outputs if n.startswith("figures/")})
-    return [*written, figures, write_readme()]
+    if names := {Path(name).name for name in outputs if name.startswith("figures/")}:
+        written = [*written, copy_figures(folder / "figures", names)]
+    return [*written, write_readme()]
 
 
 def publish_sweep(profile: str | Path) -> list[Path]:

@@ -539,3 +539,12 @@ def test_it_is_told_when_a_student_first_comes_into_the_teachers_interval():
     distances = [{"method": "LoRA", "step": step, "fd_efficientnet_lite0": fd} for step, fd in ((0, 9.0), (5, 4.0))]
     teacher = {"method": "teacher", "step": None, "fd_efficientnet_lite0": 3.0, "fd_efficientnet_lite0_high": 5.0}
     assert "after 5 updates (FD-EfficientNet-Lite0)" in overview.milestones_found([*distances, teacher])
+
+
+@pytest.mark.parametrize(("sd", "said"), [(0.0123, "0.152 ± 0.012, 0.152 ± 0.012"), (None, "0.152, 0.152")])
+def test_a_mean_over_one_seed_has_no_deviation(sd, said):
+    measures = {"kid_efficientnet_lite0": 0.1523, "kid_efficientnet_lite0_sd": sd, "recall_efficientnet_lite0": 0.5}
+    results = overview.evaluation_results([{"method": name, **measures} for name in (tables.TEACHER, "LoRA student")])
+    assert next(text for name, text in results.items() if name.startswith("KID")) == said
+    further = overview.further([{"set": "a", "method": "b", "metric": "FID", "value": 0.1523, "sd": sd}])
+    assert further.iloc[0, 0] == said.partition(",")[0]
