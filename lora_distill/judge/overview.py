@@ -380,7 +380,8 @@ def caption(rows: list[dict], teacher: Method | None = None) -> str:
     text += f" (students: {trainings} trainings)" if trainings > 1 else ""
     text += f", against {first['reference_n']} real images"
     text += f"; {sampling(teacher)}" if teacher else ""
-    known = [f"{said} {first[f'{FD}_{kind}']:.1f}" for kind, said in CALIBRATION.items() if f"{FD}_{kind}" in first]
+    found = {said: first.get(f"{FD}_{kind}") for kind, said in CALIBRATION.items()}  # photographs have none
+    known = [f"{said} {distance:.1f}" for said, distance in found.items() if distance is not None]
     return text + (f"; FD-{EXTRACTOR} at this N of {', '.join(known)}" if known else "")
 
 

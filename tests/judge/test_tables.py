@@ -548,3 +548,13 @@ def test_a_mean_over_one_seed_has_no_deviation(sd, said):
     assert next(text for name, text in results.items() if name.startswith("KID")) == said
     further = overview.further([{"set": "a", "method": "b", "metric": "FID", "value": 0.1523, "sd": sd}])
     assert further.iloc[0, 0] == said.partition(",")[0]
+
+
+def test_a_caption_names_no_distance_that_was_not_measured():
+    row = {"n": 8, "seeds": 3, "trainings": 1, "reference_n": 60}
+    unknown = {f"{tables.FD}_{kind}": None for kind in overview.CALIBRATION}
+    assert (
+        overview.caption([row | unknown])
+        == overview.caption([row])
+        == "N = 8 prompts x 3 seeds, against 60 real images"
+    )
