@@ -30,7 +30,7 @@ from lora_distill.settings import Settings, repository_root
 from lora_distill.writing import LOCK, _writing, atomic_write, whole_file, whole_folder
 
 PACKAGES = (
-    "lora_distill", "torch", "diffusers", "transformers", "peft", "accelerate", "onnxruntime", "numpy", "papermill"
+    "lora_distill", "torch", "diffusers", "transformers", "peft", "accelerate", "openvino", "numpy", "papermill"
 )  # fmt: skip
 SEAL = "seal.json"  # digests of the files of a folder
 

@@ -6,8 +6,8 @@ same val prompts, in equal shares of one to four objects, and on the same noise.
 
 The rule: the value with the fewest errors, and all whose errors are at most one standard error of the difference above
 (paired over prompts), count as equal; of these the one with the smallest fit error, and all within one standard error
-of it; of these the smallest value, which is the gentler training or the cheaper one. Errors are of all that counts in
-the method's notebook: of guided students the style too, of methods trained on images content alone.
+of it; of these the smallest value, which is the gentler training or the cheaper one. Errors are of all that the
+training is for: of guided students and fine-tunes the style too, of consistency models, which keep it, content alone.
 """
 
 import shutil
@@ -84,7 +84,7 @@ COPIES = {"full copy", "LCM"}  # methods that train a whole UNet
 
 @dataclass
 class Bench:
-    """What all trainings of a sweep share: pipeline, teacher images, encoded images and two judges, made when needed.
+    """What all trainings of a sweep share: pipeline, teacher images, encoded images and judges, made when needed.
 
     Caches are those of the run; `prompts` is the number of val prompts.
     """
@@ -120,6 +120,10 @@ class Bench:
     @cached_property
     def consistent(self) -> Judge:
         return self._judge(self.settings.flickr_8k, "content")
+
+    @cached_property
+    def in_style(self) -> Judge:
+        return self._judge(self.settings.flickr_8k, "all")
 
     def _judge(self, source: str, key: str) -> Judge:
         return judge_for(self.pipe, self.settings, source, SPLIT, self.prompts, key, self.cache)
@@ -170,7 +174,7 @@ def _fine_tune(
     bench: Bench, settings: Settings, folder: Path, rank: int, targets: str, rate: float
 ) -> tuple[Log, Quality]:
     log = recipes.finetune_lora(bench.pipe, bench.images, settings, folder, rank, targets, learning_rate=rate)
-    return log, bench.consistent(multi_step(settings, settings.guidance_scale, adapter="finetune"), NOISE)
+    return log, bench.in_style(multi_step(settings, settings.guidance_scale, adapter="finetune"), NOISE)
 
 
 METHODS: dict[str, Callable[[Bench, Settings, Path], tuple[Log, Quality]]] = {

@@ -190,7 +190,7 @@ def test_a_cpu_runtime_that_is_not_installed_is_one_line(command, monkeypatch):
     def deploy(profile):
         deployed(load_pipeline("bundled"), graphs=Path("graphs"))
 
-    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    monkeypatch.setitem(sys.modules, "openvino", None)
     monkeypatch.setattr(series, "prepare", deploy)
     code, _, err = command("prepare")
     assert (code, err) == (1, "the CPU runtime is not installed: pip install 'lora_distill[cpu]'\n")

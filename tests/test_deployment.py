@@ -1,11 +1,14 @@
-"""What is deployed draws the pictures of what was trained: merged, with fused attention, and on ONNX Runtime."""
+"""What is deployed draws the pictures of what was trained: merged, with fused attention, and on OpenVINO."""
 
 import pytest
 import torch
 from conftest import moved
+from diffusers.configuration_utils import FrozenDict
 
 from lora_distill.adapters import UNetInRole, adapter_parameters, base_weights, plain_copy
-from lora_distill.deployment import OnnxUNet, deployed, deployments
+from lora_distill.cpu_runtime import OpenvinoDecoder, OpenvinoUNet
+from lora_distill.deployment import deployed, deployments
+from lora_distill.errors import RunError
 from lora_distill.fingerprint import fingerprint
 from lora_distill.judge.timing import runtime, threads
 from lora_distill.pipeline import decode_latents, encode_prompts, load_pipeline, with_unet
@@ -16,7 +19,7 @@ GUIDED, SINGLE = Sampler(3, 3.0), Sampler(3)
 
 @pytest.fixture(scope="module")
 def graphs(tmp_path_factory):
-    """Exported once for all tests here, as a run keeps them for all of its notebooks."""
+    """Made once for all tests here, as a run keeps them for all of its notebooks."""
     return tmp_path_factory.mktemp("graphs")
 
 
@@ -32,22 +35,22 @@ def drawn(pipe, sampler=GUIDED, count=2, resolution=64):
     return sample(pipe, sampler, initial_noise(pipe, count, 0, resolution), *embeds)
 
 
-@pytest.mark.parametrize("on_onnx", [False, True])
+@pytest.mark.parametrize("on_openvino", [False, True])
 @pytest.mark.parametrize("adapter", [None, "student"])
-def test_what_is_deployed_draws_the_same_images(trained, graphs, adapter, on_onnx):
+def test_what_is_deployed_draws_the_same_images(trained, graphs, adapter, on_openvino):
     ours = drawn(trained, Sampler(3, 3.0, adapter=adapter))
-    assert (drawn(deployed(trained, adapter, graphs if on_onnx else None)) - ours).abs().max() <= 1e-4
+    assert (drawn(deployed(trained, adapter, graphs if on_openvino else None)) - ours).abs().max() <= 1e-4
     assert (drawn(trained, Sampler(3, 3.0, adapter="student")) - drawn(trained)).abs().max() > 0.1, "the adapter counts"
 
 
 def test_one_graph_serves_every_batch_and_resolution(trained, graphs):
-    on_onnx = deployed(trained, graphs=graphs)
+    on_openvino = deployed(trained, graphs=graphs)
     for count, resolution in [(1, 64), (3, 64), (2, 96)]:
-        ours, theirs = (drawn(pipe, SINGLE, count, resolution) for pipe in (trained, on_onnx))
+        ours, theirs = (drawn(pipe, SINGLE, count, resolution) for pipe in (trained, on_openvino))
         assert (ours - theirs).abs().max() <= 1e-4
 
 
-def test_the_decoder_on_onnx_draws_the_same_pixels(trained, graphs):
+def test_the_decoder_on_openvino_draws_the_same_pixels(trained, graphs):
     latents = drawn(trained)
     ours, theirs = (decode_latents(pipe, latents).astype(int) for pipe in (trained, deployed(trained, graphs=graphs)))
     assert abs(ours - theirs).max() <= 1, "a grey level, where rounding falls to the other side"
@@ -67,7 +70,7 @@ def test_layers_that_are_configured_otherwise_have_another_graph(unet, tmp_path)
     x, t, embeds = torch.randn(2, 4, 8, 8), torch.tensor(19), torch.randn(2, 5, 8)
     for each in (unet.eval(), half):
         with torch.no_grad():
-            assert (OnnxUNet(each, tmp_path)(x, t, embeds).sample - each(x, t, embeds).sample).abs().max() <= 1e-5
+            assert (OpenvinoUNet(each, tmp_path)(x, t, embeds).sample - each(x, t, embeds).sample).abs().max() <= 1e-5
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -80,12 +83,40 @@ def test_a_damaged_graph_is_exported_again(trained, graphs):
 
 
 def test_it_runs_with_as_many_threads_as_pytorch(trained, graphs):
-    on_onnx = deployed(trained, graphs=graphs)
+    on_openvino, plans = deployed(trained, graphs=graphs), []
+    plan = on_openvino.unet.planned
+    on_openvino.unet.planned = lambda *sizes: plans.append(plan(*sizes)) or plans[-1]
     for count in (1, 2):
         with threads(count):
-            drawn(on_onnx)
-            assert on_onnx.unet.session.get_session_options().intra_op_num_threads == count
-    assert runtime(on_onnx.unet) == "ONNX Runtime"
+            drawn(on_openvino)
+            assert plans[-1][0].get_compiled_model().get_property("INFERENCE_NUM_THREADS") == count
+    assert runtime(on_openvino.unet) == "OpenVINO"
+
+
+def test_a_large_batch_runs_in_equal_parts_side_by_side(trained, graphs):
+    in_pytorch, on_openvino = deployed(trained), deployed(trained, graphs=graphs)
+    noise = torch.randn(34, 4, 8, 8)
+    embeds, t = torch.randn(34, 5, trained.unet.config.cross_attention_dim), torch.tensor(500)
+    for count in (1, 2, 3):  # 34 has no third: with three threads it runs in two parts
+        with threads(count), torch.no_grad():
+            ours, theirs = (pipe.unet(noise, t, embeds).sample for pipe in (in_pytorch, on_openvino))
+        assert (ours - theirs).abs().max() <= 1e-4
+
+
+class Doubled(torch.nn.Linear):
+    """Computes with twice its weights, which are no longer found in a graph that holds their product."""
+
+    def forward(self, input):
+        return torch.nn.functional.linear(input, 2 * self.weight, self.bias)
+
+
+def test_a_graph_that_computes_something_else_is_refused(tmp_path):
+    vae = torch.nn.Module()
+    vae.config = FrozenDict(latent_channels=4)
+    vae.post_quant_conv, vae.decoder = None, Doubled(8, 8)
+    with pytest.raises(RunError, match=r"OpenVINO's output differs from PyTorch's by .*; take the pipeline as it is"):
+        OpenvinoDecoder(vae, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_weights_decide_the_fingerprint(trained, graphs):
@@ -166,7 +197,7 @@ def test_what_is_deployed_without_an_adapter_shares_the_weights_of_w0(trained):
 
 
 def test_the_last_deployed_pipelines_are_remembered_and_a_full_lcm_is_its_own(trained, tmp_path):
-    half = with_unet(trained, plain_copy(trained.unet).bfloat16())  # stays in PyTorch: nothing is exported
+    half = with_unet(trained, plain_copy(trained.unet).bfloat16())  # stays in PyTorch: no graph is made
     deploy = deployments(tmp_path, kept=1)
     first = deploy(half)
     assert deploy(half, None) is first and first.unet is not half.unet

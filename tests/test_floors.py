@@ -13,7 +13,7 @@ FLOORS = [  # from the ground up
     {"refusals", "writing"},
     {"settings"},
     {"storage", "devices"},
-    {"pipeline_files", "lora_files", "fingerprint", "arrays"},
+    {"pipeline_files", "lora_files", "fingerprint", "arrays", "cpu_runtime"},
     {"pipeline", "adapters"},
     {"sampling"},
     {"data"},

@@ -62,7 +62,8 @@ class TestWhole:
             assert all(row["n"] == 4 and 0 <= row["errors"] <= 1 and not row["problem"] for row in own)
 
     def test_values_are_judged_on_val_alone(self, whole):
-        assert sorted(whole.asked) == [("scenes", "val", "all"), ("scenes/fluent/8k", "val", "content")]
+        flickr = [("scenes/fluent/8k", "val", key) for key in ("all", "content")]
+        assert sorted(whole.asked) == [("scenes", "val", "all"), *flickr]
         assert {row["split"] for row in whole.rows} == {"val"}
 
     def test_what_several_settings_share_is_trained_once(self, whole):

@@ -355,12 +355,12 @@ def test_the_front_is_the_curves_and_the_points_that_they_lack_in_the_order_of_p
 
 
 TIMES = [
-    {"runtime": runtime, "threads": threads, "method": method, "deployed": runtime == "ONNX Runtime",
+    {"runtime": runtime, "threads": threads, "method": method, "deployed": runtime == "OpenVINO",
      "seconds_an_image": seconds * (1 + batch / 8), "lowest": seconds, "highest": 2 * seconds, "steps": steps,
      "saving_percent": saved, "saving_percent_low": saved - 1, "saving_percent_high": saved + 1,
      "times_faster": faster, "times_faster_unet": faster, "vae_seconds": 0.01, "unet_seconds": 0.8 * seconds,
      "batch": batch, "repeats": 30, "device": "a CPU"}
-    for batch in (1, 8) for runtime in ("PyTorch", "ONNX Runtime") for threads in (1, 2)
+    for batch in (1, 8) for runtime in ("PyTorch", "OpenVINO") for threads in (1, 2)
     for method, seconds, saved, faster, steps in (
         ("teacher, two passes", 0.32 / threads, 0.0, 1.0, 25), ("LoRA student, merged", 0.2, 10.0 * threads, 1.5, 25),
         ("LCM-LoRA 8k", 0.08, 66.7, 3.0, 4),
@@ -396,7 +396,7 @@ def test_results_say_the_seconds_of_each_runtime_and_the_range_of_the_grid():
     saved = "10.0 (9.0 to 11.0) % on 1 thread(s), 20.0 (19.0 to 21.0) % on 2 thread(s)"
     assert overview.seconds_results(TIMES, grid) == {
         "saved by the merged student of the teacher's seconds, one image, PyTorch": saved,
-        "saved by the merged student of the teacher's seconds, one image, ONNX Runtime": saved,
+        "saved by the merged student of the teacher's seconds, one image, OpenVINO": saved,
         "times faster, one image, LCM-LoRA 8k, merged, 4 steps": "3.0 on 1 thread(s), 3.0 on 2 thread(s)",
         "saved by one pass, batch 1 to 16, 64 and 96 px": "31 to 47 % on 2 thread(s)",
     }
@@ -413,7 +413,7 @@ def test_a_table_of_seconds_is_of_one_image_and_has_intervals():
 def test_sentences_on_seconds_come_from_the_tables():
     contrast = {"method": "LCM-LoRA 30k", "against": "LCM-LoRA 8k", "deployed": True, "threads": 1, "batch": 1}
     said = overview.seconds_found(TIMES, [contrast | {"value": 1.01, "low": 0.99, "high": 1.03}])
-    assert "20 (19 to 21) % on ONNX Runtime, 2 threads." in said
+    assert "20 (19 to 21) % on OpenVINO, 2 threads." in said
     assert said.endswith("LCM-LoRA 30k takes 1.01 (0.99 to 1.03) times the seconds of LCM-LoRA 8k.")
     # (2.41 x 0.09 - (0.36 - 0.256)) / (0.256 / 25) = 10.9
     assert overview.slides_found(TIMES).endswith("The slides' 2.4 times is what 11 guided steps would give.")

@@ -124,12 +124,12 @@ def test_one_image_is_timed_most_often():
 
 TIMINGS = {
     ("PyTorch", 1, 1): {"teacher": Timing([1.0], [8.0], [1.0]), "student": Timing([1.0], [4.0], [1.0])},
-    ("ONNX Runtime", 1, 1): {"teacher": Timing([1.0], [4.0], [1.0]), "student": Timing([1.0], [1.0], [1.0])},
+    ("OpenVINO", 1, 1): {"teacher": Timing([1.0], [4.0], [1.0]), "student": Timing([1.0], [1.0], [1.0])},
 }
 
 
 def test_a_method_is_compared_with_the_baseline_of_its_runtime_and_threads():
-    rows = method_rows(TIMINGS, "teacher", "ONNX Runtime", {"teacher": 25, "student": 4}, device="a CPU")
+    rows = method_rows(TIMINGS, "teacher", "OpenVINO", {"teacher": 25, "student": 4}, device="a CPU")
     assert [row["saving_percent"] for row in rows] == [0.0, 40.0, 0.0, 50.0]
     assert [row["times_faster"] for row in rows] == [1.0, 1.67, 1.0, 2.0]
     assert [row["times_faster_unet"] for row in rows] == [1.0, 2.0, 1.0, 4.0]
@@ -160,9 +160,9 @@ def test_the_student_and_every_lcm_lora_are_compared():
 
 def test_contrasts_of_seconds_have_a_row_a_runtime_that_has_both():
     contrasts = {"student against teacher": ("student", "teacher"), "another": ("another", "teacher")}
-    rows = timing.contrast_rows(TIMINGS, contrasts, "ONNX Runtime", "a CPU")
+    rows = timing.contrast_rows(TIMINGS, contrasts, "OpenVINO", "a CPU")
     assert [(row["runtime"], row["deployed"], row["value"]) for row in rows] == [
-        ("PyTorch", False, 0.6), ("ONNX Runtime", True, 0.5)]  # fmt: skip
+        ("PyTorch", False, 0.6), ("OpenVINO", True, 0.5)]  # fmt: skip
     assert rows[0] == rows[0] | {
         "contrast": "student against teacher",
         "low": 0.6,

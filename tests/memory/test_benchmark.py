@@ -281,8 +281,7 @@ def test_a_machine_with_torch_and_diffusers_alone_can_measure():
         "nbformat",
         "nbconvert",
         "nbclient",
-        "onnx",
-        "onnxruntime",
+        "openvino",
         "matplotlib",
         "jinja2",
     ]

@@ -74,7 +74,7 @@ ROWS = {
     ],
     "04_rho": [
         {"runtime": r, "threads": t, "batch": b, "unet_seconds": 0.1 * b}
-        for r in ("PyTorch", "ONNX Runtime") for t in (1, 2) for b in (1, 2, 4)
+        for r in ("PyTorch", "OpenVINO") for t in (1, 2) for b in (1, 2, 4)
     ],
     "04_seconds_per_image": [
         {"runtime": "PyTorch", "threads": t, "method": m, "seconds_an_image": 0.3,

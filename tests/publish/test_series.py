@@ -92,7 +92,7 @@ class TestReuse:
         trainings = ("lora-1/checkpoint.safetensors", "pretraining/short/unet/result.safetensors")
         others = (
             "cache/teacher-1.safetensors",
-            "cache/unet-1.onnx",
+            "cache/unet-graph-1.safetensors",
             "inputs/sd15/model_index.json",
             "student.safetensors",
         )
