@@ -1,5 +1,6 @@
 """The sweep: all of it in small, what a cut one keeps, and the rule by which a value is chosen."""
 
+from importlib import import_module
 from types import SimpleNamespace
 
 import numpy as np
@@ -184,6 +185,7 @@ class TestRule:
 def test_the_command_saves_table_and_figure_and_says_what_is_chosen(tmp_path, monkeypatch, capsys):
     (tmp_path / "params").mkdir()
     (tmp_path / "params" / "cpu.yaml").write_text("profile: cpu\n", encoding="utf-8")
+    import_module("lora_distill.publish.figures")  # its style lies in the package
     monkeypatch.setattr("lora_distill.settings.PACKAGE", tmp_path / "lora_distill")
     monkeypatch.setattr(sweep, "_judged", lambda bench, method, settings, _: _found() | {"device": settings.device})
     monkeypatch.chdir(tmp_path)
