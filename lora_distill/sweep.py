@@ -65,8 +65,8 @@ LENGTHS = {"lcm_steps"}
 GRIDS = (
     Swept("teacher", "guidance_scale", (1.5, 2.0, 3.0, 5.0, 7.5)),
     Swept("LoRA student", "learning_rate", (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)),
-    Swept("full copy", "full_learning_rate", (5e-5, 1e-4, 2e-4, 4e-4)),
-    Swept("LCM-LoRA", "lcm_lora_learning_rate", (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)),
+    Swept("full copy", "full_learning_rate", (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)),
+    Swept("LCM-LoRA", "lcm_lora_learning_rate", (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)),
     Swept("LCM-LoRA", "lcm_batch_size", (8, 16, 32)),
     Swept("LCM-LoRA", "lcm_ema_decay", (0.0, 0.9, 0.95, 0.98)),
     Swept("LCM-LoRA", "lcm_steps", (0.5, 1, 2)),
@@ -74,7 +74,7 @@ GRIDS = (
     Swept("LCM", "lcm_batch_size", (8, 16, 32)),
     Swept("LCM", "lcm_ema_decay", (0.0, 0.9, 0.95, 0.98)),
     Swept("fine-tune, attention", "finetune_attention_learning_rate", (1e-4, 3e-4, 1e-3, 3e-3)),
-    Swept("fine-tune, all layers", "finetune_learning_rate", (1e-4, 3e-4, 1e-3, 3e-3)),
+    Swept("fine-tune, all layers", "finetune_learning_rate", (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)),
 )
 COPIES = {"full copy", "LCM"}  # methods that train a whole UNet
 

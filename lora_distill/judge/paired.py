@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_distill.errors import InputError
-from lora_distill.judge.pictures import batches
+from lora_distill.judge.metrics import squared_errors
 
 RESAMPLES, DISTANCE_RESAMPLES = 1000, 300  # of shares and means; of distances, each of which costs a decomposition
 LEVEL = 0.95
@@ -258,14 +258,8 @@ def judged(qualities: Sequence[Any], trainings: int = 1, teacher: Sequence[Any] 
             found["all_right"] = np.stack([quality.verdicts.right["all"] for quality in qualities])
     if teacher is not None and teacher is not qualities:
         pairs = zip(qualities, teacher, strict=True)
-        found["squared_error"] = np.stack([_squared_errors(q.images, t.images) for q, t in pairs])
+        found["squared_error"] = np.stack([squared_errors(q.images, t.images) for q, t in pairs])
     return Judged(np.stack([np.asarray(q.features.frechet) for q in qualities]), **found, trainings=trainings)
-
-
-def _squared_errors(images: Any, reference: Any) -> np.ndarray:
-    """Mean over pixels of the squared difference of images (n, h, w, 3): (n,)."""
-    pairs = zip(batches(images), batches(reference), strict=True)
-    return np.concatenate([((a.astype(float) - b) ** 2).mean((1, 2, 3)) for a, b in pairs])
 
 
 def contrast_rows(

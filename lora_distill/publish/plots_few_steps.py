@@ -8,14 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from lora_distill.publish.style import ALIGNMENTS, STYLES, WIDTH, Rows, alignment_of, column, grouped
+from lora_distill.publish.style import ALIGNMENTS, CALIBRATION, STYLES, WIDTH, Rows, alignment_of, column, grouped
 
 FD = "fd_efficientnet_lite0"
-CALIBRATION = {  # columns of distances of real images: the text at the line
-    f"{FD}_floor": "real against real",
-    f"{FD}_vae": "real after the VAE",
-    f"{FD}_other_style": "real, the other style",
-}
 PLAIN = ("DDIM, one pass",)  # methods that the panels by number of objects leave out
 
 
@@ -87,10 +82,10 @@ def _errors(points: Rows, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _calibrate(ax: Axes, row: dict[str, Any]) -> None:
     """Distances of real images, as lines with their names."""
-    for index, (name, text) in enumerate(CALIBRATION.items()):
-        if row.get(name) is not None:
-            ax.axhline(row[name], color=str(0.35 + 0.15 * index), linestyle=(0, (4, 2)), linewidth=0.8)
-            ax.annotate(text, (0.98, row[name]), xycoords=("axes fraction", "data"), xytext=(0, 1.5),
+    for end, (text, line) in CALIBRATION.items():
+        if (distance := row.get(f"{FD}{end}")) is not None:
+            ax.axhline(distance, color="0.5", linestyle=line, linewidth=0.8)
+            ax.annotate(text, (0.98, distance), xycoords=("axes fraction", "data"), xytext=(0, 1.5),
                         textcoords="offset points", ha="right", fontsize=5.5, color="0.3",
                         bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8})  # fmt: skip
     ax.set_ylim(0, 1.05 * ax.get_ylim()[1])
