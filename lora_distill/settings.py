@@ -90,8 +90,8 @@ class Settings(BaseModel):
     train_steps: int = _count(150, "optimiser updates")
     batch_size: int = _count(32, "images a forward pass, over all processes together")
     gradient_accumulation: int = _count(1, "forward passes an update")
-    learning_rate: float = Field(2.0e-3, gt=0, description="learning rate of LoRA training")
-    full_learning_rate: float = Field(2.0e-4, gt=0, description="learning rate of the conventional full copy")
+    learning_rate: float = Field(1.0e-3, gt=0, description="learning rate of LoRA training")
+    full_learning_rate: float = Field(5.0e-5, gt=0, description="learning rate of the conventional full copy")
     warmup_steps: int = _count(20, "updates of linear warm-up in every training, at most its steps", 0)
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
     weight_decay: float = Field(0.0, ge=0, description="weight decay of AdamW")
@@ -126,15 +126,15 @@ class Settings(BaseModel):
     mirror: bool = Field(False, description="mirror images whose caption has no left or right")
     skip_unusable: bool = Field(False, description="leave out images that cannot be read, with a warning")
     lcm_steps: int = _count(40, "updates of each consistency training")
-    lcm_batch_size: int = _count(16, "images a forward pass, in all trainings of notebook 03")
-    lcm_learning_rate: float = Field(1.0e-4, gt=0, description="learning rate of the full LCM")
-    lcm_lora_learning_rate: float = Field(1.0e-3, gt=0, description="learning rate of LCM-LoRA and of the mimic")
+    lcm_batch_size: int = _count(8, "images a forward pass, in all trainings of notebook 03")
+    lcm_learning_rate: float = Field(2.0e-4, gt=0, description="learning rate of the full LCM")
+    lcm_lora_learning_rate: float = Field(4.0e-3, gt=0, description="learning rate of LCM-LoRA and of the mimic")
     finetune_steps: int = _count(200, "updates of the plain LoRA fine-tune")
     finetune_learning_rate: float = Field(
         3.0e-3, gt=0, description="learning rate of the plain fine-tune with lcm_rank on lcm_targets"
     )
     finetune_attention_learning_rate: float = Field(
-        3.0e-3, gt=0, description="learning rate of the plain fine-tune with lora_rank on attention"
+        1.0e-3, gt=0, description="learning rate of the plain fine-tune with lora_rank on attention"
     )
     finetune_caption_dropout: float = Field(
         0.1, ge=0, lt=1, description="share of captions that a fine-tune sees empty, to learn the pass without a prompt"
@@ -143,7 +143,7 @@ class Settings(BaseModel):
         [1.0, 2.0, 3.0], min_length=1, max_length=1000, description="w at which the plain fine-tunes are judged"
     )
     few_images: int = _count(0, "first images of the larger set on which LCM-LoRA is trained too; 0: none", 0)
-    lcm_ema_decay: float = Field(0.95, ge=0, lt=1, description="decay of the consistency target; 0: the student itself")
+    lcm_ema_decay: float = Field(0.9, ge=0, lt=1, description="decay of the consistency target; 0: the student itself")
     lcm_rank: int = _count(16, "rank of LCM-LoRA and of the mimic; alpha is the same", most=MAX_RANK)
     lcm_targets: Literal["attention", "all"] = Field("all", description="layers of LCM-LoRA and of the mimic")
     w_min: float = Field(2.0, ge=1, le=1000, description="least guidance scale of the full LCM")
@@ -161,7 +161,7 @@ class Settings(BaseModel):
         {},
         description="more distances, on Inception, DINOv2 or CLIP: each with a file, folder or hub id of its weights",
     )
-    eval_every: int = _count(75, "updates between measurements in training")
+    eval_every: int = _count(150, "updates between measurements in training")
     eval_seeds: list[Seed] = Field([0, 1, 2], min_length=1, max_length=1000, description="seeds of sampling")
     guidance_scales: list[Guidance] = Field(
         [1.0, 2.0, 3.0, 5.0, 7.5, 10.0],
