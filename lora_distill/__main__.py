@@ -138,7 +138,7 @@ def publish(
 ) -> None:
     """Take the results of a finished run into the repository.
 
-    Figures go to figures/<profile>/; profile cpu also fills the outputs of notebooks/, and README states its results.
+    Profile cpu fills the outputs of notebooks/, another one figures/<profile>/; README states those of figures/full/.
     """
     from lora_distill.publish import committed
 
@@ -386,7 +386,7 @@ def sweep(
     """Choose defaults on the val split: train every method with several values of its settings, one at a time.
 
     Each value is kept at once, so a cut sweep goes on; params/ takes the chosen values by hand. With profile cpu it
-    takes about 25 minutes on two cores.
+    takes about 40 minutes on two cores.
     """
     import matplotlib
 

@@ -128,7 +128,7 @@ class Settings(BaseModel):
     lcm_steps: int = _count(40, "updates of each consistency training")
     lcm_batch_size: int = _count(8, "images a forward pass, in all trainings of notebook 03")
     lcm_learning_rate: float = Field(2.0e-4, gt=0, description="learning rate of the full LCM")
-    lcm_lora_learning_rate: float = Field(4.0e-3, gt=0, description="learning rate of LCM-LoRA and of the mimic")
+    lcm_lora_learning_rate: float = Field(2.0e-3, gt=0, description="learning rate of LCM-LoRA and of the mimic")
     finetune_steps: int = _count(200, "updates of the plain LoRA fine-tune")
     finetune_learning_rate: float = Field(
         3.0e-3, gt=0, description="learning rate of the plain fine-tune with lcm_rank on lcm_targets"

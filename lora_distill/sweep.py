@@ -1,7 +1,8 @@
 """Defaults chosen on the val split: every method trained and judged with several values of each of its settings.
 
 One setting at a time is changed, the others stay as the profile has them: no product of grids, so what two settings do
-together is not seen. Each training has one seed and the profile's length; all values of a setting are judged on the
+together is not seen. Each training has one seed and the profile's length, and a longer one can want a smaller learning
+rate; all values of a setting are judged on the
 same val prompts, in equal shares of one to four objects, and on the same noise. The test split is never looked at.
 
 The rule: the value with the fewest errors, and all whose errors are at most one standard error of the difference above

@@ -119,9 +119,9 @@ def test_settings_are_printed_with_their_meaning(command):
 
 
 def test_claims_are_printed_with_their_verdicts(command):
-    code, out, _ = command("claims", "--profile", "cpu")
-    assert code == 0 and "lcm-lora-2-4-times-faster: " in out and out.rstrip().endswith("cannot tell")
-    assert out.startswith("reading ") and out.splitlines()[0].endswith("figures/cpu")
+    code, out, _ = command("claims", "--profile", "full")
+    assert code == 0 and "lcm-lora-2-4-times-faster: reproduced" in out and out.rstrip().endswith("not testable here")
+    assert out.startswith("reading ") and out.splitlines()[0].endswith("figures/full")
 
 
 @pytest.mark.parametrize("name", ["claims", "figures"])
@@ -133,13 +133,13 @@ def test_a_profile_that_never_ran_is_one_line(command, tmp_path, name):
 
 
 def test_verdicts_are_not_printed_from_tables_that_were_edited(command, tmp_path, monkeypatch):
-    folder = tmp_path / "cpu"
-    shutil.copytree(repository_root() / "figures" / "cpu", folder)
+    folder = tmp_path / "full"
+    shutil.copytree(repository_root() / "figures" / "full", folder)
     monkeypatch.setattr("lora_distill.settings.results_dir", lambda _: folder)
-    assert command("claims", "--profile", "cpu")[0] == 0
+    assert command("claims", "--profile", "full")[0] == 0
     path = folder / "02_quality.csv"
     path.write_text(path.read_text(encoding="utf-8").replace("1", "2"), encoding="utf-8")
-    code, out, err = command("claims", "--profile", "cpu")
+    code, out, err = command("claims", "--profile", "full")
     assert code == 2 and "claims:" not in out
     assert err == f"{path} was changed since it was committed; git checkout restores it\n"
 
@@ -157,10 +157,10 @@ def test_verdicts_of_a_run_with_other_settings_say_so(command, tmp_path, monkeyp
     """A profile is edited after its run: without a word, the old numbers would be taken for its own."""
     folder = tmp_path / "run" / "figures"
     folder.mkdir(parents=True)
-    shutil.copy(repository_root() / "figures" / "cpu" / "02_quality.csv", folder)
+    shutil.copy(repository_root() / "figures" / "full" / "02_quality.csv", folder)
     (folder.parent / "manifest.json").write_text(json.dumps({"settings": made}), encoding="utf-8")
     monkeypatch.setattr("lora_distill.settings.results_dir", lambda _: folder)
-    code, out, _ = command("claims", "--profile", "cpu")
+    code, out, _ = command("claims", "--profile", "full")
     assert code == 0 and out.splitlines()[0].endswith(f"run/figures{said}")
 
 

@@ -59,7 +59,7 @@ def test_citation_has_this_version_and_both_works():
 
 def test_readme_states_the_results_and_verdicts_of_the_committed_figures():
     readme = (ROOT / "README.md").read_text()
-    assert readme == with_results(readme, ROOT / "figures" / "cpu"), "python -m lora_distill publish --profile cpu"
+    assert readme == with_results(readme, ROOT / "figures" / "full"), "python -m lora_distill publish --profile full"
 
 
 def test_training_and_sampling_need_neither_notebooks_nor_the_cpu_runtime():
@@ -170,7 +170,7 @@ def test_licences_are_shipped():
 def test_git_changes_no_line_end_whatever_is_set():
     """With core.autocrlf, as git for Windows has it, no table would have the digest that stands in SHA256SUMS."""
     done = subprocess.run(
-        ["git", "check-attr", "text", "README.md", "figures/cpu/02_quality.csv"],
+        ["git", "check-attr", "text", "README.md", "figures/full/02_quality.csv"],
         cwd=ROOT, capture_output=True, encoding="utf-8",
     )  # fmt: skip
     assert [line.split(": ")[-1] for line in done.stdout.splitlines()] == ["unset", "unset"]

@@ -207,9 +207,14 @@ def test_grids_surround_the_values_of_the_profiles(profile):
 
 @pytest.mark.skipif(not COMMITTED.exists(), reason="no sweep is committed yet")
 def test_profile_cpu_has_the_values_that_the_committed_sweep_chose():
-    """What a setting has in several methods is that of the first; how long a training is, is not chosen by quality."""
+    """What a setting has in several methods is that of the first; how long a training is, is not chosen by quality.
+
+    LCM-LoRA's learning rate is not the chosen one, which diverges in the longer training of profile full; the
+    profiles say so.
+    """
     chosen = {}
     for row in read_table(COMMITTED):
         if row["chosen"] and row["setting"] not in LENGTHS:
             chosen.setdefault(row["setting"], row["value"])
+    assert chosen.pop("lcm_lora_learning_rate") > load_settings("cpu").lcm_lora_learning_rate
     assert chosen == {setting: getattr(load_settings("cpu"), setting) for setting in chosen}

@@ -20,7 +20,7 @@ from lora_distill.writing import atomic_write, locked, whole_file
 
 IN_NOTEBOOKS = "cpu"  # the profile whose outputs the committed notebooks hold
 README = "README.md"
-IN_README = "cpu"  # the profile whose results the README states
+IN_README = "full"  # the profile whose results the README states
 KINDS = {".svg", ".png", ".csv", ".json"}
 # What the commands `memory` and `measure` write, and no notebook.
 OF_MEMORY = ("01_memory*", "01_flops.csv", "01_measured_*")
@@ -30,10 +30,10 @@ SWEEP = "sweep"  # the table and figure of the command, and their folder in figu
 def publish(profile: str | Path) -> list[Path]:
     """Take the results of a finished run into the repository; return what was written.
 
-    Figures go to figures/<profile>/, also of a run that holds what `measure` wrote and no notebook. Outputs of profile
-    cpu also go into the notebooks, and the README states the results of figures/cpu/. Notebook 00 is taken when the run
-    has it. Raises `SeriesError`, in one line and before anything is written, for a run that is not finished, is
-    stale, or was not made by one clean commit.
+    Those of `cpu` go into the notebooks, those of another profile to figures/<profile>/, also of a run that holds what
+    `measure` wrote and no notebook; the README states the results of figures/full/. Notebook 00 is taken when the run
+    has it. Raises `SeriesError`, in one line and before anything is written, for a run that is not finished, is stale,
+    or was not made by one clean commit.
     """
     settings = load_settings(profile)
     with locked(folder) if (folder := run_dir(settings)).is_dir() else nullcontext():  # it is read whole
@@ -58,12 +58,13 @@ def _publish(settings: Settings, folder: Path) -> list[Path]:
         if not path.name.startswith(pretraining) or stamps.read(folder, path.stem)
     ]
     check_finished(paths, settings, folder)
-    written = paths if settings.profile == IN_NOTEBOOKS else []
-    for path in written:
-        write_outputs(path, folder / path.name)
-    outputs = {name for path in paths for name in stamps.read(folder, path.stem)["outputs"]}
-    if names := {Path(name).name for name in outputs if name.startswith("figures/")}:
-        written = [*written, copy_figures(folder / "figures", names)]
+    if settings.profile == IN_NOTEBOOKS:
+        for path in paths:
+            write_outputs(path, folder / path.name)
+        written = paths
+    else:
+        outputs = {name for path in paths for name in stamps.read(folder, path.stem)["outputs"]}
+        written = [copy_figures(folder / "figures", {Path(n).name for n in outputs if n.startswith("figures/")})]
     return [*written, write_readme()]
 
 
@@ -183,7 +184,7 @@ def _copy(path: Path, folder: Path) -> None:
 
 
 def write_readme() -> Path:
-    """Put the results and verdicts of figures/cpu/ into the README; return its path."""
+    """Put the results and verdicts of figures/full/ into the README; return its path."""
     path = repository_root() / README
     atomic_write(path, with_results(_readme(), repository_root() / "figures" / IN_README))
     return path

@@ -31,7 +31,7 @@ def write_notebook(path: Path, source: str = "seed + 1") -> None:
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
     """A repository with three notebooks, whose clean commit is `commit[0]`."""
-    for folder in ("notebooks", "params", "figures/cpu"):
+    for folder in ("notebooks", "params", "figures/full"):
         (tmp_path / folder).mkdir(parents=True)
     for profile in ("cpu", "full", "other"):
         (tmp_path / "params" / f"{profile}.yaml").write_text(f"profile: {profile}\n", encoding="utf-8")
@@ -126,15 +126,15 @@ def test_figures_of_another_profile_take_the_place_of_the_committed_ones(checkou
     assert json.loads((target / "provenance.json").read_text(encoding="utf-8")).keys() == {"01_x", "02_x"}
 
 
-def test_the_readme_states_results_and_verdicts_of_cpu(checkout, run):
-    run("cpu")
-    committed.publish("cpu")
+def test_the_readme_states_results_and_verdicts_of_full(checkout, run):
+    run("full")
+    committed.publish("full")
     once = (checkout / "README.md").read_text(encoding="utf-8")
     assert once.startswith(
         "# A title\n<!-- results -->\n```\nFound\n  01  1 MB\n\nFound\n  02  1 MB\n```\n<!-- /results -->"
     )
     assert once.count("| not testable here |") + once.count("| cannot tell |") == len(claims.load())
-    committed.publish("cpu")
+    committed.publish("full")
     assert (checkout / "README.md").read_text(encoding="utf-8") == once
 
 

@@ -18,7 +18,7 @@ from lora_distill.settings import Settings
 from lora_distill.storage import read_table
 
 ROOT = Path(__file__).parents[2]
-COMMITTED = ROOT / "figures" / "cpu"
+COMMITTED = ROOT / "figures" / "full"
 ROWS = [{"timestep": t, "quantity": "v", "relative_difference": value} for t, value in ((19, 0.25), (89, 0.5))]
 GRID = figures.grid_rows(["w = 1", "w = 3"], ["a lion, 5 $", "a bus\nand a tree", "an owl"])
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)

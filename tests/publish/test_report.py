@@ -76,12 +76,12 @@ def test_pages_are_named_by_their_titles(folder):
 
 
 def test_links_of_a_notebook_lead_out_of_the_report(tmp_path):
-    links = "[figures](../figures/cpu/01_half.csv) and [the next](02_guided_distillation.ipynb)"
+    links = "[figures](../figures/full/01_half.csv) and [the next](02_guided_distillation.ipynb)"
     finish(tmp_path, "01_plain", writes(new_notebook(cells=[new_markdown_cell(links)])))
     report.write(tmp_path)
     page = soup(tmp_path / "report" / "01_plain.html")
     hrefs = [link["href"] for link in page.select("main p a")]
-    assert hrefs == ["../../../figures/cpu/01_half.csv", "02_guided_distillation.html"]
+    assert hrefs == ["../../../figures/full/01_half.csv", "02_guided_distillation.html"]
 
 
 def test_a_figure_is_described_by_its_caption(tmp_path):

@@ -141,7 +141,7 @@ class TestTables:
             stamps.check_tables(run / "figures")
 
     def test_of_the_repository_are_those_of_its_sums(self, tmp_path):
-        folder = tmp_path / "cpu"
+        folder = tmp_path / "full"
         for name in ("02_x.csv", "02_x.svg", "02_results.json", "02_x_images.png"):
             storage.atomic_write(folder / name, name)
         stamps.check_tables(folder)
@@ -159,7 +159,7 @@ class TestTables:
         with pytest.raises(ValueError, match="SHA256SUMS: expected lines of a SHA-256 and a file's name"):
             stamps.check_tables(tmp_path)
 
-    @pytest.mark.parametrize("profile", ["cpu", "sd15-shape"])
+    @pytest.mark.parametrize("profile", ["full", "sd15-shape"])
     def test_of_this_repository_are_as_they_were_left(self, profile):
         folder = repository_root() / "figures" / profile
         known = {path.name for pattern in stamps.TABLES for path in folder.glob(pattern)}
