@@ -11,8 +11,10 @@ import sys
 import tempfile
 import warnings
 from functools import lru_cache
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,7 +28,7 @@ from tqdm.auto import tqdm
 from lora_distill.errors import InputError, RunError
 from lora_distill.storage import cache_key, cached
 
-if TYPE_CHECKING:  # the package of the extra [cpu], imported where it is needed
+if TYPE_CHECKING:
     from openvino import AsyncInferQueue, Model
 
 GRAPH = 2  # version of the graphs, in the keys of their caches: raise it when they change
@@ -66,9 +68,7 @@ class OpenvinoModule(nn.Module):
 
     def _plan(self, shapes: tuple[tuple[str, tuple[int, ...]], ...], parts: int, threads: int) -> "AsyncInferQueue":
         """The graph compiled for inputs of these shapes, `parts` of them at a time on that many threads."""
-        import openvino
-
-        model = _with_weights(self.graph, self.module.state_dict())
+        openvino, model = _openvino(), _with_weights(self.graph, self.module.state_dict())
         model.reshape({name: list(shape) for name, shape in shapes})
         options = IN_FLOAT32 | {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": parts}
         return openvino.AsyncInferQueue(openvino.Core().compile_model(model, "CPU", options), parts)
@@ -105,12 +105,12 @@ class OpenvinoDecoder(OpenvinoModule):
         return DecoderOutput(sample=self.run(input=latents))
 
 
-def check_installed() -> None:
-    """Raise ModuleNotFoundError, in one line, where OpenVINO is not installed."""
-    # openvino tells its maker over the network that it is used; where this package is missing, it does not
+def _openvino() -> ModuleType:
+    """OpenVINO, of the extra [cpu], imported when it is needed. Raises ModuleNotFoundError in one line."""
+    # it tells its maker over the network that it is used, and does not where this package is missing
     sys.modules.setdefault("openvino_telemetry", None)
     try:
-        import openvino  # noqa: F401
+        return import_module("openvino")
     except ModuleNotFoundError:
         raise ModuleNotFoundError("the CPU runtime is not installed: pip install 'lora_distill[cpu]'") from None
 
@@ -122,6 +122,7 @@ def _graph(
     kind: str, module: nn.Module, config: FrozenDict, example: dict[str, Tensor], folder: Path
 ) -> tuple[bytes, bytes]:
     """The module's graph without its weights, made on first use; it depends on the layers, not on their values."""
+    _openvino()
     key = cache_key(
         version=GRAPH,
         layers=repr(module),
@@ -148,9 +149,7 @@ def _converted(module: nn.Module, example: dict[str, Tensor]) -> tuple[bytes, by
     A copy of the module with random weights is converted: each is found again by its values, for the converter renames
     and reshapes some.
     """
-    import openvino
-
-    drawn = copy.deepcopy(module).eval()
+    openvino, drawn = _openvino(), copy.deepcopy(module).eval()
     generator = torch.Generator().manual_seed(0)
     for tensor in drawn.state_dict().values():
         tensor.copy_(torch.randn(tensor.shape, generator=generator))
@@ -174,13 +173,11 @@ def _converted(module: nn.Module, example: dict[str, Tensor]) -> tuple[bytes, by
 
 def _check_same(graph: tuple[bytes, bytes], module: nn.Module, example: dict[str, Tensor]) -> None:
     """Raise RunError where the graph with the module's weights gives another output than the module."""
-    import openvino
-
     generator = torch.Generator().manual_seed(0)
     inputs = {name: torch.randn(value.shape, generator=generator) for name, value in example.items()}
     with torch.no_grad():
         wanted = _Output(module, list(inputs))(*inputs.values()).numpy()
-    plan = openvino.Core().compile_model(_with_weights(graph, module.state_dict()), "CPU", IN_FLOAT32)
+    plan = _openvino().Core().compile_model(_with_weights(graph, module.state_dict()), "CPU", IN_FLOAT32)
     error = np.abs(plan({name: value.numpy() for name, value in inputs.items()})[0] - wanted).max()
     if not error <= SAME * np.abs(wanted).max():
         differs = f"OpenVINO's output differs from PyTorch's by {error:.1e}"
@@ -205,8 +202,7 @@ def _digest(values: np.ndarray) -> str:
 
 def _with_weights(graph: tuple[bytes, bytes], weights: dict[str, Tensor]) -> "Model":
     """The graph with these weights in their places."""
-    import openvino
-
+    openvino = _openvino()
     model = openvino.Core().read_model(*graph)
     for parameter in model.get_parameters():
         if (weight := weights.get(parameter.get_friendly_name())) is not None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionPipeline
 
-from lora_distill import cpu_runtime
 from lora_distill.adapters import UNetInRole, merged_copy, rounding_error
+from lora_distill.cpu_runtime import OpenvinoDecoder, OpenvinoUNet
 from lora_distill.devices import compiled, is_compiled
 from lora_distill.errors import InputError
 from lora_distill.pipeline import with_unet
@@ -47,9 +47,8 @@ def deployed(
     unet.fuse_qkv_projections()
     ready = with_unet(pipe, unet.eval().requires_grad_(False))
     if graphs and unet.device.type == "cpu" and unet.dtype == torch.float32:
-        cpu_runtime.check_installed()
-        ready.unet = cpu_runtime.OpenvinoUNet(unet, graphs)
-        ready.vae = cpu_runtime.OpenvinoDecoder(pipe.vae, graphs)
+        ready.unet = OpenvinoUNet(unet, graphs)
+        ready.vae = OpenvinoDecoder(pipe.vae, graphs)
     elif compile and is_compiled(pipe.unet):
         compiled(unet)
     return ready

@@ -1,5 +1,8 @@
 """What is deployed draws the pictures of what was trained: merged, with fused attention, and on OpenVINO."""
 
+import sys
+from importlib import import_module
+
 import pytest
 import torch
 from conftest import moved
@@ -91,6 +94,11 @@ def test_it_runs_with_as_many_threads_as_pytorch(trained, graphs):
             drawn(on_openvino)
             assert plans[-1][0].get_compiled_model().get_property("INFERENCE_NUM_THREADS") == count
     assert runtime(on_openvino.unet) == "OpenVINO"
+
+
+def test_nobody_is_told_that_it_runs(trained, graphs):
+    drawn(deployed(trained, graphs=graphs))
+    assert sys.modules["openvino_telemetry"] is None and "stub" in import_module("openvino.tools.ovc.main").tm.__name__
 
 
 def test_a_large_batch_runs_in_equal_parts_side_by_side(trained, graphs):
