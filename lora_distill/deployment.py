@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
+from torch import nn
 
 from lora_distill.adapters import UNetInRole, merged_copy, rounding_error
 from lora_distill.cpu_runtime import OpenvinoDecoder, OpenvinoUNet
@@ -48,10 +49,16 @@ def deployed(
     ready = with_unet(pipe, unet.eval().requires_grad_(False))
     if graphs and unet.device.type == "cpu" and unet.dtype == torch.float32:
         ready.unet = OpenvinoUNet(unet, graphs)
-        ready.vae = OpenvinoDecoder(pipe.vae, graphs)
+        ready.vae = _decoder(pipe.vae, graphs)
     elif compile and is_compiled(pipe.unet):
         compiled(unet)
     return ready
+
+
+@lru_cache(maxsize=1)
+def _decoder(vae: nn.Module, graphs: Path) -> OpenvinoDecoder:
+    """One for all that is deployed of a pipeline: no adapter changes the VAE."""
+    return OpenvinoDecoder(vae, graphs)
 
 
 def deployments(graphs: Path | None, kept: int = 2, **options: bool) -> Callable[..., StableDiffusionPipeline]:

@@ -79,7 +79,7 @@ class Settings(BaseModel):
         "scenes", min_length=1, description="captioned images: scenes, a folder as one finds Flickr8k, or a hub id"
     )
     style: Literal["noto", "fluent"] = Field("noto", description="drawing style of the bundled scenes")
-    teacher_images: int = _count(512, "images the teacher makes to distil on", most=10**6)
+    teacher_images: int = _count(256, "images the teacher makes to distil on", most=10**6)
 
     guidance_scale: float = Field(3.0, ge=1, le=1000, description="w of the teacher; 1 is no guidance")
     sampling_steps: int = _count(25, "steps of the multi-step samplers", most=10**4)
@@ -87,7 +87,7 @@ class Settings(BaseModel):
         "own", description="of the multi-step samplers: own, the pipeline's; ddim, with trailing timesteps; dpm++"
     )
 
-    train_steps: int = _count(150, "optimiser updates")
+    train_steps: int = _count(100, "optimiser updates")
     batch_size: int = _count(32, "images a forward pass, over all processes together")
     gradient_accumulation: int = _count(1, "forward passes an update")
     learning_rate: float = Field(1.0e-3, gt=0, description="learning rate of LoRA training")
@@ -129,7 +129,7 @@ class Settings(BaseModel):
     lcm_batch_size: int = _count(8, "images a forward pass, in all trainings of notebook 03")
     lcm_learning_rate: float = Field(2.0e-4, gt=0, description="learning rate of the full LCM")
     lcm_lora_learning_rate: float = Field(2.0e-3, gt=0, description="learning rate of LCM-LoRA and of the mimic")
-    finetune_steps: int = _count(200, "updates of the plain LoRA fine-tune")
+    finetune_steps: int = _count(150, "updates of the plain LoRA fine-tune")
     finetune_learning_rate: float = Field(
         3.0e-3, gt=0, description="learning rate of the plain fine-tune with lcm_rank on lcm_targets"
     )
@@ -140,7 +140,7 @@ class Settings(BaseModel):
         0.1, ge=0, lt=1, description="share of captions that a fine-tune sees empty, to learn the pass without a prompt"
     )
     finetune_guidance_scales: list[Guidance] = Field(
-        [1.0, 2.0, 3.0], min_length=1, max_length=1000, description="w at which the plain fine-tunes are judged"
+        [1.0, 3.0], min_length=1, max_length=1000, description="w at which the plain fine-tunes are judged"
     )
     few_images: int = _count(0, "first images of the larger set on which LCM-LoRA is trained too; 0: none", 0)
     lcm_ema_decay: float = Field(0.9, ge=0, lt=1, description="decay of the consistency target; 0: the student itself")
@@ -153,15 +153,15 @@ class Settings(BaseModel):
     mse_weight: float = Field(1.0, ge=0, description="weight of the MSE when the LoRA mimics the LCM")
     kl_weight: float = Field(1.0, ge=0, description="weight of the KL when the LoRA mimics the LCM")
 
-    eval_prompts: int = _count(48, "prompts of a verdict; of scenes a multiple of 8, for equal shares of all kinds")
-    curve_prompts: int = _count(48, "prompts a point of a curve, or of a measurement in training")
+    eval_prompts: int = _count(32, "prompts of a verdict; of scenes a multiple of 8, for equal shares of all kinds")
+    curve_prompts: int = _count(32, "prompts a point of a curve, or of a measurement in training")
     eval_batch: int = _count(48, "images sampled, encoded or decoded at a time")
     clip: str = Field("", description="CLIP model that scores photographs, a folder or a hub id; scenes need none")
     extractors: dict[Literal["Inception", "DINOv2", "CLIP"], Annotated[str, Field(min_length=1)]] = Field(
         {},
         description="more distances, on Inception, DINOv2 or CLIP: each with a file, folder or hub id of its weights",
     )
-    eval_every: int = _count(150, "updates between measurements in training")
+    eval_every: int = _count(100, "updates between measurements in training")
     eval_seeds: list[Seed] = Field([0, 1, 2], min_length=1, max_length=1000, description="seeds of sampling")
     guidance_scales: list[Guidance] = Field(
         [1.0, 2.0, 3.0, 5.0, 7.5, 10.0],

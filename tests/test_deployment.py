@@ -67,6 +67,11 @@ def test_w0_and_students_share_one_graph_that_holds_no_weights(trained, graphs):
     assert sum(file.stat().st_size for file in graphs.iterdir()) < weights / 20
 
 
+def test_all_that_is_deployed_of_a_pipeline_shares_one_decoder(trained, graphs):
+    assert deployed(trained, "student", graphs).vae is deployed(trained, graphs=graphs).vae
+    assert deployed(load_pipeline("bundled"), graphs=graphs).vae is not deployed(trained, graphs=graphs).vae
+
+
 def test_layers_that_are_configured_otherwise_have_another_graph(unet, tmp_path):
     half = type(unet).from_config(unet.config, resnet_out_scale_factor=2.0).eval()
     half.load_state_dict(unet.state_dict())
@@ -77,12 +82,12 @@ def test_layers_that_are_configured_otherwise_have_another_graph(unet, tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_damaged_graph_is_exported_again(trained, graphs):
+def test_a_damaged_graph_is_made_again(trained, graphs):
     deployed(trained, graphs=graphs)
     decoder = next(graphs.glob("decoder-graph-*"))
     decoder.write_bytes(decoder.read_bytes()[:-100])
     with pytest.warns(UserWarning, match=r"decoder-graph-\w+\.safetensors.*made again"):
-        assert drawn(deployed(trained, graphs=graphs)).isfinite().all()
+        assert drawn(deployed(load_pipeline("bundled"), graphs=graphs)).isfinite().all()
 
 
 def test_it_runs_with_as_many_threads_as_pytorch(trained, graphs):
