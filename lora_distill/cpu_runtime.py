@@ -10,7 +10,8 @@ import hashlib
 import sys
 import tempfile
 import warnings
-from functools import lru_cache
+from collections.abc import Collection
+from functools import lru_cache, partial
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -29,49 +30,59 @@ from lora_distill.errors import InputError, RunError
 from lora_distill.storage import cache_key, cached
 
 if TYPE_CHECKING:
-    from openvino import AsyncInferQueue, Model
+    from openvino import Core, InferRequest, Model
 
-GRAPH = 2  # version of the graphs, in the keys of their caches: raise it when they change
+GRAPH = 3  # version of the graphs, in the keys of their caches: raise it when they change
 PART = 16  # rows of a batch that are worth a part of their own
 PARTS = ("layers", "constants")  # of a graph, OpenVINO's .xml and .bin
-PLANS = 8  # of each network, kept: one for every size of its inputs and number of threads
-# Some processors would compute in 16 bits if they were let. Threads of two processes are not tied to one core.
-IN_FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32", "ENABLE_CPU_PINNING": False}
+PLANS, PLANNED = 8, 2**31  # plans of a network that are kept, one a size of inputs and number of threads, and bytes
+# Some processors would compute in 16 bits if they were let. Threads of two processes are not tied to one core, and
+# all that are asked for are used, two of a core too.
+OPTIONS = {"INFERENCE_PRECISION_HINT": "f32", "ENABLE_CPU_PINNING": False, "ENABLE_HYPER_THREADING": True}
 SAME = 1e-3  # how far a graph's output may be from PyTorch's, of its largest value
 
 
+Graph = tuple[bytes, bytes]
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]  # of the inputs, by name
+
+
 class OpenvinoModule(nn.Module):
-    """What stands in for a module: its graph on OpenVINO, with the weights that the module has."""
+    """What stands in for a module: its graph on OpenVINO, with the weights that the module has.
+
+    They are read when a size of inputs is planned, so the module must not change.
+    """
 
     runtime = "OpenVINO"
     device, dtype = torch.device("cpu"), torch.float32
 
-    def __init__(self, module: nn.Module, config: FrozenDict, graph: tuple[bytes, bytes]):
+    def __init__(self, module: nn.Module, config: FrozenDict, graph: Graph):
         super().__init__()
         self.module = module
         self.config = config
-        self.graph = graph
-        self.planned = lru_cache(PLANS)(self._plan)
+        weights = sum(tensor.nbytes for tensor in module.state_dict().values())  # a plan holds them about twice
+        kept = min(PLANS, max(2, PLANNED // (2 * weights)))
+        self.planned = lru_cache(kept)(partial(_plan, graph, module))
 
     def run(self, **inputs: Tensor) -> Tensor:
         """The graph's one output, computed with as many threads as PyTorch has at that moment."""
         count, threads = max(len(value) for value in inputs.values() if value.dim()), torch.get_num_threads()
-        parts = next(n for n in range(min(threads, max(1, count // PART)), 0, -1) if count % n == 0)
+        most = min(threads, max(1, count // PART))
+        parts = next(n for n in range(most, 0, -1) if count % n == threads % n == 0)
         rows = {name: value.chunk(parts) if value.dim() else [value] * parts for name, value in inputs.items()}
-        queue = self.planned(tuple((name, tuple(each[0].shape)) for name, each in rows.items()), parts, threads)
-        outputs: list[np.ndarray | None] = [None] * parts
-        queue.set_callback(lambda request, part: outputs.__setitem__(part, request.get_output_tensor().data.copy()))
-        for part in range(parts):
-            queue.start_async({name: each[part].numpy() for name, each in rows.items()}, part)
-        queue.wait_all()
-        return torch.from_numpy(np.concatenate(outputs))
+        requests = self.planned(tuple((name, tuple(each[0].shape)) for name, each in rows.items()), parts, threads)
+        for part, request in enumerate(requests):
+            request.start_async({name: each[part].numpy() for name, each in rows.items()})
+        for request in requests:
+            request.wait()
+        return torch.from_numpy(np.concatenate([request.get_output_tensor().data for request in requests]))
 
-    def _plan(self, shapes: tuple[tuple[str, tuple[int, ...]], ...], parts: int, threads: int) -> "AsyncInferQueue":
-        """The graph compiled for inputs of these shapes, `parts` of them at a time on that many threads."""
-        openvino, model = _openvino(), _with_weights(self.graph, self.module.state_dict())
-        model.reshape({name: list(shape) for name, shape in shapes})
-        options = IN_FLOAT32 | {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": parts}
-        return openvino.AsyncInferQueue(openvino.Core().compile_model(model, "CPU", options), parts)
+
+def _plan(graph: Graph, module: nn.Module, shapes: Shapes, parts: int, threads: int) -> list["InferRequest"]:
+    """The graph compiled for inputs of these shapes, and `parts` requests that run it side by side on the threads."""
+    model = _with_weights(graph, module.state_dict(), dict(shapes))
+    model.reshape({name: list(shape) for name, shape in shapes})
+    plan = _core().compile_model(model, "CPU", OPTIONS | {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": parts})
+    return [plan.create_infer_request() for _ in range(parts)]
 
 
 class OpenvinoUNet(OpenvinoModule):
@@ -79,8 +90,9 @@ class OpenvinoUNet(OpenvinoModule):
 
     def __init__(self, unet: nn.Module, graphs: Path):
         config = unet.config
+        side = config.sample_size | 1  # odd: the graph then upsamples to whatever size comes
         example = {
-            "sample": torch.zeros(2, config.in_channels, config.sample_size, config.sample_size),
+            "sample": torch.zeros(2, config.in_channels, side, side),
             "timestep": torch.tensor(0.0),
             "encoder_hidden_states": torch.zeros(2, 7, config.cross_attention_dim),
         }
@@ -89,6 +101,8 @@ class OpenvinoUNet(OpenvinoModule):
     def forward(self, sample, timestep, encoder_hidden_states, timestep_cond=None) -> UNet2DConditionOutput:
         if timestep_cond is not None:
             raise InputError("timestep_cond: this UNet takes no embedded guidance scale")
+        if timestep.dim():
+            raise InputError("timestep: this UNet takes one for the whole batch")
         inputs = {"sample": sample, "timestep": timestep.float(), "encoder_hidden_states": encoder_hidden_states}
         return UNet2DConditionOutput(sample=self.run(**inputs))
 
@@ -111,16 +125,21 @@ def _openvino() -> ModuleType:
     sys.modules.setdefault("openvino_telemetry", None)
     try:
         return import_module("openvino")
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if error.name != "openvino":
+            raise
         raise ModuleNotFoundError("the CPU runtime is not installed: pip install 'lora_distill[cpu]'") from None
+
+
+@lru_cache
+def _core() -> "Core":
+    return _openvino().Core()
 
 
 # ---------------------------------------------------------------------------------------------- the graph
 
 
-def _graph(
-    kind: str, module: nn.Module, config: FrozenDict, example: dict[str, Tensor], folder: Path
-) -> tuple[bytes, bytes]:
+def _graph(kind: str, module: nn.Module, config: FrozenDict, example: dict[str, Tensor], folder: Path) -> Graph:
     """The module's graph without its weights, made on first use; it depends on the layers, not on their values."""
     _openvino()
     key = cache_key(
@@ -128,7 +147,7 @@ def _graph(
         layers=repr(module),
         shapes={name: list(value.shape) for name, value in module.state_dict().items()},
         config=repr(sorted((name, value) for name, value in config.items() if not name.startswith("_"))),
-        converters={name: version(name) for name in ("torch", "openvino")},
+        converters={name: version(name) for name in ("torch", "diffusers", "openvino")},
     )
 
     def convert() -> dict[str, Tensor]:
@@ -143,22 +162,24 @@ def _graph(
     return tuple(found[name].numpy().tobytes() for name in PARTS)
 
 
-def _converted(module: nn.Module, example: dict[str, Tensor]) -> tuple[bytes, bytes]:
+def _converted(module: nn.Module, example: dict[str, Tensor], seed: int = 0) -> Graph:
     """The graph with an input in the place of every weight, named as it.
 
     A copy of the module with random weights is converted: each is found again by its values, for the converter renames
     and reshapes some.
     """
     openvino, drawn = _openvino(), copy.deepcopy(module).eval()
-    generator = torch.Generator().manual_seed(0)
-    for tensor in drawn.state_dict().values():
-        tensor.copy_(torch.randn(tensor.shape, generator=generator))
-    names = {_digest(tensor.numpy()): name for name, tensor in drawn.state_dict().items()}
+    generator, names = torch.Generator().manual_seed(seed), {}
+    for name, tensor in drawn.state_dict().items():
+        if tensor.dtype == torch.float32:
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+            names[_digest(tensor.numpy())] = name
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # the tracer's, of branches that depend on a shape
         model = openvino.convert_model(_Output(drawn, list(example)), example_input=tuple(example.values()))
     for name, port in zip(example, model.inputs, strict=True):
         port.get_tensor().set_names({name})
+        port.get_node().set_friendly_name(name)
     weights = []
     for node in model.get_ops():
         if node.get_type_name() == "Constant" and (name := names.get(_digest(node.data))):
@@ -171,13 +192,13 @@ def _converted(module: nn.Module, example: dict[str, Tensor]) -> tuple[bytes, by
         return tuple(file.read_bytes() for file in files)
 
 
-def _check_same(graph: tuple[bytes, bytes], module: nn.Module, example: dict[str, Tensor]) -> None:
+def _check_same(graph: Graph, module: nn.Module, example: dict[str, Tensor]) -> None:
     """Raise RunError where the graph with the module's weights gives another output than the module."""
     generator = torch.Generator().manual_seed(0)
     inputs = {name: torch.randn(value.shape, generator=generator) for name, value in example.items()}
     with torch.no_grad():
         wanted = _Output(module, list(inputs))(*inputs.values()).numpy()
-    plan = _openvino().Core().compile_model(_with_weights(graph, module.state_dict()), "CPU", IN_FLOAT32)
+    plan = _core().compile_model(_with_weights(graph, module.state_dict(), inputs), "CPU", OPTIONS)
     error = np.abs(plan({name: value.numpy() for name, value in inputs.items()})[0] - wanted).max()
     if not error <= SAME * np.abs(wanted).max():
         differs = f"OpenVINO's output differs from PyTorch's by {error:.1e}"
@@ -197,16 +218,18 @@ class _Output(nn.Module):
 
 
 def _digest(values: np.ndarray) -> str:
+    """Of the values in their order, whatever the shape."""
     return hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()
 
 
-def _with_weights(graph: tuple[bytes, bytes], weights: dict[str, Tensor]) -> "Model":
-    """The graph with these weights in their places."""
-    openvino = _openvino()
-    model = openvino.Core().read_model(*graph)
+def _with_weights(graph: Graph, weights: dict[str, Tensor], inputs: Collection[str]) -> "Model":
+    """The graph with these weights in their places. Raises RunError where some are missing."""
+    model = _core().read_model(*graph)
     for parameter in model.get_parameters():
         if (weight := weights.get(parameter.get_friendly_name())) is not None:
             values = weight.detach().reshape(tuple(parameter.shape)).numpy()
-            parameter.output(0).replace(openvino.opset13.constant(values).output(0))
+            parameter.output(0).replace(_openvino().opset13.constant(values).output(0))
             model.remove_parameter(parameter)
+    if unset := {parameter.get_friendly_name() for parameter in model.get_parameters()} - set(inputs):
+        raise RunError(f"OpenVINO's graph lacks {min(unset)}; take the pipeline as it is, in PyTorch")
     return model

@@ -8,6 +8,7 @@ import torch
 from conftest import moved
 from diffusers.configuration_utils import FrozenDict
 
+from lora_distill import cpu_runtime
 from lora_distill.adapters import UNetInRole, adapter_parameters, base_weights, plain_copy
 from lora_distill.cpu_runtime import OpenvinoDecoder, OpenvinoUNet
 from lora_distill.deployment import deployed, deployments
@@ -48,7 +49,7 @@ def test_what_is_deployed_draws_the_same_images(trained, graphs, adapter, on_ope
 
 def test_one_graph_serves_every_batch_and_resolution(trained, graphs):
     on_openvino = deployed(trained, graphs=graphs)
-    for count, resolution in [(1, 64), (3, 64), (2, 96)]:
+    for count, resolution in [(1, 64), (3, 64), (2, 96), (2, 72), (1, 80)]:
         ours, theirs = (drawn(pipe, SINGLE, count, resolution) for pipe in (trained, on_openvino))
         assert (ours - theirs).abs().max() <= 1e-4
 
@@ -110,10 +111,31 @@ def test_a_large_batch_runs_in_equal_parts_side_by_side(trained, graphs):
     in_pytorch, on_openvino = deployed(trained), deployed(trained, graphs=graphs)
     noise = torch.randn(34, 4, 8, 8)
     embeds, t = torch.randn(34, 5, trained.unet.config.cross_attention_dim), torch.tensor(500)
-    for count in (1, 2, 3):  # 34 has no third: with three threads it runs in two parts
+    for count in (1, 2, 3):  # with two threads in two parts, with three, of which 34 has no third, in one
         with threads(count), torch.no_grad():
             ours, theirs = (pipe.unet(noise, t, embeds).sample for pipe in (in_pytorch, on_openvino))
         assert (ours - theirs).abs().max() <= 1e-4
+
+
+def test_no_constant_of_a_graph_depends_on_a_weight(unet):
+    example = {"sample": torch.zeros(2, 4, 9, 9), "timestep": torch.tensor(0.0),
+               "encoder_hidden_states": torch.zeros(2, 7, 8)}  # fmt: skip
+    graphs = [cpu_runtime._converted(unet, example, seed) for seed in (0, 1)]
+    assert graphs[0][1] == graphs[1][1] and len(graphs[0][1]) < 2000
+
+
+def test_a_graph_without_one_of_its_weights_is_refused(unet, tmp_path):
+    ready = OpenvinoUNet(unet.eval(), tmp_path)
+    graph, module = ready.planned.__wrapped__.args
+    weights = module.state_dict()
+    weights.pop("conv_in.weight")
+    with pytest.raises(RunError, match=r"OpenVINO's graph lacks conv_in.weight"):
+        cpu_runtime._with_weights(graph, weights, ["sample", "timestep", "encoder_hidden_states"])
+
+
+def test_several_timesteps_are_refused(unet, tmp_path):
+    with pytest.raises(ValueError, match="timestep: this UNet takes one for the whole batch"):
+        OpenvinoUNet(unet.eval(), tmp_path)(torch.zeros(2, 4, 8, 8), torch.zeros(2), torch.zeros(2, 5, 8))
 
 
 class Doubled(torch.nn.Linear):

@@ -187,24 +187,28 @@ def evaluation_results(measured: list[dict]) -> dict[str, str]:
     }
 
 
+def _threads(row: dict) -> str:
+    return f"{row['threads']} thread{'s' * (row['threads'] != 1)}"
+
+
 def seconds_results(times: list[dict], grid: list[dict]) -> dict[str, str]:
     """What notebook 04 timed, in words: `timing.method_rows` of one image, and `timing.compare_times` of the grid."""
     found, one = {}, _one_image(times)
     for runtime in dict.fromkeys(row["runtime"] for row in one):
         student = [row for row in one if (row["runtime"], row["method"]) == (runtime, "LoRA student, merged")]
         found[f"saved by the merged student of the teacher's seconds, one image, {runtime}"] = ", ".join(
-            f"{_interval(row, 'saving_percent', 1)} % on {row['threads']} thread(s)" for row in student
+            f"{_interval(row, 'saving_percent', 1)} % on {_threads(row)}" for row in student
         )
     name = next(row["method"] for row in times if row["method"].startswith("LCM-LoRA "))
     found[f"times faster, one image, {name}, merged, 4 steps"] = ", ".join(
-        f"{row['times_faster']:.1f} on {row['threads']} thread(s)"
+        f"{row['times_faster']:.1f} on {_threads(row)}"
         for row in one if row["deployed"] and row["method"] == name
     )  # fmt: skip
     student = [row for row in grid if row["method"] == "LoRA student, merged"]
     sizes, pixels = ([row[key] for row in student] for key in ("batch", "resolution"))
     saved = [row["saving_percent"] for row in student]
     found[f"saved by one pass, batch {min(sizes)} to {max(sizes)}, {min(pixels)} and {max(pixels)} px"] = (
-        f"{min(saved):.0f} to {max(saved):.0f} % on {student[0]['threads']} thread(s)"
+        f"{min(saved):.0f} to {max(saved):.0f} % on {_threads(student[0])}"
     )
     return found
 

@@ -16,7 +16,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from lora_distill.errors import InputError, MissingError
 from lora_distill.publish import stamps
-from lora_distill.publish.rules import DIRECTION, FAILS, HOLDS, NOT_REPRODUCED, REPRODUCED, RULES, UNTOLD, Interval
+from lora_distill.publish.rules import (
+    BLIND,
+    DIRECTION,
+    FAILS,
+    HOLDS,
+    NOT_REPRODUCED,
+    REPRODUCED,
+    RULES,
+    UNTOLD,
+    Interval,
+)
 from lora_distill.settings import PACKAGE, results_folders
 from lora_distill.storage import read_frame
 
@@ -45,7 +55,7 @@ LEDGERS = (
 BOUNDS = {"value": ("low", "high"), "seconds_an_image": ("lowest", "highest")}  # columns of intervals; else _low, _high
 CONDITIONS = {  # columns of tables of what was measured, and of contrasts: how a value is written
     "machine": "{}", "dtype": "{}", "precision": "{}", "runtime": "{}", "batch": "batch {}", "resolution": "{} px",
-    "repeats": "{} repeats", "n": "N = {}", "seeds": "{} seeds", "trainings": "{} trainings",
+    "repeats": "{} repeats", "n": "N = {}", "seeds": "seeds: {}", "trainings": "trainings: {}",
 }  # fmt: skip
 
 
@@ -167,7 +177,7 @@ def judge(claim: Claim, folder: Path) -> Verdict:
         raise ClaimsError(f"claim {claim.id}: {error}") from None
     here += f"; by construction: {claim.construction}" if claim.construction else ""
     here += conditions(claim, folder)
-    if verdict == UNTOLD:
+    if verdict in (UNTOLD, BLIND):
         return Verdict(claim, quantities, untold, f"{here}: {verdict}")
     return Verdict(claim, quantities, verdict, here)
 

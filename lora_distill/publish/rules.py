@@ -26,6 +26,7 @@ from typing import NamedTuple
 REPRODUCED, DIRECTION, NOT_REPRODUCED = "reproduced", "direction only", "not reproduced"
 HOLDS, FAILS = "holds", "fails"
 UNTOLD = "the interval holds both answers"
+BLIND = "the distance does not surely tell the base without guidance from the teacher"  # so it can tell nothing equal
 NEAR = 0.25  # of a work's number: how far ours may be from it
 ERRORS, DISTANCE, FARTHER, PSNR, SECONDS, MEMORY = 1.25, 1.1, 1.05, 1.0, 1.05, 1.0
 SLIDES_SPEED_UP, BASE = 2.07 / 0.86, "the base's"
@@ -73,9 +74,11 @@ def conventional_raises_memory(full_1: float, full_16: float, distillation_1: fl
     return _work(rise_1 > MEMORY and rise_16 > MEMORY), here
 
 
-def quality_kept(fd_ratio: Interval, kid: Interval) -> Ruling:
-    """Direction only: the Frechet distance is at most 1.1 times the teacher's, with its interval."""
-    return _work(_at_most(fd_ratio, DISTANCE)), _distance("the teacher's", fd_ratio, kid)
+def quality_kept(fd_ratio: Interval, kid: Interval, unguided: Interval) -> Ruling:
+    """Direction only: the Frechet distance is at most 1.1 times the teacher's, with its interval, and that of the base
+    without guidance is more.
+    """
+    return _as_near("the teacher's", fd_ratio, kid, unguided, _work)
 
 
 def alignment_kept(errors: Interval) -> Ruling:
@@ -183,7 +186,8 @@ def time_over_batch_and_resolution(savings: list[Interval]) -> Ruling:
 
 def time_against_standard_distillation(ratios: list[Interval]) -> Ruling:
     """Holds: one image takes as long as the full copy's within 5 %, with the interval, at every number of threads."""
-    return _check(_all(*(_is_same(each, SECONDS) for each in ratios))), f"{_all_in(ratios)} times the full copy's"
+    here = f"{_all_in(ratios)} times the full copy's, margin {_n(SECONDS)}"
+    return _check(_all(*(_is_same(each, SECONDS) for each in ratios))), here
 
 
 # ---------------------------------------------------------------------------------------------- checks: quality
@@ -194,9 +198,11 @@ def alignment_kept_at_four_objects(errors: Interval) -> Ruling:
     return _check(_at_most(errors, ERRORS)), f"{_in(errors)} times the teacher's errors, margin {_n(ERRORS)}"
 
 
-def distance_against_standard_distillation(fd_ratio: Interval, kid: Interval) -> Ruling:
-    """Holds: the Frechet distance is at most 1.1 times the full copy's, with the interval."""
-    return _check(_at_most(fd_ratio, DISTANCE)), _distance("the full copy's", fd_ratio, kid)
+def distance_against_standard_distillation(fd_ratio: Interval, kid: Interval, unguided: Interval) -> Ruling:
+    """Holds: the Frechet distance is at most 1.1 times the full copy's, with the interval, and that of the base without
+    guidance more than 1.1 times the teacher's.
+    """
+    return _as_near("the full copy's", fd_ratio, kid, unguided, _check)
 
 
 def alignment_against_standard_distillation(errors: Interval) -> Ruling:
@@ -206,13 +212,14 @@ def alignment_against_standard_distillation(errors: Interval) -> Ruling:
 
 def pictures_against_standard_distillation(psnr: Interval) -> Ruling:
     """Holds: the PSNR to the teacher's pictures is at most 1 dB below the full copy's, with the interval."""
-    return _check(_at_least(psnr, -PSNR)), f"PSNR to the teacher's pictures {_in(psnr, '+')} dB against the full copy's"
+    here = f"PSNR to the teacher's pictures {_in(psnr, '+')} dB against the full copy's, margin {_n(PSNR)} dB"
+    return _check(_at_least(psnr, -PSNR)), here
 
 
 def features_against_standard_distillation(fd_to_teacher: Interval, copied: float) -> Ruling:
     """Holds: the Frechet distance to the teacher's pictures is at most 1.1 times the full copy's, with the interval."""
     ratio = Interval(*(1 + each / copied for each in fd_to_teacher))
-    here = f"FD to the teacher's pictures {_in(ratio)} times the full copy's, which is {_n(copied)}"
+    here = f"FD to the teacher's pictures {_in(ratio)} times the full copy's ({_n(copied)}), margin {_n(DISTANCE)}"
     return _check(_at_most(ratio, DISTANCE)), here
 
 
@@ -247,9 +254,17 @@ def lcm_lora_against_few_guided_steps(errors: Interval) -> Ruling:
     return _check(_at_most(errors, ERRORS)), f"{_in(errors)} times the errors of 4 guided steps, margin {_n(ERRORS)}"
 
 
-def style_and_speed(errors: Interval) -> Ruling:
-    """Holds: at most 1.25 times the errors of the fine-tune alone, of content or style, with the interval."""
-    return _check(_at_most(errors, ERRORS)), f"{_in(errors)} times the fine-tune's errors, margin {_n(ERRORS)}"
+def style_and_speed(errors: Interval, fine_tuned: float) -> Ruling:
+    """Holds: at least 0.8 times as many pictures right, in content and style, as of the fine-tune, with the interval.
+
+    Errors are most of both, so their ratio could hardly say no.
+    """
+    if not fine_tuned:
+        return UNTOLD, "no picture of the fine-tune is right"
+    wrong = 1 - fine_tuned
+    right = Interval(*((1 - each * wrong) / fine_tuned for each in (errors.value, errors.high, errors.low)))
+    here = f"{_in(right)} times as many right as the fine-tune's {_n(100 * fine_tuned)} %, margin {_n(1 / ERRORS)}"
+    return _check(_at_least(right, 1 / ERRORS)), here
 
 
 RULES: dict[str, Callable[..., Ruling]] = {
@@ -369,6 +384,16 @@ def _memory(before: float, after: float, paper_1: float, paper_16: float) -> tup
 def _distance(other: str, fd_ratio: Interval, kid: Interval) -> str:
     """A ratio of Frechet distances in words, and whether the kernel distance on the same layer says the same."""
     return f"FD {_in(fd_ratio)} times {other}; {_kid(fd_ratio, kid)}"
+
+
+def _as_near(
+    other: str, fd_ratio: Interval, kid: Interval, unguided: Interval, verdict: Callable[[bool | None], str]
+) -> Ruling:
+    """Whether a Frechet distance is at most another's, where the measure sees as much as what guidance does."""
+    near, sees = _at_most(fd_ratio, DISTANCE), _at_most(unguided, DISTANCE) is False
+    margin = f"margin {_n(DISTANCE)}, without guidance {_in(unguided)} times the teacher's"
+    here = f"{_distance(other, fd_ratio, kid)}; {margin}"
+    return BLIND if near and not sees else verdict(near), here
 
 
 def _kid(fd_ratio: Interval, kid: Interval) -> str:

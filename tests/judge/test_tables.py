@@ -393,12 +393,12 @@ def test_results_say_the_seconds_of_each_runtime_and_the_range_of_the_grid():
             ("LCM-LoRA, 4 steps", 16, 96, 86.0),
         )
     ]
-    saved = "10.0 (9.0 to 11.0) % on 1 thread(s), 20.0 (19.0 to 21.0) % on 2 thread(s)"
+    saved = "10.0 (9.0 to 11.0) % on 1 thread, 20.0 (19.0 to 21.0) % on 2 threads"
     assert overview.seconds_results(TIMES, grid) == {
         "saved by the merged student of the teacher's seconds, one image, PyTorch": saved,
         "saved by the merged student of the teacher's seconds, one image, OpenVINO": saved,
-        "times faster, one image, LCM-LoRA 8k, merged, 4 steps": "3.0 on 1 thread(s), 3.0 on 2 thread(s)",
-        "saved by one pass, batch 1 to 16, 64 and 96 px": "31 to 47 % on 2 thread(s)",
+        "times faster, one image, LCM-LoRA 8k, merged, 4 steps": "3.0 on 1 thread, 3.0 on 2 threads",
+        "saved by one pass, batch 1 to 16, 64 and 96 px": "31 to 47 % on 2 threads",
     }
 
 

@@ -54,7 +54,7 @@ CASES = {
         {"not reproduced": {"distillation_16": 32.2}},
     ),
     "quality-kept": (
-        {"fd_ratio": near(1.03)} | SAME_KID,
+        {"fd_ratio": near(1.03), "unguided": near(1.3)} | SAME_KID,
         {"not reproduced": {"fd_ratio": near(1.2)}, "not testable here": {"fd_ratio": near(1.1)}},
     ),
     "alignment-kept": (
@@ -117,7 +117,7 @@ CASES = {
     ),
     "alignment-kept-at-four-objects": ERRORS,
     "distance-against-standard-distillation": (
-        {"fd_ratio": near(1.03)} | SAME_KID,
+        {"fd_ratio": near(1.03), "unguided": near(1.3)} | SAME_KID,
         {"fails": {"fd_ratio": near(1.2)}, "cannot tell": {"fd_ratio": near(1.1)}},
     ),
     "alignment-against-standard-distillation": ERRORS,
@@ -138,7 +138,10 @@ CASES = {
     "lcm-lora-alignment": ERRORS,
     "lcm-lora-against-untrained": RATHER_LESS,
     "lcm-lora-against-few-guided-steps": ERRORS,
-    "style-and-speed": ERRORS,
+    "style-and-speed": (
+        {"errors": near(0.98), "fine_tuned": 0.3},
+        {"fails": {"errors": near(1.25)}, "cannot tell": {"errors": near(1.08)}},
+    ),
 }
 BEST = {name: "holds" if LEDGER[name].work == "checks" else "direction only" for name in CASES}
 BEST |= {name: "reproduced" for name in ("inference-time-40-percent", "lcm-lora-2-4-times-faster")}
@@ -230,7 +233,20 @@ def test_seven_times_as_fast_is_no_reproduction_of_2_4_and_the_guided_steps_that
     ],
 )
 def test_where_the_two_distances_disagree_the_claim_says_so(fd, kid, says):
-    assert RULES["quality-kept"](fd, kid)[1].endswith(f"; {says}")
+    assert RULES["quality-kept"](fd, kid, near(1.3))[1].split("; ")[1] == says
+
+
+@pytest.mark.parametrize("name", ["quality-kept", "distance-against-standard-distillation"])
+@pytest.mark.parametrize("unguided", [near(1.03), near(1.1)])
+def test_a_distance_that_does_not_see_what_guidance_does_tells_nothing_equal(name, unguided, tmp_path):
+    write_tables(LEDGER[name], CASES[name][0] | {"unguided": unguided}, tmp_path / "cpu")
+    judged = claims.judge(LEDGER[name], tmp_path / "cpu")
+    assert judged.verdict == LEDGER[name].ledger.verdicts[-1]
+    assert judged.here.endswith(": the distance does not surely tell the base without guidance from the teacher")
+    write_tables(LEDGER[name], CASES[name][0] | {"unguided": unguided, "fd_ratio": near(1.3)}, tmp_path / "cpu")
+    assert claims.judge(LEDGER[name], tmp_path / "cpu").verdict in ("not reproduced", "fails"), (
+        "a difference that it sees"
+    )
 
 
 def test_what_holds_by_construction_is_said_so(tmp_path):
@@ -254,7 +270,7 @@ def test_a_verdict_on_a_contrast_says_prompts_seeds_and_trainings(tmp_path):
     write_tables(claim, {"errors": near(1.05)}, tmp_path)
     made = {"n": 1664, "seeds": 3, "trainings": 3}
     save_table(tmp_path / "02_contrasts.csv", [row | made for row in read_table(tmp_path / "02_contrasts.csv")])
-    assert claims.judge(claim, tmp_path).here.endswith(" [N = 1664; 3 seeds; 3 trainings]")
+    assert claims.judge(claim, tmp_path).here.endswith(" [N = 1664; seeds: 3; trainings: 3]")
 
 
 def test_what_is_simulated_or_small_is_said_in_the_statement():
@@ -305,7 +321,7 @@ class TestTables:
 
     @pytest.fixture
     def folder(self, tmp_path):
-        values = {"fd_ratio": Interval(80.5, 70, 90), "kid": Interval(3, 2, 4)}
+        values = {"fd_ratio": Interval(80.5, 70, 90), "kid": Interval(3, 2, 4), "unguided": Interval(95, 94, 96)}
         write_tables(self.claim, values, tmp_path / "cpu")
         return tmp_path / "cpu"
 
