@@ -22,6 +22,7 @@ COMMITTED = repository_root() / "figures" / "sweep" / "sweep.csv"
 TINY = Settings(
     profile="tiny", teacher_images=4, sampling_steps=2, train_steps=2, batch_size=2, warmup_steps=1, log_every=1,
     image_share=0.002, lcm_steps=2, lcm_batch_size=2, finetune_steps=2, eval_batch=4, device="cpu",
+    full_learning_rate=2e-4, finetune_attention_learning_rate=3e-3,
 )  # fmt: skip
 TWO = tuple(each._replace(values=(1, 2) if each.setting == "lcm_steps" else each.values[:1]) for each in GRIDS)
 ONE = (Swept("fine-tune, attention", "finetune_attention_learning_rate", (1e-3,)),)
