@@ -10,7 +10,8 @@ from lora_distill.data.scenes import COUNTS, KINDS
 from lora_distill.data.teacher import Prompts
 from lora_distill.errors import reading
 from lora_distill.judge.judge import Method, Quality
-from lora_distill.judge.metrics import Proportion, decibels, mean_score, squared_errors
+from lora_distill.judge.metrics import Proportion, decibels, mean_score
+from lora_distill.judge.pictures import squared_errors
 from lora_distill.sampling import unet_passes
 from lora_distill.shapes import BUNDLED
 

@@ -16,7 +16,7 @@ from lora_distill.data.teacher import Prompts
 from lora_distill.errors import InputError, MissingError, one_line
 from lora_distill.judge import distances
 from lora_distill.judge.features import LAYERS, Features, cached_features, extract, load_extractor, pretrained_clip
-from lora_distill.judge.pictures import Pictures, batches
+from lora_distill.judge.pictures import Pictures, batches, squared_errors
 from lora_distill.judge.reader import Reader, Verdicts, judge_images
 
 
@@ -339,17 +339,3 @@ def decibels(squared: np.ndarray) -> float:
     """PSNR in dB of `squared_errors`, over all of them."""
     mse = float(np.mean(squared))
     return float(10 * np.log10(255**2 / mse)) if mse else float("inf")
-
-
-def squared_errors(images: np.ndarray | Pictures, reference: np.ndarray | Pictures) -> np.ndarray:
-    """The mean squared difference in grey levels of each image from that of the same noise, (n,).
-
-    Raises ValueError for two shapes.
-    """
-    errors = []
-    for ours, theirs in zip(batches(images), batches(reference), strict=False):
-        if ours.shape != theirs.shape or len(images) != len(reference):
-            shapes = (len(images), *ours.shape[1:]), (len(reference), *theirs.shape[1:])
-            raise InputError(f"images differ in shape, {shapes[0]} and {shapes[1]}")
-        errors += list(np.mean((ours.astype(np.float64) - theirs.astype(np.float64)) ** 2, axis=(1, 2, 3)))
-    return np.array(errors)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_distill.errors import InputError
-from lora_distill.judge.metrics import squared_errors
+from lora_distill.judge.pictures import squared_errors
 
 RESAMPLES, DISTANCE_RESAMPLES = 1000, 300  # of shares and means; of distances, each of which costs a decomposition
 LEVEL = 0.95

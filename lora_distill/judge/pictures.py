@@ -56,6 +56,20 @@ def batches(images: np.ndarray | Pictures | Iterable[np.ndarray], size: int = 50
             yield array
 
 
+def squared_errors(images: np.ndarray | Pictures, reference: np.ndarray | Pictures) -> np.ndarray:
+    """The mean squared difference in grey levels of each image from that of the same noise, (n,).
+
+    Raises ValueError for two shapes.
+    """
+    errors = []
+    for ours, theirs in zip(batches(images), batches(reference), strict=False):
+        if ours.shape != theirs.shape or len(images) != len(reference):
+            shapes = (len(images), *ours.shape[1:]), (len(reference), *theirs.shape[1:])
+            raise InputError(f"images differ in shape, {shapes[0]} and {shapes[1]}")
+        errors += list(np.mean((ours.astype(np.float64) - theirs.astype(np.float64)) ** 2, axis=(1, 2, 3)))
+    return np.array(errors)
+
+
 def kept_pictures(
     folder: Path, key: str, count: int, size: int, make: Callable[[slice], np.ndarray], title: str = "sampling"
 ) -> Pictures:
