@@ -17,7 +17,7 @@ from lora_distill.settings import Settings, load_settings
 from lora_distill.shapes import SD15_SHAPE
 
 CARDS = {"sd15-t4": 15, "sd15-flickr8k": 24, "sd15-flickr30k": 24}  # GiB that a card of 16 or 24 GB shows
-SECONDS = {"01": 74, "02": 319, "03": 288, "04": 229}  # of the notebooks at profile cpu, on two cores
+SECONDS = {"01": 124, "02": 215, "03": 205, "04": 274}  # of the notebooks at profile cpu, on two cores
 
 
 def of(profile: str, **options) -> Plan:

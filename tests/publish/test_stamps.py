@@ -149,7 +149,7 @@ class TestTables:
         assert stamps.read_sums(folder).keys() == {"02_results.json", "02_x.csv", "02_x_images.png"}
         stamps.check_tables(folder)
         (folder / "02_x.csv").write_text("by hand", encoding="utf-8")
-        with pytest.raises(ValueError, match=r"cpu/02_x\.csv was changed since it was committed; git checkout"):
+        with pytest.raises(ValueError, match=r"full/02_x\.csv was changed since it was committed; git checkout"):
             stamps.check_tables(folder)
 
     @pytest.mark.parametrize("content", [b"x", b"\xff\xfe\x00", b"00  a.csv\n", b"\n\n"])
