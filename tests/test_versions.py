@@ -17,6 +17,7 @@ from lora_distill.sampling import Sampler
 from lora_distill.settings import Settings
 from lora_distill.train import recipes
 
+# whatever a training rests on is written here, so that a change of defaults changes no record
 SETTINGS = Settings(
     train_steps=2,
     lcm_steps=2,
@@ -26,6 +27,12 @@ SETTINGS = Settings(
     warmup_steps=1,
     log_every=1,
     lcm_rank=2,
+    learning_rate=2.0e-3,
+    full_learning_rate=2.0e-4,
+    lcm_learning_rate=1.0e-4,
+    lcm_lora_learning_rate=1.0e-3,
+    finetune_learning_rate=3.0e-3,
+    lcm_ema_decay=0.95,
 )
 TRAININGS = ("student", "full copy", "lcm", "mimic", "lcm_lora", "finetune")
 # of trainings: the losses of both updates and the norm of what was trained
