@@ -5,13 +5,15 @@ A batch has `latents` (b, 4, h, w), `eps` (the noise, same shape), `timesteps` (
 and no branch depends on a value, so that nothing waits for a GPU.
 """
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
 import torch
 from diffusers import SchedulerMixin, UNet2DConditionModel
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from lora_distill import diffusion
-from lora_distill.adapters import role
+from lora_distill.adapters import folded, role
 from lora_distill.processes import all_rows
 
 
@@ -26,6 +28,20 @@ def unet_output(
     inputs = (x_t.to(unet.dtype), timesteps, prompt_embeds.to(unet.dtype))
     timestep_cond = None if timestep_cond is None else timestep_cond.to(unet.dtype)
     return unet(*inputs, timestep_cond=timestep_cond).sample.float()
+
+
+@contextmanager
+def _in_place(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside the block these parameters of the module have these values; nothing is copied."""
+    parameters = [module.get_parameter(name) for name in values]
+    found = [parameter.data for parameter in parameters]
+    try:
+        for parameter, value in zip(parameters, values.values(), strict=True):
+            parameter.data = value
+        yield
+    finally:
+        for parameter, value in zip(parameters, found, strict=True):
+            parameter.data = value
 
 
 class GuidanceDistillation(nn.Module):
@@ -161,8 +177,8 @@ class ConsistencyDistillation(nn.Module):
     def target(self, x_s: Tensor, timesteps: Tensor, prompt_embeds: Tensor, guidance_scale: Tensor) -> Tensor:
         """f_target(x_s, s), (b, 4, h, w); rows with s = 0 are x_s: the boundary condition, without rounding."""
         rows = (x_s, timesteps, prompt_embeds, guidance_scale)
-        weights = {name.removeprefix("student."): value for name, value in self.moving_average.items()}
-        target = functional_call(self.student, weights, rows)
+        with _in_place(self, self.moving_average), folded(self.student.unet):
+            target = self.student(*rows)
         return torch.where(timesteps[:, None, None, None] > 0, target, x_s.to(target.dtype))
 
 

@@ -69,8 +69,7 @@ class Masters:
         self.state[parameter] = {name: self._state(name, value, parameter) for name, value in kept.items()}
 
     def _state(self, name: str, value: Tensor, parameter: nn.Parameter) -> Any:
-        fused = self.param_groups[0].get("fused")  # else AdamW reads its step counts on the CPU: no waiting for a GPU
-        return like(parameter, value) if fused or name != "step" else value
+        return like(parameter, value)
 
     def _copied(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         return [pair for pair in zip(self.parameters, self.masters, strict=True) if pair[0] is not pair[1]]
@@ -101,9 +100,8 @@ def adamw_8bit(parameters: Iterable[nn.Parameter], **options) -> Masters:
 
 
 def build_optimizer(kind: str, parameters: Iterable[nn.Parameter], **options) -> Masters:
-    """The optimizer of a training, "adamw" (fused on a GPU) or "adamw-8bit"."""
+    """The optimizer of a training, "adamw" (fused: one pass over each weight) or "adamw-8bit"."""
     parameters = list(parameters)
     if kind == "adamw-8bit":
         return adamw_8bit(parameters, **options)
-    fused = all(p.device.type == "cuda" for p in parameters)
-    return MasterAdamW(parameters, fused=True if fused else None, **options)
+    return MasterAdamW(parameters, fused=True, **options)

@@ -181,8 +181,7 @@ class Average:
 
     def __init__(self, step: TrainingStep, objective: nn.Module, decay: float):
         self.masters, self.publish = list(step.masters.values()), step.adamw.publish
-        on_gpu = step.device.type == "cuda"
-        self.ema = EMAModel(self.masters, decay=decay, use_ema_warmup=True, power=0.75, foreach=on_gpu)
+        self.ema = EMAModel(self.masters, decay=decay, use_ema_warmup=True, power=0.75, foreach=True)
         self.parameters, self.objective = step.parameters, objective
 
     def step(self) -> None:

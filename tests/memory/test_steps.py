@@ -18,7 +18,7 @@ from lora_distill.train.step import Schedule
 
 BUNDLE, SD15 = unet_config("bundled"), unet_config("sd15-shape")
 TRAINED = ["full_finetune", "lora_finetune", "lora_distillation_shared", "lcm_lora_shared"]  # each objective
-SMALL = Setup(2, 64, precision="float32")
+SMALL = Setup(2, 64, precision="float32", optimizer="adamw-fused")  # the optimizer of the loop
 PLAN = Schedule(steps=1, batch_size=2, learning_rate=1e-4)
 
 
