@@ -6,7 +6,7 @@ import traceback
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -134,7 +134,9 @@ def prepare(profile: Profile = "smoke") -> None:
 @app.command(rich_help_panel=SERIES)
 def publish(
     profile: Profile = "cpu",
-    sweep: Annotated[bool, typer.Option("--sweep", help="take the profile's sweep alone, into figures/sweep/")] = False,
+    study: Annotated[
+        Literal["sweep", "dial"] | None, typer.Option(help="take this alone, into a folder of figures/ with its name")
+    ] = None,
 ) -> None:
     """Take the results of a finished run into the repository.
 
@@ -142,7 +144,7 @@ def publish(
     """
     from lora_distill.publish import committed
 
-    for path in committed.publish_sweep(profile) if sweep else committed.publish(profile):
+    for path in committed.publish_study(profile, study) if study else committed.publish(profile):
         print(os.path.relpath(path))
 
 
@@ -220,7 +222,16 @@ def settings(profile: Profile = "cpu") -> None:
 
 
 @app.command(rich_help_panel=MODELS)
-def distill(profile: Profile = "cpu") -> None:
+def distill(
+    profile: Profile = "cpu",
+    method: Annotated[
+        Literal["paper", "trajectories", "dial"],
+        typer.Option(
+            help="paper: at noised images of the teacher; trajectories: at points of its sampling, kept on disk, so "
+            "that no teacher runs; dial: there too, for w from 1 to 7.5, and the LoRA's weight is the guidance scale"
+        ),
+    ] = "paper",
+) -> None:
     """Distil guidance into a LoRA on one W0 and write the LoRA file, which stock diffusers loads.
 
     On several GPUs: accelerate launch --multi_gpu --num_processes N -m lora_distill distill; each process takes its
@@ -228,18 +239,23 @@ def distill(profile: Profile = "cpu") -> None:
     """
     from lora_distill import processes
     from lora_distill.data.teacher import teacher_for
+    from lora_distill.data.trajectories import trajectories_for
     from lora_distill.pipeline import pipeline_for
     from lora_distill.settings import run_dir
-    from lora_distill.train.recipes import distil_lora, lora_file
+    from lora_distill.train import recipes
     from lora_distill.writing import locked
 
+    teacher_of, distil, name = {
+        "paper": (teacher_for, recipes.distil_lora, "student"),
+        "trajectories": (trajectories_for, recipes.distil_on_trajectories, "trajectories"),
+        "dial": (trajectories_for, recipes.distil_dial, "dial"),
+    }[method]
     checked = _runnable(profile)
     with locked(folder := run_dir(checked)):
         pipe = pipeline_for(checked)
-        teacher = teacher_for(pipe, checked, folder / "cache")
-        distil_lora(pipe, teacher, checked, folder)
+        distil(pipe, teacher_of(pipe, checked, folder / "cache"), checked, folder, name)
     if processes.is_main():
-        print(lora_file(folder, "student"))
+        print(recipes.lora_file(folder, name))
 
 
 @app.command(rich_help_panel=MODELS)
@@ -408,6 +424,36 @@ def sweep(
         if rows:
             saved.save("sweep", checked, rows)
             print(os.path.relpath(figures_dir(checked) / "sweep.csv"))
+
+
+@app.command(rich_help_panel=SERIES)
+def dial(
+    profile: Profile = "full",
+    steps: Annotated[int | None, typer.Option(min=1, max=10**9, help="updates of a training, else the profile's")] = (
+        None
+    ),
+) -> None:
+    """Compare guidance, the paper's student, guidance dials and trajectories at many guidance scales, on val.
+
+    Three trainings each. A cut run goes on; with profile full it takes about an hour on two cores.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+
+    from lora_distill import dial as study
+    from lora_distill.publish import figures as saved
+    from lora_distill.settings import figures_dir, run_dir
+    from lora_distill.writing import locked
+
+    checked = _runnable(profile)
+    checked = checked.model_copy(update={"train_steps": steps or checked.train_steps})
+    with locked(folder := run_dir(checked)):
+        dial_rows, trajectory_rows = study.run(checked, folder)
+        print(study.in_words(dial_rows, trajectory_rows))
+        saved.save("dial", checked, dial_rows)
+        saved.save("trajectories", checked, trajectory_rows)
+        print(os.path.relpath(figures_dir(checked) / "dial.csv"))
 
 
 @app.command(rich_help_panel=SERIES)

@@ -122,10 +122,13 @@ def parameter_counts(unet: UNet2DConditionModel) -> tuple[int, int]:
 
 
 @contextmanager
-def role(unet: UNet2DConditionModel, adapter: str | None) -> Iterator[UNet2DConditionModel]:
+def role(
+    unet: UNet2DConditionModel, adapter: str | None, weight: float | None = None
+) -> Iterator[UNet2DConditionModel]:
     """Inside the block the UNet runs with one adapter, given by name, or with None: W0 alone, the teacher.
 
-    On exit, also by an exception, every layer has its earlier state: active adapters, on or off. requires_grad is not
+    With a `weight` the adapter's update is multiplied by it, as by the LoRA weight of other tools. On exit, also by an
+    exception, every layer has its earlier state: active adapters and weights, on or off. requires_grad is not
     touched; PEFT's own switches change it as a side effect. Leave the teacher's role before backward: gradient
     checkpointing recomputes the forward pass with the role that is on at that moment.
 
@@ -134,16 +137,27 @@ def role(unet: UNet2DConditionModel, adapter: str | None) -> Iterator[UNet2DCond
     if adapter is not None:
         _check_carried(unet, adapter)
     layers = lora_layers(unet)
-    found = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
+    found = [(layer._disable_adapters, layer._active_adapter, layer.scaling.get(adapter)) for layer in layers]
     try:
         for layer in layers:
             layer._disable_adapters = adapter is None
             if adapter:
                 layer._active_adapter = [adapter]
+        if weight is not None:
+            set_weight(unet, adapter, weight)
         yield unet
     finally:
-        for layer, (disabled, active) in zip(layers, found, strict=True):
+        for layer, (disabled, active, scale) in zip(layers, found, strict=True):
             layer._disable_adapters, layer._active_adapter = disabled, active
+            if scale is not None:
+                layer.scaling[adapter] = scale
+
+
+def set_weight(unet: UNet2DConditionModel, adapter: str, weight: float | torch.Tensor) -> None:
+    """Multiply an adapter's update by `weight` from now on; as a tensor, of one number, no GPU is waited for."""
+    _check_carried(unet, adapter)
+    for layer in lora_layers(unet):
+        layer.set_scale(adapter, weight)  # of layers that have it
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from diffusers import StableDiffusionPipeline
 from lora_distill.adapters import load_adapter
 from lora_distill.data import scenes
 from lora_distill.devices import choose_device
-from lora_distill.errors import InputError, RunError
+from lora_distill.errors import InputError, RunError, reading
 from lora_distill.lora_files import MADE_BY, read_lora
 from lora_distill.pipeline import check_suffix, decode_latents, encode_prompts, load_pipeline, save_picture
 from lora_distill.sampling import NAMED, Sampler, initial_noise, sample_in_batches, sampler_name
@@ -55,7 +55,8 @@ def draw(prompts: list[str], out: Path, pipeline: str, lora: Path | None, wishes
     pipe = load_pipeline(pipeline, choose_device("auto"), resolution=said.resolution)
     if lora:
         load_adapter(pipe.unet, STUDENT, lora)
-    sampler = Sampler(said.steps, said.guidance_scale, adapter=STUDENT if lora else None, scheduler=said.scheduler)
+    options = {"adapter": STUDENT if lora else None, "scheduler": said.scheduler, "w0": dial_of(header, str(lora))}
+    sampler = Sampler(said.steps, said.guidance_scale, **options)
     print(_line(pipe, sampler, said, bool(header.get(MADE_BY))), flush=True)
     save_picture(_pictures(pipe, prompts, sampler, said.seed), out)
 
@@ -87,6 +88,16 @@ def header_wishes(header: Mapping[str, str], place: str) -> Wishes:
     return Wishes(**found)
 
 
+def dial_of(header: Mapping[str, str], place: str) -> float | None:
+    """w0 of a guidance dial of this package, by its header; None for other files. Raises InputError for no number."""
+    if header.get(MADE_BY) != PACKAGE.name or "w0" not in header:
+        return None
+    with reading(f"{place}: w0", "a number above 1 in the header"):
+        if (w0 := float(header["w0"])) > 1 and math.isfinite(w0):
+            return w0
+    raise InputError(f"{place}: w0: expected a number above 1 in the header, got {header['w0']!r}")
+
+
 def _usual_guidance(pipeline: str, lora: Path | None) -> float:
     """One pass for a student, else the w at which pictures are good: 3 for the bundle, 7.5 as diffusers takes it."""
     if lora:
@@ -101,6 +112,9 @@ def _warn(prompts: list[str], pipeline: str, lora: Path | None, header: Mapping[
         problems += [f"{lora}: {said.steps} steps of the pipeline's own scheduler; an LCM-LoRA needs scheduler lcm"]
     if ours and Path(header.get("base", pipeline)).name != Path(pipeline).name:
         problems += [f"{lora}: made for the pipeline {header['base']}, drawn with {pipeline}"]
+    if ours and "w0" in header and not _in_range(header, said.guidance_scale):
+        trained = f"for guidance from {header.get('w_min')} to {header.get('w_max')}"
+        problems += [f"{lora}: trained {trained}, drawn with {said.guidance_scale:g}"]
     if any(not prompt.strip() for prompt in prompts):
         problems += ["an empty prompt is drawn as it is, without a text"]
     if pipeline == "bundled" and (unknown := scenes.unknown_words(prompts)):
@@ -111,12 +125,24 @@ def _warn(prompts: list[str], pipeline: str, lora: Path | None, header: Mapping[
         warnings.warn(problem, stacklevel=3)
 
 
+def _in_range(header: Mapping[str, str], w: float) -> bool:
+    """Whether a dial was trained for w; a header that does not say so excludes none."""
+    try:
+        return float(header["w_min"]) <= w <= float(header["w_max"])
+    except (KeyError, ValueError):
+        return True
+
+
 def _line(pipe: StableDiffusionPipeline, sampler: Sampler, said: Wishes, from_header: bool) -> str:
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
     count = f"{sampler.steps} step{'s' * (sampler.steps != 1)}"
     source = ", what was not said from the LoRA's header" if from_header else ""
     name = sampler_name(pipe, sampler)
-    return f"{name}, {count}, guidance {sampler.guidance_scale:g}, {side} x {side} pixels, seed {said.seed}{source}"
+    weight = sampler.adapter_weight
+    dial = "" if weight is None else f" in one pass, the LoRA's weight {weight:g}"
+    return (
+        f"{name}, {count}, guidance {sampler.guidance_scale:g}{dial}, {side} x {side} pixels, seed {said.seed}{source}"
+    )
 
 
 def _pictures(pipe: StableDiffusionPipeline, prompts: list[str], sampler: Sampler, seed: int) -> np.ndarray:

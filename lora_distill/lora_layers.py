@@ -25,9 +25,9 @@ class LeanLinear(Linear):
             return super().forward(x, *args, **kwargs)
         if self.folded:
             return functional.linear(x, _folded(self, adapter), self.base_layer.bias)
-        output, h = self.base_layer(x), self.lora_A[adapter](x)  # (..., out), (..., rank)
-        b = self.lora_B[adapter].weight.t()  # (rank, out)
-        return torch.addmm(_rows(output), _rows(h), b, alpha=self.scaling[adapter]).view(output.shape)
+        output, (h, scale) = self.base_layer(x), _scaled(self.lora_A[adapter](x), self.scaling[adapter])
+        b = self.lora_B[adapter].weight.t()  # (rank, out); h is (..., rank), the output (..., out)
+        return torch.addmm(_rows(output), _rows(h), b, alpha=scale).view(output.shape)
 
 
 class LeanConv2d(Conv2d):
@@ -41,8 +41,8 @@ class LeanConv2d(Conv2d):
             return super().forward(x, *args, **kwargs)
         if self.folded:
             return self.base_layer._conv_forward(x, _folded(self, adapter), self.base_layer.bias)
-        output, h = self.base_layer(x), self.lora_A[adapter](x)  # (b, out, h, w), (b, rank, h, w)
-        b, scale = self.lora_B[adapter].weight.flatten(1), self.scaling[adapter]  # (out, rank)
+        output, (h, scale) = self.base_layer(x), _scaled(self.lora_A[adapter](x), self.scaling[adapter])
+        b = self.lora_B[adapter].weight.flatten(1)  # (out, rank); h is (b, rank, h, w), the output (b, out, h, w)
         if output.is_contiguous():
             products = b.expand(len(output), -1, -1)
             return torch.baddbmm(output.flatten(2), products, h.flatten(2), alpha=scale).view(output.shape)
@@ -59,8 +59,14 @@ def with_lean_layers(config: LoraConfig) -> LoraConfig:
 
 def _folded(layer: LoraLayer, adapter: str) -> Tensor:
     """W0 + s B A, in the shape of W0."""
-    w0, a, b = layer.base_layer.weight, layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-    return torch.addmm(w0.flatten(1), b.flatten(1), a.flatten(1), alpha=layer.scaling[adapter]).view(w0.shape)
+    w0, a = layer.base_layer.weight, layer.lora_A[adapter].weight
+    b, scale = _scaled(layer.lora_B[adapter].weight, layer.scaling[adapter])
+    return torch.addmm(w0.flatten(1), b.flatten(1), a.flatten(1), alpha=scale).view(w0.shape)
+
+
+def _scaled(tensor: Tensor, scale: float | Tensor) -> tuple[Tensor, float]:
+    """A tensor and the number that is still to multiply it: a weight that is a tensor itself is multiplied at once."""
+    return (tensor * scale, 1.0) if isinstance(scale, Tensor) else (tensor, scale)
 
 
 def _adapter_alone(layer: LoraLayer, args: tuple, kwargs: dict) -> str | None:

@@ -40,8 +40,9 @@ class Sampler:
 
     guidance_scale = 1 is one UNet pass a step; above 1 it is two, batched in one forward. `guided_fraction` < 1 drops
     the unconditional pass in the last steps, a saving without training (Golnari et al. 2023, "selective guidance").
-    `scheduler` is the pipeline's own, DDIM with trailing timesteps, DPM-Solver++ (2M) or LCM's. `embedded_guidance` is
-    the w that a full LCM takes as an input.
+    With `w0` the adapter is a guidance dial: its weight, (guidance_scale - 1) / (w0 - 1), takes the place of the second
+    pass. `scheduler` is the pipeline's own, DDIM with trailing timesteps, DPM-Solver++ (2M) or LCM's.
+    `embedded_guidance` is the w that a full LCM takes as an input.
     """
 
     steps: int = 25
@@ -50,10 +51,16 @@ class Sampler:
     adapter: str | None = None
     scheduler: Literal["own", "ddim", "dpm++", "lcm"] = "own"
     embedded_guidance: float | None = None
+    w0: float | None = None
+
+    @property
+    def adapter_weight(self) -> float | None:
+        """What the adapter's update is multiplied by; None leaves it as it is."""
+        return None if self.w0 is None else (self.guidance_scale - 1) / (self.w0 - 1)
 
     def guided_steps(self, count: int) -> int:
         """How many of `count` timesteps take two passes: the first ones."""
-        return round(count * self.guided_fraction) if self.guidance_scale != 1 else 0
+        return round(count * self.guided_fraction) if self.guidance_scale != 1 and self.w0 is None else 0
 
 
 def multi_step(settings: Settings, guidance_scale: float = 1.0, **options: Any) -> Sampler:
@@ -156,7 +163,7 @@ def sample(
     if guided_steps:
         both_embeds = torch.cat([empty_embeds.to(dtype).expand_as(prompt_embeds), prompt_embeds])  # (2n, tokens, dim)
     timestep_cond = _embedded_guidance(pipe, sampler, len(noise))
-    with role(pipe.unet, sampler.adapter):
+    with role(pipe.unet, sampler.adapter, sampler.adapter_weight):
         for index, t in enumerate(scheduler.timesteps):
             if index < guided_steps:
                 doubled = scheduler.scale_model_input(torch.cat([latents] * 2), t)  # (2n, 4, h, w)

@@ -102,10 +102,14 @@ def teacher_set(
 
 def teacher_for(pipe: StableDiffusionPipeline, settings: Settings, cache_dir: Path) -> dict[str, Tensor]:
     """The `teacher_set` of a run: guided images of its training captions, as the settings say."""
-    options = {"share": settings.image_share, "skip_unusable": settings.skip_unusable, "cache_dir": cache_dir}
-    captions = training_captions(settings.data, settings.style, settings.teacher_images, settings.seed, **options)
-    sampler = multi_step(settings, settings.guidance_scale)
+    captions, sampler = teacher_captions(settings, cache_dir), multi_step(settings, settings.guidance_scale)
     return teacher_set(pipe, captions, sampler, settings.seed, cache_dir, settings.eval_batch)
+
+
+def teacher_captions(settings: Settings, cache_dir: Path) -> list[str]:
+    """The training captions of a run that the teacher draws."""
+    options = {"share": settings.image_share, "skip_unusable": settings.skip_unusable, "cache_dir": cache_dir}
+    return training_captions(settings.data, settings.style, settings.teacher_images, settings.seed, **options)
 
 
 def noised_batches(

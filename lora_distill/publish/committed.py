@@ -24,7 +24,8 @@ IN_README = "full"  # the profile whose results the README states
 KINDS = {".svg", ".png", ".csv", ".json"}
 # What the commands `memory` and `measure` write, and no notebook.
 OF_MEMORY = ("01_memory*", "01_flops.csv", "01_measured_*")
-SWEEP = "sweep"  # the table and figure of the command, and their folder in figures/
+SWEEP = "sweep"
+STUDIES = {SWEEP: [SWEEP], "dial": ["dial", "trajectories"]}  # commands, folders in figures/: tables with their figure
 
 
 def publish(profile: str | Path) -> list[Path]:
@@ -68,35 +69,45 @@ def _publish(settings: Settings, folder: Path) -> list[Path]:
     return [*written, write_readme()]
 
 
-def publish_sweep(profile: str | Path) -> list[Path]:
-    """Take table and figure of a profile's sweep into figures/sweep/; return that folder.
+def publish_study(profile: str | Path, study: str) -> list[Path]:
+    """Take tables and figures of a profile's `sweep`, `dial` or `bench` into figures/<study>/; return that folder.
 
-    Raises `MissingError` where there is no sweep, `SeriesError` for one that is not finished or was not made by
-    committed code.
+    Raises `MissingError` where there are none, `SeriesError` for one that is not finished or was not made by committed
+    code.
     """
     settings = load_settings(profile)
     with locked(run_dir(settings)) if run_dir(settings).is_dir() else nullcontext():
         source = figures_dir(settings)
-        command = f"python -m lora_distill sweep --profile {settings.profile}"
-        if not (made := read_provenance(source).get(SWEEP) if source.is_dir() else None):
-            raise MissingError(f"no sweep of profile {settings.profile}; {command} makes it")
-        check(source, made["sha256"])
-        check_sweep(read_table(source / f"{SWEEP}.csv"), command)
-        target = repository_root() / "figures" / SWEEP
-        for kind in ("csv", "svg", "png"):
-            _copy(source / f"{SWEEP}.{kind}", target)
-        atomic_write(target / PROVENANCE, provenance_text({SWEEP: made}))
+        command = f"python -m lora_distill {study} --profile {settings.profile}"
+        made = read_provenance(source) if source.is_dir() else {}
+        if missing := set(STUDIES[study]) - set(made):
+            raise MissingError(f"no {min(missing)} of profile {settings.profile}; {command} makes it")
+        target = repository_root() / "figures" / study
+        for name in STUDIES[study]:
+            check(source, made[name]["sha256"])
+            rows = read_table(source / f"{name}.csv")
+            check_committed(rows, command)
+            if name == SWEEP:
+                check_sweep(rows, command)
+        for name in STUDIES[study]:
+            for kind in ("csv", "svg", "png"):
+                _copy(source / f"{name}.{kind}", target)
+        atomic_write(target / PROVENANCE, provenance_text({name: made[name] for name in STUDIES[study]}))
         stamps.write_sums(target)
     return [target]
 
 
+def check_committed(rows: list[dict], command: str) -> None:
+    """Raise `SeriesError` unless committed code made all rows."""
+    if any(not row["commit"] or row["commit"].endswith("-dirty") for row in rows):
+        raise SeriesError(f"not made by committed code; delete what the run keeps of it, commit, then {command}")
+
+
 def check_sweep(rows: list[dict], command: str) -> None:
-    """Raise `SeriesError` unless every setting of a sweep has a chosen value, and committed code judged all values."""
+    """Raise `SeriesError` unless every setting of a sweep has a chosen value."""
     settings = {(row["method"], row["setting"]) for row in rows}
     if open_ones := settings - {(row["method"], row["setting"]) for row in rows if row["chosen"]}:
         raise SeriesError(f"the sweep is not finished: {' of '.join(min(open_ones)[::-1])}; {command} goes on")
-    if any(not row["commit"] or row["commit"].endswith("-dirty") for row in rows):
-        raise SeriesError(f"the sweep was not made by committed code; delete the run's sweep/, commit, then {command}")
 
 
 def check_finished(paths: list[Path], settings: Settings, folder: Path) -> None:

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from lora_distill.publish import plots_few_steps, plots_memory, plots_sweep
+from lora_distill.publish import plots_dial, plots_few_steps, plots_memory, plots_sweep
 from lora_distill.publish.style import (
     ALIGNMENTS,
     OBJECTS,
@@ -521,6 +521,16 @@ FIGURES = {
     ),
     "04_pareto": Plot(pareto_front, "Quality against UNet evaluations, every method", FEW_STEPS),
     "04_saving": Plot(saving_against_batch, "Saved seconds against the batch", OVER_BATCHES),
+    "dial": Plot(
+        plots_dial.quality_by_scale,
+        "Guidance in one pass a step by the weight of a LoRA, on the val split, and guidance itself on the same noise; "
+        "bands: 95 % intervals",
+    ),
+    "trajectories": Plot(
+        plots_dial.fidelity_by_seconds,
+        "Students of one guidance scale on the val split, trained at noised images of the teacher or at points of its "
+        "sampling; bars: 95 % intervals",
+    ),
     "sweep": Plot(
         plots_sweep.errors_by_value,
         "Errors and fit error on the val split by the value of one setting; ring: chosen, grey line: the profile's; "

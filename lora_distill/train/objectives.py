@@ -13,8 +13,10 @@ from diffusers import SchedulerMixin, UNet2DConditionModel
 from torch import Tensor, nn
 
 from lora_distill import diffusion
-from lora_distill.adapters import folded, role
+from lora_distill.adapters import folded, role, set_weight
 from lora_distill.processes import all_rows
+
+LEAST_GUIDANCE = 1e-3  # w - 1 that the dial's loss is divided by, at least
 
 
 def unet_output(
@@ -44,6 +46,33 @@ def _in_place(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]
             parameter.data = value
 
 
+class TeacherOutputs(nn.Module):
+    """x_t of a batch's noised latents, and what W0 says of it without and with the prompt; adapters are off.
+
+    The unconditional and the conditional pass are one forward on a batch of 2b.
+    """
+
+    def __init__(self, teacher: UNet2DConditionModel, scheduler: SchedulerMixin, empty_embeds: Tensor):
+        super().__init__()
+        self.teacher = teacher
+        self.register_buffer("alphas_cumprod", scheduler.alphas_cumprod, persistent=False)
+        self.register_buffer("empty_embeds", empty_embeds, persistent=False)  # (1, tokens, dim)
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """x_t, uncond and cond, (b, 4, h, w) each."""
+        alpha, sigma = diffusion.alpha_sigma(self.alphas_cumprod, batch["timesteps"])
+        x_t = diffusion.add_noise(batch["latents"], batch["eps"], alpha, sigma).to(batch["latents"].dtype)
+        return x_t, *both_outputs(self.teacher, x_t, batch["timesteps"], batch["prompt_embeds"], self.empty_embeds)
+
+
+class RecordedOutputs(nn.Module):
+    """The same of a point of the teacher's own guided trajectories, which `data.trajectories` keeps on disk."""
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """x_t, uncond and cond, (b, 4, h, w) each."""
+        return batch["x_t"], batch["uncond"], batch["cond"]
+
+
 class GuidanceDistillation(nn.Module):
     """student(x_t, t, c) <- uncond + w (cond - uncond), MSE (arXiv 2312.06899; stage one of Meng et al. 2022, eq. 6).
 
@@ -62,40 +91,64 @@ class GuidanceDistillation(nn.Module):
     ):
         super().__init__()
         self.student = student
-        self.teacher = teacher
-        self.register_buffer("alphas_cumprod", scheduler.alphas_cumprod, persistent=False)
+        self.outputs = TeacherOutputs(teacher, scheduler, empty_embeds)
         self.guidance_scale = guidance_scale
-        self.register_buffer("empty_embeds", empty_embeds, persistent=False)  # (1, tokens, dim)
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        alpha, sigma = diffusion.alpha_sigma(self.alphas_cumprod, batch["timesteps"])
-        x_t = diffusion.add_noise(batch["latents"], batch["eps"], alpha, sigma).to(batch["latents"].dtype)
         # teacher first: no graph of the student is held in memory meanwhile
-        target = guided_output(
-            self.teacher, x_t, batch["timesteps"], batch["prompt_embeds"], self.empty_embeds, self.guidance_scale
-        )
+        x_t, uncond, cond = self.outputs(batch)
+        target = diffusion.guide(uncond, cond, self.guidance_scale)
         output = unet_output(self.student, x_t, batch["timesteps"], batch["prompt_embeds"])
         return diffusion.mean_squared_error(output, target), {}
 
 
-@torch.no_grad()
-def guided_output(
-    teacher: UNet2DConditionModel,
-    x_t: Tensor,
-    timesteps: Tensor,
-    prompt_embeds: Tensor,
-    empty_embeds: Tensor,
-    guidance_scale: float | Tensor,
-) -> Tensor:
-    """The guided output of W0, (b, 4, h, w), adapters off; guidance_scale is a number or (b, 1, 1, 1).
+class TrajectoryDistillation(GuidanceDistillation):
+    """The same loss at points of the teacher's guided trajectories, whose outputs are read and not computed.
 
-    The unconditional and the conditional pass are one forward on a batch of 2b.
+    The x_t are those that sampling meets, and a step is one forward and one backward (AGD, arXiv 2503.07274).
     """
+
+    def __init__(self, student: UNet2DConditionModel, guidance_scale: float):
+        nn.Module.__init__(self)
+        self.student = student
+        self.outputs = RecordedOutputs()
+        self.guidance_scale = guidance_scale
+
+
+class GuidanceDial(nn.Module):
+    """student with its adapter at weight (w - 1) / (w0 - 1) <- uncond + w (cond - uncond), MSE / (w - 1), for many w.
+
+    So the weight of one LoRA, in any tool that has such weights, is the guidance scale: 0 is w = 1, no guidance, and 1
+    is w0. A batch has one w, in `guidance_scale` (b,). Division by w - 1 keeps large w from outweighing small ones: an
+    untrained student's loss goes with its square. `outputs` are `TeacherOutputs` or `RecordedOutputs`.
+    """
+
+    def __init__(self, student: UNet2DConditionModel, adapter: str, outputs: nn.Module, w0: float):
+        super().__init__()
+        self.student = student
+        self.adapter = adapter
+        self.outputs = outputs
+        self.w0 = w0
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        x_t, uncond, cond = self.outputs(batch)
+        w = batch["guidance_scale"][0]
+        # the weight stays on after the loss: gradient checkpointing computes the forward pass again in backward
+        set_weight(self.student, self.adapter, (w - 1) / (self.w0 - 1))
+        output = unet_output(self.student, x_t, batch["timesteps"], batch["prompt_embeds"])
+        loss = diffusion.mean_squared_error(output, diffusion.guide(uncond, cond, w))
+        return loss / (w - 1).clamp(min=LEAST_GUIDANCE), {}
+
+
+def both_outputs(
+    teacher: UNet2DConditionModel, x_t: Tensor, timesteps: Tensor, prompt_embeds: Tensor, empty_embeds: Tensor
+) -> tuple[Tensor, Tensor]:
+    """W0's outputs without and with the prompt, (b, 4, h, w) each, adapters off: one forward on a batch of 2b."""
     both_embeds = torch.cat([empty_embeds.expand_as(prompt_embeds), prompt_embeds])  # (2b, tokens, dim)
-    with role(teacher, None):
+    with torch.no_grad(), role(teacher, None):
         outputs = unet_output(teacher, torch.cat([x_t] * 2), torch.cat([timesteps] * 2), both_embeds)
     uncond, cond = outputs.chunk(2)  # (b, 4, h, w) each
-    return diffusion.guide(uncond, cond, guidance_scale)
+    return uncond, cond
 
 
 class ConsistencyFunction(nn.Module):
@@ -167,7 +220,7 @@ class ConsistencyDistillation(nn.Module):
     ) -> Tensor:
         """x_s (b, 4, h, w): one DDIM step of the guided teacher to timesteps `earlier` (Luo et al. 2023, eq. 16)."""
         w = guidance_scale[:, None, None, None]
-        output = guided_output(self.teacher, x_t, timesteps, prompt_embeds, self.empty_embeds, w)
+        output = diffusion.guide(*both_outputs(self.teacher, x_t, timesteps, prompt_embeds, self.empty_embeds), w)
         alpha, sigma = diffusion.alpha_sigma(self.alphas_cumprod, timesteps)
         x0 = diffusion.to_x0(output, x_t, alpha, sigma, self.prediction_type)
         eps = diffusion.to_eps(output, x_t, alpha, sigma, self.prediction_type)

@@ -14,21 +14,34 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
 from lora_distill import processes
-from lora_distill.adapters import adapter_names, add_adapter, plain_copy, save_adapter
+from lora_distill.adapters import adapter_names, add_adapter, plain_copy, save_adapter, set_weight
 from lora_distill.data.encoded import EncodedImages, caption_dropout, consistency_batches, image_batches
 from lora_distill.data.teacher import noised_batches
+from lora_distill.data.trajectories import Trajectories, dial_batches, trajectory_batches
 from lora_distill.devices import compiled, is_compiled
+from lora_distill.errors import InputError
 from lora_distill.fingerprint import fingerprint
 from lora_distill.lora_files import MADE_BY
 from lora_distill.pipeline import adapter_dtype, encode_prompts, with_unet
 from lora_distill.settings import PACKAGE, Settings
 from lora_distill.storage import cache_key, digest
 from lora_distill.train.loop import Milestones, train
-from lora_distill.train.objectives import ConsistencyDistillation, ConsistencyMimicry, Denoising, GuidanceDistillation
+from lora_distill.train.objectives import (
+    ConsistencyDistillation,
+    ConsistencyMimicry,
+    Denoising,
+    GuidanceDial,
+    GuidanceDistillation,
+    RecordedOutputs,
+    TeacherOutputs,
+    TrajectoryDistillation,
+)
 from lora_distill.train.step import Schedule
 
 RECIPE = 2  # version of recipes, loop and objectives, part of the keys of trainings: raise it when a result changes
 LCM_SAMPLING_STEPS = 4  # of the few that it is trained for, what its LoRA file proposes
+DIAL_RANGE = 1.0, 7.5  # of w that a guidance dial is trained for: from no guidance to the papers' value
+DIAL = "guidance dial"  # the method in the header of its LoRA file
 W_EMBEDDING = 256  # features of w that a full LCM takes, as in the published LCM
 
 
@@ -49,21 +62,72 @@ def distil_lora(
     `data.teacher.teacher_set`. With `milestones = (n, measure, key)`,
     `measure(step, pipe)` is added to the log every n steps.
     """
-    if name in adapter_names(pipe.unet):
-        pipe.unet.delete_adapters(name)
-    add_adapter(
-        pipe.unet,
-        name,
-        rank=settings.lora_rank,
-        alpha=settings.lora_alpha,
-        targets=settings.lora_targets,
-        seed=settings.seed,
-        dtype=adapter_dtype(pipe, settings.mixed_precision),
-    )
-    lora = {"rank": settings.lora_rank, "alpha": settings.lora_alpha, "targets": settings.lora_targets}
+    w, empty_embeds = settings.guidance_scale, teacher["empty_embeds"]
+    _new_adapter(pipe, name, settings.lora_rank, settings.lora_targets, settings, alpha=settings.lora_alpha)
     plan = schedule(settings, settings.learning_rate)
-    log = _distil("lora", pipe, pipe.unet, teacher, settings, plan, folder, milestones, **lora)
+    objective = GuidanceDistillation(pipe.unet, pipe.unet, pipe.scheduler, w, empty_embeds)
+    draw_batch = noised_batches(teacher, pipe.scheduler.config.num_train_timesteps)
+    key = {"teacher": digest(teacher), "guidance_scale": w, **_adapter_key(settings)}
+    log = fit("lora", objective, draw_batch, pipe, plan, settings, folder, milestones, **key)
     _save(pipe, name, folder, settings, "guided distillation", plan, {"data": _public(settings.data)})
+    return log
+
+
+def distil_on_trajectories(
+    pipe: StableDiffusionPipeline,
+    kept: Trajectories,
+    settings: Settings,
+    folder: Path,
+    name: str = "trajectories",
+    milestones: Milestones | None = None,
+) -> list[dict]:
+    """The student `name` learns at points of the teacher's guided trajectories; return the log.
+
+    No teacher runs: a step is one forward and one backward. `kept` is from `data.trajectories`.
+    """
+    _new_adapter(pipe, name, settings.lora_rank, settings.lora_targets, settings, alpha=settings.lora_alpha)
+    plan, w = schedule(settings, settings.learning_rate), settings.guidance_scale
+    key = {"trajectories": kept.key, "guidance_scale": w, **_adapter_key(settings)}
+    objective, draw_batch = TrajectoryDistillation(pipe.unet, w), trajectory_batches(kept)
+    log = fit("trajectories", objective, draw_batch, pipe, plan, settings, folder, milestones, **key)
+    method = "guided distillation on trajectories"
+    _save(pipe, name, folder, settings, method, plan, {"data": _public(settings.data)})
+    return log
+
+
+def distil_dial(
+    pipe: StableDiffusionPipeline,
+    teacher: dict[str, Tensor] | Trajectories,
+    settings: Settings,
+    folder: Path,
+    name: str = "dial",
+    milestones: Milestones | None = None,
+    w_range: tuple[float, float] = DIAL_RANGE,
+) -> list[dict]:
+    """A LoRA whose weight is the guidance scale: 1 is `guidance_scale`, w0, and 0 is no guidance; return the log.
+
+    At each step w is drawn anew from `w_range`. `teacher` is a teacher set, whose images are noised, or trajectories.
+    The file's header holds w0 and the range. Raises InputError for a w0 of 1: no weight would change it.
+    """
+    w0, (low, high) = settings.guidance_scale, w_range
+    if w0 == 1:
+        raise InputError("guidance_scale: a dial's w0 must be above 1, which is no guidance")
+    _new_adapter(pipe, name, settings.lora_rank, settings.lora_targets, settings, alpha=settings.lora_alpha)
+    if isinstance(teacher, Trajectories):
+        outputs, draw_batch, depends_on = RecordedOutputs(), trajectory_batches(teacher), {"trajectories": teacher.key}
+    else:
+        outputs = TeacherOutputs(pipe.unet, pipe.scheduler, teacher["empty_embeds"])
+        draw_batch = noised_batches(teacher, pipe.scheduler.config.num_train_timesteps)
+        depends_on = {"teacher": digest(teacher)}
+    objective, plan = GuidanceDial(pipe.unet, name, outputs, w0), schedule(settings, settings.learning_rate)
+    draw_batch = dial_batches(draw_batch, low, high)
+    key = {**depends_on, "w0": w0, "range": [low, high], **_adapter_key(settings)}
+    try:
+        log = fit("dial", objective, draw_batch, pipe, plan, settings, folder, milestones, **key)
+    finally:
+        set_weight(pipe.unet, name, 1.0)
+    said = {"w0": f"{w0:g}", "w_min": f"{low:g}", "w_max": f"{high:g}", "data": _public(settings.data)}
+    _save(pipe, name, folder, settings, DIAL, plan, said)
     return log
 
 
@@ -78,8 +142,13 @@ def distil_full_copy(
     pipe.unet.requires_grad_(False)  # adapters that were trained on it before included
     student = _like(pipe.unet, plain_copy(pipe.unet))
     plan = replace(schedule(settings, settings.full_learning_rate), optimizer=settings.optimizer)
-    log = _distil("full copy", pipe, student, teacher, settings, plan, folder, milestones)
-    return with_unet(pipe, student.requires_grad_(False)), log
+    w, empty_embeds = settings.guidance_scale, teacher["empty_embeds"]
+    objective = GuidanceDistillation(student, pipe.unet, pipe.scheduler, w, empty_embeds)
+    draw_batch = noised_batches(teacher, pipe.scheduler.config.num_train_timesteps)
+    copy_pipe, key = with_unet(pipe, student), {"teacher": digest(teacher), "guidance_scale": w}
+    log = fit("full copy", objective, draw_batch, copy_pipe, plan, settings, folder, milestones, **key)
+    student.requires_grad_(False)
+    return copy_pipe, log
 
 
 # ---------------------------------------------------------------------------------------------- the slides' phases
@@ -181,24 +250,6 @@ def lora_file(folder: Path, name: str) -> Path:
     return folder / f"{name}.safetensors"
 
 
-def _distil(
-    title: str,
-    pipe: StableDiffusionPipeline,
-    student: UNet2DConditionModel,
-    teacher: dict[str, Tensor],
-    settings: Settings,
-    plan: Schedule,
-    folder: Path,
-    milestones: Milestones | None,
-    **depends_on,
-) -> list[dict]:
-    w, empty_embeds = settings.guidance_scale, teacher["empty_embeds"]
-    objective = GuidanceDistillation(student, pipe.unet, pipe.scheduler, w, empty_embeds)
-    draw_batch = noised_batches(teacher, pipe.scheduler.config.num_train_timesteps)
-    depends_on |= {"teacher": digest(teacher), "guidance_scale": w}
-    return fit(title, objective, draw_batch, with_unet(pipe, student), plan, settings, folder, milestones, **depends_on)
-
-
 def fit(
     title: str,
     objective: nn.Module,
@@ -280,6 +331,7 @@ def _header(
     """What a LoRA file says of itself: its base, how it was trained, and how it is sampled; nothing of this machine."""
     config = pipe.unet.peft_config[name]
     w = {} if method == "fine-tune" else {"w": settings.guidance_scale}  # distilled: in the weights, one pass a step
+    outside = settings.guidance_scale if method in ("fine-tune", DIAL) else 1.0  # of the sampler, or of a dial's weight
     few = method.startswith("LCM")
     said = {
         MADE_BY: PACKAGE.name,
@@ -289,7 +341,7 @@ def _header(
         "rank": config.r,
         "alpha": config.lora_alpha,
         "prediction_type": pipe.scheduler.config.prediction_type,
-        "guidance_scale": 1.0 if w else settings.guidance_scale,
+        "guidance_scale": outside,
         "scheduler": "lcm" if few else settings.scheduler,
         "steps": LCM_SAMPLING_STEPS if few else settings.sampling_steps,
         "resolution": pipe.unet.config.sample_size * pipe.vae_scale_factor,
@@ -310,11 +362,19 @@ def _like(unet: UNet2DConditionModel, copy: UNet2DConditionModel) -> UNet2DCondi
     return copy
 
 
-def _new_adapter(pipe: StableDiffusionPipeline, name: str, rank: int, targets: str, settings: Settings) -> None:
+def _new_adapter(
+    pipe: StableDiffusionPipeline, name: str, rank: int, targets: str, settings: Settings, alpha: float | None = None
+) -> None:
+    """Add the adapter `name` in the place of one of that name; alpha is the rank where it is not given."""
     if name in adapter_names(pipe.unet):
         pipe.unet.delete_adapters(name)
     dtype = adapter_dtype(pipe, settings.mixed_precision)
-    add_adapter(pipe.unet, name, rank=rank, alpha=rank, targets=targets, seed=settings.seed, dtype=dtype)
+    add_adapter(pipe.unet, name, rank=rank, alpha=alpha or rank, targets=targets, seed=settings.seed, dtype=dtype)
+
+
+def _adapter_key(settings: Settings) -> dict:
+    """What the adapter of guided distillation is, for the key of its training."""
+    return {"rank": settings.lora_rank, "alpha": settings.lora_alpha, "targets": settings.lora_targets}
 
 
 def _consistency(pipe: StableDiffusionPipeline, student, settings: Settings) -> ConsistencyDistillation:

@@ -254,7 +254,7 @@ class TestSweep:
 
     def test_table_and_figure_are_taken_with_what_made_them(self, swept):
         folder = swept()
-        assert committed.publish_sweep("cpu") == [folder]
+        assert committed.publish_study("cpu", "sweep") == [folder]
         assert {path.name for path in folder.iterdir()} == {
             "sweep.csv", "sweep.svg", "sweep.png", "provenance.json", "SHA256SUMS"
         }  # fmt: skip
@@ -266,14 +266,20 @@ class TestSweep:
         ("other", "message"),
         [
             ({"chosen": False}, "the sweep is not finished: learning_rate of a; python -m lora_distill sweep"),
-            ({"commit": "1a2b3c4d5e-dirty"}, "the sweep was not made by committed code"),
-            ({"commit": None}, "the sweep was not made by committed code"),
+            (
+                {"commit": "1a2b3c4d5e-dirty"},
+                "not made by committed code; delete what the run keeps of it",
+            ),
+            (
+                {"commit": None},
+                "not made by committed code; delete what the run keeps of it",
+            ),
         ],
     )
     def test_one_that_is_not_finished_or_not_of_a_commit_is_refused(self, swept, other, message):
         folder = swept(**other)
         with pytest.raises(SeriesError, match=message):
-            committed.publish_sweep("cpu")
+            committed.publish_study("cpu", "sweep")
         assert not folder.exists()
 
     def test_one_that_was_edited_is_refused(self, swept, checkout):
@@ -281,11 +287,11 @@ class TestSweep:
         table = checkout / "runs" / "cpu" / "figures" / "sweep.csv"
         table.write_text(table.read_text(encoding="utf-8").replace("0.2", "0.1"), encoding="utf-8")
         with pytest.raises(ValueError, match=r"sweep\.csv is damaged or was changed by hand"):
-            committed.publish_sweep("cpu")
+            committed.publish_study("cpu", "sweep")
 
     def test_where_there_is_none_the_command_is_named(self, checkout):
         with pytest.raises(FileNotFoundError, match="no sweep of profile cpu; python -m lora_distill sweep --profile"):
-            committed.publish_sweep("cpu")
+            committed.publish_study("cpu", "sweep")
 
 
 def test_the_readme_is_utf_8_whatever_the_locale(checkout, monkeypatch):
