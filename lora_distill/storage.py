@@ -15,9 +15,8 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas
 import torch
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
@@ -28,6 +27,9 @@ from lora_distill import processes
 from lora_distill.errors import InputError, MissingError, RunError, one_line, reading
 from lora_distill.settings import Settings, repository_root
 from lora_distill.writing import LOCK, _writing, atomic_write, whole_file, whole_folder
+
+if TYPE_CHECKING:  # imported where tables are read and written: a training has none, and pandas takes 60 MB
+    import pandas
 
 PACKAGES = (
     "lora_distill", "torch", "diffusers", "transformers", "peft", "accelerate", "openvino", "numpy", "papermill"
@@ -111,11 +113,15 @@ def save_table(path: Path, rows: list[dict]) -> None:
 
 def table_text(rows: list[dict]) -> str:
     """Rows, all with the same columns, as the text of a CSV file."""
+    import pandas
+
     return pandas.DataFrame(rows, dtype=object).to_csv(index=False, lineterminator="\n")  # object: 3 stays 3, not 3.0
 
 
 def read_table(path: Path) -> list[dict]:
     """The rows of a CSV file: numbers and booleans as such, an empty cell as None. Raises as `read_frame`."""
+    import pandas
+
     table = read_frame(path, dtype_backend="numpy_nullable", keep_default_na=False, na_values=[""])
     return [
         {name: None if value is pandas.NA else value for name, value in row.items()}
@@ -123,12 +129,14 @@ def read_table(path: Path) -> list[dict]:
     ]
 
 
-def read_frame(path: Path, **options: Any) -> pandas.DataFrame:
+def read_frame(path: Path, **options: Any) -> "pandas.DataFrame":
     """A CSV file as a table; `options` are those of pandas.read_csv.
 
     Raises `MissingError`, or in one line with the file and the line `InputError`, when it is not CSV in UTF-8, is cut
     or names a column twice.
     """
+    import pandas
+
     with reading(path, "a table, CSV in UTF-8"):
         if "\0" in (text := path.read_text(encoding="utf-8-sig")):
             raise ValueError("it holds binary zeros")

@@ -23,8 +23,8 @@ from datasets import Dataset, Features, Image, List, Value, concatenate_datasets
 from lora_distill import processes
 from lora_distill.data import scenes
 from lora_distill.data.layouts import has_captions, named, read_folder
-from lora_distill.data.parquet import HUB_NAME, image_digests, parquet_sets, read_hub_set, read_parquet
-from lora_distill.data.pictures import content_digest, gradients, problem, raw_images
+from lora_distill.data.parquet import HUB_NAME, parquet_sets, read_hub_set, read_parquet
+from lora_distill.data.pictures import content_digest, gradients, image_digests, problem, raw_images
 from lora_distill.data.readers import Row, is_text
 from lora_distill.data.tables import kept_table
 from lora_distill.data.tree import Tree

@@ -15,23 +15,25 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import accumulate, chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import PIL.Image
 import torch
-from datasets import Dataset
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from tqdm import tqdm
 
 from lora_distill import processes
 from lora_distill.arrays import mapped_rows
-from lora_distill.data.parquet import image_digests
-from lora_distill.data.pictures import picture_reader, upright_rgb
+from lora_distill.data.pictures import image_digests, picture_reader, upright_rgb
 from lora_distill.errors import InputError, one_line
 from lora_distill.fingerprint import tokenizer_digest
 from lora_distill.pipeline import encoded_prompts
 from lora_distill.storage import cache_key, digest
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 ENCODED = 2  # version of the encoded files, part of the keys of their caches: raise it when they change
 CAPTIONS = 128  # embedded at a time
@@ -72,7 +74,7 @@ class EncodedImages:
 
 
 def encode_images(
-    pipe: StableDiffusionPipeline, dataset: Dataset, framing: Framing, cache_dir: Path, batch_size: int = 8
+    pipe: StableDiffusionPipeline, dataset: "Dataset", framing: Framing, cache_dir: Path, batch_size: int = 8
 ) -> EncodedImages:
     """Encode a split from `captioned.captioned_images`, or load it from `cache_dir`.
 
@@ -126,7 +128,7 @@ def _embeddings(pipe: StableDiffusionPipeline, captions: list[str], parts: list[
 
 @torch.no_grad()
 def _posteriors(
-    pipe: StableDiffusionPipeline, dataset: Dataset, framing: Framing, parts: list[slice]
+    pipe: StableDiffusionPipeline, dataset: "Dataset", framing: Framing, parts: list[slice]
 ) -> Iterator[Tensor]:
     """Mean and log-variance of all views of each part's images: (b, crops, 1 or 2, 2, c, h, w)."""
     read = picture_reader(dataset)
@@ -137,7 +139,7 @@ def _posteriors(
         yield torch.stack([posterior.mean, posterior.logvar], dim=1).unflatten(0, pixels.shape[:3])
 
 
-def _views_of(dataset: Dataset, read: Callable[[int], PIL.Image.Image], number: int, framing: Framing) -> Tensor:
+def _views_of(dataset: "Dataset", read: Callable[[int], PIL.Image.Image], number: int, framing: Framing) -> Tensor:
     """`views` of an image of a split. Raises ValueError that names an image that cannot be used."""
     try:
         return views(read(number), framing, number)

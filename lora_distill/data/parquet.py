@@ -12,7 +12,7 @@ from datasets import Dataset, Features, Image, concatenate_datasets, load_datase
 from datasets.config import HF_DATASETS_CACHE
 
 from lora_distill.data.layouts import split_words
-from lora_distill.data.pictures import content_digest, raw_images
+from lora_distill.data.pictures import image_digests
 from lora_distill.data.readers import (
     CAPTION_COLUMNS,
     Row,
@@ -125,12 +125,6 @@ def identified(rows: list[Row], images: Dataset) -> list[Row]:
         row if row.image and len(names[content]) == len(contents[row.image]) == 1 else replace(row, image=content)
         for row, content in zip(rows, digests, strict=True)
     ]
-
-
-def image_digests(table: Dataset) -> Iterator[str]:
-    """A digest of the file of each image, in the order of the rows."""
-    for number, row in enumerate(raw_images(table)):
-        yield content_digest(row["image"]) or f"none at row {number}"  # it is named later, with all that is unusable
 
 
 # ---------------------------------------------------------------------------------------------- one file

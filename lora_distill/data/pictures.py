@@ -5,21 +5,26 @@ An image is here what `datasets` has in its column: {"bytes": ..., "path": ...},
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
-from datasets import Dataset, Image
 
 from lora_distill.errors import NOT_FETCHED, InputError, is_pointer, one_line
 
+if TYPE_CHECKING:
+    from datasets import Dataset
 
-def raw_images(dataset: Dataset) -> Dataset:
+
+def raw_images(dataset: "Dataset") -> "Dataset":
     """The column `image` of a dataset as it is stored, not decoded."""
+    from datasets import Image  # here, so that a training on the teacher's latents does not hold it in memory
+
     return dataset.select_columns("image").cast_column("image", Image(decode=False))
 
 
@@ -56,7 +61,7 @@ def problem(image: dict | None) -> str | None:
     return None
 
 
-def picture_reader(dataset: Dataset) -> Callable[[int], PIL.Image.Image]:
+def picture_reader(dataset: "Dataset") -> Callable[[int], PIL.Image.Image]:
     """A function that decodes the image of a row. It raises ValueError that names an image that cannot be read."""
     images, names = raw_images(dataset), dataset.select_columns("id")
 
@@ -103,6 +108,12 @@ def content_digest(image: dict | None) -> str | None:
 @lru_cache(maxsize=200_000)
 def _file_digest(path: str, size: int, changed: int) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
+def image_digests(table: "Dataset") -> Iterator[str]:
+    """A digest of the file of each image, in the order of the rows."""
+    for number, row in enumerate(raw_images(table)):
+        yield content_digest(row["image"]) or f"none at row {number}"  # it is named later, with all that is unusable
 
 
 # ---------------------------------------------------------------------------------------------- colours

@@ -4,22 +4,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from lora_distill.data import scenes
-from lora_distill.data.captioned import captioned_images
 from lora_distill.errors import InputError
 from lora_distill.fingerprint import fingerprint
 from lora_distill.pipeline import encode_prompts
 from lora_distill.sampling import Sampler, initial_noise, multi_step, sample, step_generators
 from lora_distill.settings import Settings
 from lora_distill.storage import cache_key, cached_parts
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 TEACHER_SET = 2  # version of teacher images, part of the key of their cache: raise it when they change
 AT_ONCE, EMBEDDED = 50, 1024  # images sampled and prompts embedded at a time, and kept in one file
@@ -43,7 +44,7 @@ def scene_prompts(style: str, split: str, count: int, seed: int) -> Prompts:
     return Prompts(sampled, [scenes.captions(scene, rng)[int(rng.integers(5))] for scene in sampled])
 
 
-def captioned_prompts(images: Dataset, count: int, seed: int) -> Prompts:
+def captioned_prompts(images: "Dataset", count: int, seed: int) -> Prompts:
     """`count` different captions of a split, at random. Raises ValueError when it has fewer."""
     captions = list(dict.fromkeys(chain.from_iterable(images["captions"])))
     if count > len(captions):
@@ -60,6 +61,8 @@ def training_captions(source: str, style: str, count: int, seed: int, **options:
     """
     if source == "scenes":
         return scene_prompts(style, "train", count, seed).captions
+    from lora_distill.data.captioned import captioned_images  # here, for it brings in `datasets`
+
     rng = np.random.default_rng([seed, 3])
     captions = captioned_images(source, "train", **options)["captions"][:]
     return [five[int(rng.integers(len(five)))] for five in (captions[i % len(captions)] for i in range(count))]
