@@ -215,8 +215,7 @@ def rows_of(case: Case, runtimes: dict[str, Runtime | str], count: int, until: f
         share = None if ms is None else np.median(flops / seconds[name] / product_rate)
         row |= {"ms": middle, "ms_q1": low, "ms_q3": high, "repeats": count if name in calls else 0}
         row |= {"mflop": flops / 1e6, "product_gflops": np.median(product_rate) / 1e9, "share_of_product": share}
-        row |= {"plan_seconds": plan, **_of_runtime(runtime), "note": notes.get(name)}
-        rows.append({key: float(f"{v:.4g}") if isinstance(v, float) else v for key, v in row.items()})
+        rows.append(_rounded(row | {"plan_seconds": plan, "note": notes.get(name)}))
     return rows
 
 
@@ -240,7 +239,7 @@ def campaign(minutes: float, repeats: int, cases: list[Case], folder: Path) -> l
     for place in places.values():
         place.mkdir()
     counts = {case: repeats if case[2] == 1 else max(1, repeats // 2) for case in cases}
-    with tqdm(total=len(cases) and sum(counts.values()), desc="converting") as bar:
+    with tqdm(total=sum(counts.values()), desc="converting") as bar:
         with threads(cases[0][0]):
             runtimes: dict[str, Runtime | str] = {
                 "OpenVINO": made(on_openvino, eager, places["openvino"]),
