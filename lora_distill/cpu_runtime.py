@@ -71,7 +71,7 @@ class OpenvinoModule(nn.Module):
         rows = {name: value.chunk(parts) if value.dim() else [value] * parts for name, value in inputs.items()}
         requests = self.planned(tuple((name, tuple(each[0].shape)) for name, each in rows.items()), parts, threads)
         for part, request in enumerate(requests):
-            request.start_async({name: each[part].numpy() for name, each in rows.items()})
+            request.start_async({name: each[part].numpy() for name, each in rows.items()}, share_inputs=True)
         for request in requests:
             request.wait()
         return torch.from_numpy(np.concatenate([request.get_output_tensor().data for request in requests]))

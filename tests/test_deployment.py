@@ -117,6 +117,27 @@ def test_a_large_batch_runs_in_equal_parts_side_by_side(trained, graphs):
         assert (ours - theirs).abs().max() <= 1e-4
 
 
+def test_inputs_that_do_not_lie_row_by_row_in_memory_are_read_right(trained, graphs):
+    in_pytorch, on_openvino = deployed(trained), deployed(trained, graphs=graphs)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(3, 8, 8, 4, generator=generator).permute(0, 3, 1, 2)
+    embeds = torch.randn(1, 5, trained.unet.config.cross_attention_dim, generator=generator).expand(3, -1, -1)
+    with torch.no_grad():
+        ours, theirs = (pipe.unet(noise, torch.tensor(500), embeds).sample for pipe in (in_pytorch, on_openvino))
+    assert (ours - theirs).abs().max() <= 1e-4
+
+
+def test_a_forward_leaves_inputs_and_earlier_outputs_as_they_were(trained, graphs):
+    unet, generator = deployed(trained, graphs=graphs).unet, torch.Generator().manual_seed(0)
+    noise = torch.randn(2, 4, 8, 8, generator=generator)
+    embeds = torch.randn(2, 5, trained.unet.config.cross_attention_dim, generator=generator)
+    given, earlier = (noise.clone(), embeds.clone()), unet(noise, torch.tensor(500), embeds).sample
+    kept = earlier.clone()
+    later = unet(noise, torch.tensor(20), embeds).sample
+    assert torch.equal(noise, given[0]) and torch.equal(embeds, given[1])
+    assert torch.equal(earlier, kept) and not torch.equal(earlier, later)
+
+
 def test_no_constant_of_a_graph_depends_on_a_weight(unet):
     example = {"sample": torch.zeros(2, 4, 9, 9), "timestep": torch.tensor(0.0),
                "encoder_hidden_states": torch.zeros(2, 7, 8)}  # fmt: skip
