@@ -18,6 +18,7 @@ from statistics import median, quantiles
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import psutil
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
@@ -28,9 +29,8 @@ from lora_distill.adapters import add_adapter, merged_copy, plain_copy
 from lora_distill.arrays import mapped_rows
 from lora_distill.data.encoded import EncodedImages, caption_dropout, consistency_batches, image_batches
 from lora_distill.data.teacher import noised_batches, scene_prompts
-from lora_distill.errors import RunError
+from lora_distill.errors import InputError, MissingError, RunError
 from lora_distill.judge.paired import seconds_ratio
-from lora_distill.judge.timing import threads as with_threads
 from lora_distill.memory.benchmark import available, in_own_process
 from lora_distill.memory.conventional import (
     ConventionalConsistency,
@@ -50,6 +50,7 @@ from lora_distill.train.objectives import ConsistencyDistillation, Denoising, Gu
 from lora_distill.train.step import Average, Schedule, TrainingStep, own_rows, step_generator
 
 TABLE = "bench"  # its name without .csv, and that of its folder
+COMMAND = "python -m lora_distill bench"
 BATCH, ROUNDS, MINUTES = 16, 30, 3.5
 STEPS = 2  # of a method in a round
 ALONE = 3  # steps after which a peak of memory is read
@@ -278,26 +279,33 @@ def settings_for(settings: Settings, device: str, batch: int) -> Settings:
     return settings.model_copy(update=changed | {"mixed_precision": "no", "compile": False})
 
 
-def run(settings: Settings, threads: int, rounds: int = ROUNDS, minutes: float = MINUTES) -> Rows:
-    """Measure all methods with settings from `settings_for`; a row each. After `minutes` no further round is begun.
+def run(settings: Settings, rounds: int = ROUNDS, minutes: float = MINUTES) -> Rows:
+    """Measure all methods with settings from `settings_for`, with PyTorch's threads of now; a row each.
 
-    Raises RunError where the machine cannot hold all methods side by side.
+    After `minutes` no further round is begun. Raises RunError where the machine cannot hold all methods side by side.
     """
-    with TemporaryDirectory() as place, with_threads(threads):
+    with TemporaryDirectory() as place:
         folder = Path(place)
-        pipe = load(settings)
-        data = Data(pipe, settings, folder)
+        data = Data(load(settings), settings, folder)
         data.prepare()
         alone = {}
-        for method in METHODS:
-            options = (METHODS.index(method), settings, threads, folder)
+        for number, method in enumerate(METHODS):
+            options = (number, settings, torch.get_num_threads(), folder)
             found = in_own_process(sys.modules[__name__], "measure_alone", settings.device, *options)
             alone[method] = found
             print(f"{method}: {found.get('note') or _peak_in_words(found)}", flush=True)
         _check_room(list(alone.values()), settings.device)
         fitting = [method for method in METHODS if "note" not in alone[method]]
         timed, rates = in_turns(fitting, data, rounds, minutes)
-        return rows_of(alone, timed, rates, settings)
+    return rows_of(alone, timed, rates, settings)
+
+
+def choose_threads(threads: int | None) -> int:
+    """The number of threads to measure with; by default PyTorch's. Raises InputError for more than there are cores."""
+    cores = psutil.cpu_count() or 1
+    if threads is not None and threads > cores:
+        raise InputError(f"--threads: this machine has {cores} core{'s' * (cores != 1)}, got {threads}")
+    return threads or torch.get_num_threads()
 
 
 def load(settings: Settings) -> StableDiffusionPipeline:
@@ -468,6 +476,19 @@ def as_markdown(rows: Rows) -> str:
         f"steps; {row['machine']}, torch {row['torch']}."
     )
     return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", basis])
+
+
+def read(folders: Sequence[Path]) -> Rows:
+    """The rows of the first of some folders that has the table. Raises MissingError where none has, InputError for
+    another table.
+    """
+    for folder in folders:
+        if (path := folder / f"{TABLE}.csv").exists():
+            rows = storage.read_table(path)
+            if not rows or "times_as_fast" not in rows[0]:
+                raise InputError(f"{path}: expected the table of {COMMAND}; delete it, and the command writes it again")
+            return rows
+    raise MissingError(f"{folders[0]}: no {TABLE}.csv; {COMMAND} measures it")
 
 
 def _cell(say: Callable[[dict], str], row: dict[str, Any]) -> str:

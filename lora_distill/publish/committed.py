@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 from lora_distill.errors import InputError, MissingError, reading
 from lora_distill.publish import claims, report, series, stamps
 from lora_distill.publish.figures import check, provenance_text, read_provenance
+from lora_distill.publish.plots import FIGURES
 from lora_distill.publish.series import SeriesError
 from lora_distill.publish.stamps import PROVENANCE
 from lora_distill.settings import Settings, figures_dir, load_settings, repository_root, run_dir
@@ -25,6 +26,8 @@ KINDS = {".svg", ".png", ".csv", ".json"}
 # What the commands `memory` and `measure` write, and no notebook.
 OF_MEMORY = ("01_memory*", "01_flops.csv", "01_measured_*")
 SWEEP = "sweep"  # the table and figure of the command, and their folder in figures/
+BENCH = "bench"  # the command's table, its folder in a run's figures, and that in figures/
+GROWTH = "growth"  # its second table, with a figure
 
 
 def publish(profile: str | Path) -> list[Path]:
@@ -82,12 +85,39 @@ def publish_sweep(profile: str | Path) -> list[Path]:
             raise MissingError(f"no sweep of profile {settings.profile}; {command} makes it")
         check(source, made["sha256"])
         check_sweep(read_table(source / f"{SWEEP}.csv"), command)
-        target = repository_root() / "figures" / SWEEP
-        for kind in ("csv", "svg", "png"):
-            _copy(source / f"{SWEEP}.{kind}", target)
-        atomic_write(target / PROVENANCE, provenance_text({SWEEP: made}))
-        stamps.write_sums(target)
-    return [target]
+        return [_taken(source, SWEEP, {SWEEP: made})]
+
+
+def publish_bench(profile: str | Path) -> list[Path]:
+    """Take what `bench` and `bench --growth` wrote of a profile into figures/bench/; return that folder.
+
+    Raises `MissingError` where there is no table of `bench`, `SeriesError` for one that committed code did not make.
+    """
+    settings = load_settings(profile)
+    with locked(run_dir(settings)) if run_dir(settings).is_dir() else nullcontext():
+        source = figures_dir(settings) / BENCH
+        command = f"python -m lora_distill bench --profile {settings.profile}"
+        known = read_provenance(source) if source.is_dir() else {}
+        if BENCH not in known:
+            raise MissingError(f"no bench of profile {settings.profile}; {command} makes it")
+        made = {name: known[name] for name in (BENCH, GROWTH) if name in known}
+        for name, source_of in made.items():
+            check(source, source_of["sha256"])
+            if (source_of.get("commit") or "-dirty").endswith("-dirty"):
+                raise SeriesError(f"{name}.csv was not made by committed code; commit, then {command}")
+        return [_taken(source, BENCH, made)]
+
+
+def _taken(source: Path, folder: str, made: dict[str, dict]) -> Path:
+    """Copy tables of a command with their figures into a folder of figures/, with what made them; return it."""
+    target = repository_root() / "figures" / folder
+    for name in made:
+        for path in (source / f"{name}.{kind}" for kind in ("csv", "svg", "png")):
+            if path.exists() or name in FIGURES:
+                _copy(path, target)
+    atomic_write(target / PROVENANCE, provenance_text(made))
+    stamps.write_sums(target)
+    return target
 
 
 def check_sweep(rows: list[dict], command: str) -> None:

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from lora_distill.publish import plots_few_steps, plots_memory, plots_sweep
+from lora_distill.publish import plots_few_steps, plots_growth, plots_memory, plots_sweep
 from lora_distill.publish.style import (
     ALIGNMENTS,
     OBJECTS,
@@ -521,6 +521,11 @@ FIGURES = {
     ),
     "04_pareto": Plot(pareto_front, "Quality against UNet evaluations, every method", FEW_STEPS),
     "04_saving": Plot(saving_against_batch, "Saved seconds against the batch", OVER_BATCHES),
+    "growth": Plot(
+        plots_growth.growth,
+        "Images a second and peak memory of a training step of two adapters, against one thing at a time; right: one "
+        "thread a process, memory of one of them",
+    ),
     "sweep": Plot(
         plots_sweep.errors_by_value,
         "Errors and fit error on the val split by the value of one setting; ring: chosen, grey line: the profile's; "

@@ -52,6 +52,11 @@ ROWS = {
         {"guidance_scale": w, "objects": o, "teacher_guidance_scale": 3.0, **QUALITY, "predicted": p}
         for w, p in ((1.0, 0.4), (3.0, None)) for o in ("all", *"1234")
     ],
+    "growth": [
+        {"panel": p, "value": v, "method": m, "images_per_s": 3.0, "peak_mb": 500.0}
+        for p in ("batch", "rank", "resolution", "captions", "processes") for v in (1, 2000)
+        for m in ("guided distillation", "LCM-LoRA")
+    ],
     "sweep": [
         {"method": m, "setting": "learning_rate", "value": v, "default": v == 1e-3, "chosen": v == 2e-3, "n": 96,
          "errors": 0.2, "errors_se": 0.01, "fit_error": 0.1, "fit_error_se": 0.01}
