@@ -29,6 +29,7 @@ from lora_distill.adapters import add_adapter, merged_copy, plain_copy
 from lora_distill.arrays import mapped_rows
 from lora_distill.data.encoded import EncodedImages, caption_dropout, consistency_batches, image_batches
 from lora_distill.data.teacher import noised_batches, scene_prompts
+from lora_distill.devices import choose_device
 from lora_distill.errors import InputError, MissingError, RunError
 from lora_distill.judge.paired import seconds_ratio
 from lora_distill.memory.benchmark import available, in_own_process
@@ -41,6 +42,7 @@ from lora_distill.memory.conventional import (
     with_lora,
 )
 from lora_distill.memory.measure import Tracker
+from lora_distill.memory.parts import does_not_fit
 from lora_distill.pipeline import encode_prompts, load_pipeline
 from lora_distill.processes import is_main
 from lora_distill.settings import Settings
@@ -320,14 +322,15 @@ def measure_alone(number: int, settings: Settings, threads: int, folder: Path) -
     """
     torch.set_num_threads(threads)
     try:
+        choose_device(settings.device)  # a GPU by number becomes this process's own
         update = METHODS[number].build(Data(load(settings), settings, folder))
         for _ in range(ALONE):
             update()
         peak = peak_memory_mb(torch.device(settings.device))
         with Tracker() as tracker:
             update()
-    except torch.OutOfMemoryError:
-        return {"note": "does not fit: the device ran out of memory"}
+    except RuntimeError as error:
+        return {"note": does_not_fit(error)}
     return {"peak_mb": peak, "flops": tracker.flops}
 
 
@@ -385,7 +388,7 @@ def timed_steps(update: Update, steps: int, device: str) -> tuple[float, float]:
 def matrix_product_rate(device: str, products: int = 3) -> float:
     """Operations a second in a product of float32 matrices, the best of a few; on a GPU in TF32, as training has it."""
     side = SIDE[torch.device(device).type]
-    left, right = (torch.ones(side, side, device=device) for _ in range(2))
+    left, right = (torch.randn(side, side, device=device) for _ in range(2))
     seconds = [timed_steps(lambda: left @ right, 1, device)[0] for _ in range(products)]
     return 2 * side**3 / min(seconds)
 

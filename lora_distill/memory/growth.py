@@ -22,9 +22,10 @@ from tqdm import tqdm
 
 from lora_distill import processes, storage
 from lora_distill.devices import choose_device
-from lora_distill.errors import RunError, one_line
+from lora_distill.errors import RunError
 from lora_distill.memory.bench import GUIDANCE, LCM_LORA, Data, Update, lcm_lora, load, lora_guidance, timed_steps
 from lora_distill.memory.benchmark import in_own_process
+from lora_distill.memory.parts import does_not_fit
 from lora_distill.settings import Settings
 from lora_distill.train.loop import peak_memory_mb
 
@@ -127,8 +128,8 @@ def measure(case: Case, settings: Settings, folder: Path) -> dict[str, Any]:
         update()
         steps = max(LEAST, int(SECONDS / timed_steps(update, 1, device)[0]))
         seconds = [timed_steps(update, 1, device)[0] for _ in range(processes.agree(steps))]
-    except torch.OutOfMemoryError:
-        return {"note": "does not fit: the device ran out of memory"}
+    except RuntimeError as error:
+        return {"note": does_not_fit(error)}
     return {"seconds": seconds, "peak_mb": peak_memory_mb(torch.device(device))}
 
 
@@ -160,10 +161,7 @@ def _of_torchrun(arguments: str) -> None:
     """One of several processes; the main one prints what it measured as JSON."""
     given = json.loads(arguments)
     settings = Settings.model_validate(given["settings"])
-    try:
-        found = measure(Case(**given["case"]), settings, Path(given["folder"]))
-    except RuntimeError as error:
-        found = {"note": f"not measured: {one_line(error)}"}
+    found = measure(Case(**given["case"]), settings, Path(given["folder"]))
     if processes.is_main():
         print(json.dumps(found))
 

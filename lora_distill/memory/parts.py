@@ -72,13 +72,18 @@ def measure(part: Part, pipeline: str, device: str) -> dict[str, Any]:
     before = psutil.Process().memory_info().rss
     try:
         found = run(part, pipeline, device)
-    except torch.OutOfMemoryError:
-        return {"note": "does not fit: the device ran out of memory"}
     except RuntimeError as error:
-        if "allocate memory" not in str(error):  # of the allocator of the CPU
-            raise
-        return {"note": "does not fit: the machine ran out of memory"}
+        return {"note": does_not_fit(error)}
     return found | {"threads": torch.get_num_threads(), "resident_before": before}
+
+
+def does_not_fit(error: RuntimeError) -> str:
+    """A note on memory that was not there; any other error is raised again."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "does not fit: the device ran out of memory"
+    if "allocate memory" not in str(error):  # of the allocator of the CPU
+        raise error
+    return "does not fit: the machine ran out of memory"
 
 
 # ---------------------------------------------------------------------------------------------- a scheme's step
