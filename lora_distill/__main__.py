@@ -136,7 +136,8 @@ def prepare(profile: Profile = "smoke") -> None:
 def publish(
     profile: Profile = "cpu",
     study: Annotated[
-        Literal["sweep", "dial"] | None, typer.Option(help="take this alone, into a folder of figures/ with its name")
+        Literal["sweep", "dial", "bench"] | None,
+        typer.Option(help="take what this command wrote alone, into a folder of figures/ with its name"),
     ] = None,
 ) -> None:
     """Take the results of a finished run into the repository.
@@ -395,6 +396,54 @@ def _draw_measured(checked: "Settings", tables: list[Path]) -> None:
         rows = read_table(path)
         if any(row.get("measured_gb") or row.get("seconds_an_image") for row in rows):
             saved.save(path.stem, checked, rows)
+
+
+@app.command(rich_help_panel=MODELS)
+def bench(
+    profile: Profile = "cpu",
+    threads: Annotated[int | None, typer.Option(min=1, help="of the CPU; by default PyTorch's")] = None,
+    batch: Annotated[int, typer.Option(min=1, max=10**4, help="images a step")] = 16,
+    rounds: Annotated[int, typer.Option(min=3, max=10**4, help="in each of which every method has its turn")] = 30,
+    minutes: Annotated[float, typer.Option(min=0, help="begin no further round, or case, after so many")] = 3.5,
+    growth: Annotated[
+        bool, typer.Option("--growth", help="our steps against batch, rank, resolution, captions and processes")
+    ] = False,
+    show: Annotated[bool, typer.Option("--show", help="measure nothing: print the last table as Markdown")] = False,
+    out: Annotated[Path | None, typer.Option(help="folder to write to; by default runs/PROFILE/figures/bench")] = None,
+) -> None:
+    """Compare our training steps with those of public scripts on this machine, in turns: speed and peak memory.
+
+    In float32 and on random data. With the defaults it takes at most five minutes on two cores.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")  # a desktop's backend would open a window for each
+
+    import torch
+
+    from lora_distill.devices import choose_device
+    from lora_distill.memory import bench as benches
+    from lora_distill.memory import growth as grown
+    from lora_distill.publish import figures as saved
+    from lora_distill.settings import figures_dir, repository_root, run_dir
+    from lora_distill.writing import locked
+
+    checked = _runnable(profile)
+    folder = out.expanduser() if out else figures_dir(checked) / benches.TABLE
+    if show:
+        committed = repository_root() / "figures" / benches.TABLE
+        print(benches.as_markdown(benches.read([folder] if out else [folder, committed])))
+        return
+    torch.set_num_threads(benches.choose_threads(threads))
+    with locked(run_dir(checked)):
+        chosen = benches.settings_for(checked, choose_device(checked.device), batch)
+        if growth:
+            saved.save(grown.TABLE, chosen, grown.run(chosen, minutes), folder=folder)
+            print(os.path.relpath(folder / f"{grown.TABLE}.csv"))
+        else:
+            rows = benches.run(chosen, rounds, minutes)
+            print(benches.as_markdown(rows))
+            print(os.path.relpath(saved.save_rows(benches.TABLE, chosen, rows, folder)))
 
 
 @app.command(rich_help_panel=SERIES)

@@ -34,7 +34,7 @@ from lora_distill.storage import device_name, git_commit
 from lora_distill.train import recipes
 
 Rows = list[dict[str, Any]]
-SPLIT, PROMPTS = "val", 96  # what all is judged on; prompts a multiple of 4
+SPLIT, PROMPTS = "val", 64  # what all is judged on; prompts a multiple of 4
 SEEDS = (0, 1, 2)  # of noise and of training
 SCALES = (1.5, 2.0, 3.0, 5.0, 7.5)
 RANKS = (1, 16)  # of further dials, beside the settings' own

@@ -81,7 +81,7 @@ WITHOUT_A_CHECKOUT = "no folder {}: profiles lie in a checkout of the repository
 
 ON_PROFILES = [
     "settings", "prepare", "reproduce", "claims", "figures", "report", "publish", "distill", "memory", "measure",
-    "plan", "rehearse", "sweep",
+    "plan", "rehearse", "sweep", "bench",
 ]  # fmt: skip
 
 

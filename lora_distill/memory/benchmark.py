@@ -14,6 +14,7 @@ from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
+from types import ModuleType
 from typing import Any
 
 import pandas
@@ -148,13 +149,21 @@ def live(names: Sequence[str], device: str, cache_dir: Path, resolution: int = 6
 
 def alone(part: Part, pipeline: str, device: str) -> Result:
     """Run a part in a process of its own."""
+    return in_own_process(parts_module, "measure", device, part, pipeline, device)
+
+
+def in_own_process(module: ModuleType, function: str, device: str, *arguments: Any) -> Result:
+    """What a module's function returns, in a process of its own, whose peak of memory is clean.
+
+    A `note` where the process was killed.
+    """
     kind = "forkserver" if sys.platform == "linux" and device == "cpu" else "spawn"  # CUDA cannot be forked
     context = get_context(kind)
     if kind == "forkserver":
-        context.set_forkserver_preload([parts_module.__name__])  # imports once: seconds for every part
+        context.set_forkserver_preload([module.__name__])  # imports once: seconds for every part
     with ProcessPoolExecutor(1, context) as pool:
         try:
-            return pool.submit(parts_module.measure, part, pipeline, device).result()
+            return pool.submit(getattr(module, function), *arguments).result()
         except BrokenProcessPool:
             return {"note": "its process was killed, most often for want of memory"}
 

@@ -11,18 +11,18 @@ from typing import Any, Literal
 
 import psutil
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
-from transformers import CLIPTextModel
 
-from lora_distill import diffusion, storage
+from lora_distill import storage
 from lora_distill.judge.timing import time_samplers
+from lora_distill.memory.conventional import ConventionalGuidance, token_ids
 from lora_distill.memory.measure import Peak, Tracker, assign, measure_cuda
 from lora_distill.memory.schemes import Setup, find_scheme
 from lora_distill.memory.steps import Step, prepare
 from lora_distill.pipeline import decode_latents, encode_prompts, load_pipeline
 from lora_distill.sampling import Sampler, initial_noise, sample
-from lora_distill.shapes import SD15_SCHEDULER, unet_config
+from lora_distill.shapes import unet_config
 from lora_distill.train.step import Schedule, TrainingStep
 
 GUIDANCE = 7.5  # of the two works; no time and no memory depends on it
@@ -72,13 +72,18 @@ def measure(part: Part, pipeline: str, device: str) -> dict[str, Any]:
     before = psutil.Process().memory_info().rss
     try:
         found = run(part, pipeline, device)
-    except torch.OutOfMemoryError:
-        return {"note": "does not fit: the device ran out of memory"}
     except RuntimeError as error:
-        if "allocate memory" not in str(error):  # of the allocator of the CPU
-            raise
-        return {"note": "does not fit: the machine ran out of memory"}
+        return {"note": does_not_fit(error)}
     return found | {"threads": torch.get_num_threads(), "resident_before": before}
+
+
+def does_not_fit(error: RuntimeError) -> str:
+    """A note on memory that was not there; any other error is raised again."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "does not fit: the device ran out of memory"
+    if "allocate memory" not in str(error):  # of the allocator of the CPU
+        raise error
+    return "does not fit: the machine ran out of memory"
 
 
 # ---------------------------------------------------------------------------------------------- a scheme's step
@@ -211,28 +216,6 @@ def _sampler(name: str) -> Sampler:
 # ---------------------------------------------------------------------------------------------- training on a GPU
 
 
-class ConventionalStep(nn.Module):
-    """A step as scripts write it: images and prompts encoded anew, a teacher of its own, guidance in two forwards."""
-
-    def __init__(self, pipe: StableDiffusionPipeline, teacher: UNet2DConditionModel):
-        super().__init__()
-        self.student, self.vae, self.text_encoder, self.teacher = pipe.unet, pipe.vae, pipe.text_encoder, teacher
-        self.register_buffer("alphas_cumprod", DDIMScheduler(**SD15_SCHEDULER).alphas_cumprod, persistent=False)
-
-    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        vae: AutoencoderKL = self.vae
-        text_encoder: CLIPTextModel = self.text_encoder
-        with torch.no_grad():
-            latents = vae.encode(batch["images"]).latent_dist.sample() * vae.config.scaling_factor
-            embeds, empty = text_encoder(batch["ids"])[0], text_encoder(batch["empty_ids"])[0]
-            alpha, sigma = diffusion.alpha_sigma(self.alphas_cumprod, batch["timesteps"])
-            x_t = diffusion.add_noise(latents, torch.randn_like(latents), alpha, sigma)
-            cond = self.teacher(x_t, batch["timesteps"], embeds).sample
-            uncond = self.teacher(x_t, batch["timesteps"], empty).sample
-        output = self.student(x_t, batch["timesteps"], embeds).sample
-        return diffusion.mean_squared_error(output, diffusion.guide(uncond, cond, GUIDANCE)), {}
-
-
 def _training(part: Part, pipeline: str, device: str) -> dict[str, Any]:
     """Seconds of a step of guided distillation and of LCM-LoRA on one W0, and of the conventional step, in turns."""
     runs = {"conventional, as scripts run it": _conventional(part, pipeline, device)}
@@ -254,10 +237,10 @@ def _conventional(part: Part, pipeline: str, device: str) -> tuple[TrainingStep,
     """The conventional step in float32, and a batch for it."""
     pipe = load_pipeline(pipeline, device)
     teacher = load_pipeline(pipeline, device).unet
-    objective = ConventionalStep(pipe, teacher)
+    objective = ConventionalGuidance(pipe, pipe.unet, teacher, GUIDANCE)
     pipe.unet.requires_grad_(True).train()
     step = TrainingStep(objective, Schedule(1, part.batch, 1e-5), device)
-    ids = pipe.tokenizer([PROMPT, ""], padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device)
+    ids = token_ids(pipe, [PROMPT, ""]).to(device)
     batch = {
         "images": torch.rand(part.batch, 3, part.resolution, part.resolution, device=device) * 2 - 1,
         "ids": ids[:1].expand(part.batch, -1),

@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 from lora_distill.errors import InputError, MissingError, reading
 from lora_distill.publish import claims, report, series, stamps
 from lora_distill.publish.figures import check, provenance_text, read_provenance
+from lora_distill.publish.plots import FIGURES
 from lora_distill.publish.series import SeriesError
 from lora_distill.publish.stamps import PROVENANCE
 from lora_distill.settings import Settings, figures_dir, load_settings, repository_root, run_dir
@@ -24,8 +25,9 @@ IN_README = "full"  # the profile whose results the README states
 KINDS = {".svg", ".png", ".csv", ".json"}
 # What the commands `memory` and `measure` write, and no notebook.
 OF_MEMORY = ("01_memory*", "01_flops.csv", "01_measured_*")
-SWEEP = "sweep"
-STUDIES = {SWEEP: [SWEEP], "dial": ["dial", "trajectories"]}  # commands, folders in figures/: tables with their figure
+SWEEP, BENCH = "sweep", "bench"
+# commands whose tables and figures have a folder of that name in figures/; the first table must be there
+STUDIES = {SWEEP: [SWEEP], "dial": ["dial", "trajectories"], BENCH: [BENCH, "growth"]}
 
 
 def publish(profile: str | Path) -> list[Path]:
@@ -78,28 +80,36 @@ def publish_study(profile: str | Path, study: str) -> list[Path]:
     settings = load_settings(profile)
     with locked(run_dir(settings)) if run_dir(settings).is_dir() else nullcontext():
         source = figures_dir(settings)
+        source = figures_dir(settings) / BENCH if study == BENCH else figures_dir(settings)
         command = f"python -m lora_distill {study} --profile {settings.profile}"
-        made = read_provenance(source) if source.is_dir() else {}
-        if missing := set(STUDIES[study]) - set(made):
-            raise MissingError(f"no {min(missing)} of profile {settings.profile}; {command} makes it")
-        target = repository_root() / "figures" / study
-        for name in STUDIES[study]:
+        known = read_provenance(source) if source.is_dir() else {}
+        if study not in known:
+            raise MissingError(f"no {study} of profile {settings.profile}; {command} makes it")
+        made = {name: known[name] for name in STUDIES[study] if name in known}
+        for name in made:
             check(source, made[name]["sha256"])
-            rows = read_table(source / f"{name}.csv")
-            check_committed(rows, command)
-            if name == SWEEP:
-                check_sweep(rows, command)
-        for name in STUDIES[study]:
-            for kind in ("csv", "svg", "png"):
-                _copy(source / f"{name}.{kind}", target)
-        atomic_write(target / PROVENANCE, provenance_text({name: made[name] for name in STUDIES[study]}))
-        stamps.write_sums(target)
-    return [target]
+            check_rows(read_table(source / f"{name}.csv"), made[name].get("commit"), command)
+        if study == SWEEP:
+            check_sweep(read_table(source / f"{SWEEP}.csv"), command)
+        return [_taken(source, repository_root() / "figures" / study, made)]
 
 
-def check_committed(rows: list[dict], command: str) -> None:
-    """Raise `SeriesError` unless committed code made all rows."""
-    if any(not row["commit"] or row["commit"].endswith("-dirty") for row in rows):
+def _taken(source: Path, target: Path, made: dict[str, dict]) -> Path:
+    """Copy tables of a command, with their figures and what made them, into a folder; return it."""
+    for name in made:
+        for path in (source / f"{name}.{kind}" for kind in ("csv", "svg", "png")):
+            if path.exists() or name in FIGURES:
+                _copy(path, target)
+    known = read_provenance(target) if (target / PROVENANCE).is_file() else {}
+    atomic_write(target / PROVENANCE, provenance_text(known | made))
+    stamps.write_sums(target)
+    return target
+
+
+def check_rows(rows: list[dict], commit: str | None, command: str) -> None:
+    """Raise `SeriesError` unless committed code made all rows, and the table."""
+    commits = [commit, *(row["commit"] for row in rows if "commit" in row)]
+    if any(not each or each.endswith("-dirty") for each in commits):
         raise SeriesError(f"not made by committed code; delete what the run keeps of it, commit, then {command}")
 
 

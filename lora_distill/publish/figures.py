@@ -28,33 +28,29 @@ from lora_distill.writing import atomic_write, whole_file
 STYLE = PACKAGE / "assets" / "figures.mplstyle"
 CHARACTERS = 20  # of a caption, in an inch
 THUMBNAIL = 128  # pixels, as a grid shows a picture at most an inch wide
+WITHOUT_FIGURE = {"bench"}  # tables that `save_rows` writes
 NO_DATES = {"pdf": {"CreationDate": None, "Creator": None, "Producer": None}, "svg": {"Date": None, "Creator": None}}
 
 
-def save(name: str, settings: Settings, rows: list[dict], images: np.ndarray | None = None) -> Figure | None:
+def save(
+    name: str, settings: Settings, rows: list[dict], images: np.ndarray | None = None, folder: Path | None = None
+) -> Figure | None:
     """Write runs/<profile>/figures/<name>.csv and, drawn from it, .svg and .png; return the figure.
 
-    A grid's `images`, (n, h, w, 3) uint8, one a row, go to <name>_images.png. What made the results goes to
-    provenance.json and into each file's metadata. The figure is closed for pyplot: a cell that ends in it shows it
-    once. Of several processes the main one alone draws. Raises ValueError for a name that plots.FIGURES lacks, and for
-    rows that it cannot draw.
+    They go to another `folder` where it is given. A grid's `images`, (n, h, w, 3) uint8, one a row, go to
+    <name>_images.png. What made the results goes to provenance.json and into each file's metadata. The figure is closed
+    for pyplot: a cell that ends in it shows it once. Of several processes the main one alone draws. Raises ValueError
+    for a name that plots.FIGURES lacks, and for rows that it cannot draw.
     """
     if name not in FIGURES:
         raise InputError(f"no figure {name!r} in lora_distill/publish/plots.py")
     if not processes.is_main():
         return None
-    folder = figures_dir(settings)
+    folder = folder or figures_dir(settings)
     data = {f"{name}.csv": table_text(rows).encode()}
     if images is not None:
         data[f"{name}_images.png"] = image_sheet(images, lines=len(grouped(rows, "row")))
-    source = {
-        "profile": settings.profile,
-        "eval_prompts": settings.eval_prompts,
-        "params": hashlib.sha256(settings.model_dump_json().encode()).hexdigest()[:16],
-        "commit": git_commit(),
-        "device": device_name(settings.device),
-        "sha256": {file: hashlib.sha256(content).hexdigest() for file, content in data.items()},
-    }
+    source = _source(settings, data)
     known = _known(folder)
     with ExitStack() as stack:  # all of a figure or nothing: no new table beside an old picture
         places = {file: _write(stack, folder / file, content) for file, content in data.items()}
@@ -62,6 +58,28 @@ def save(name: str, settings: Settings, rows: list[dict], images: np.ndarray | N
         for file, content in (drawn | {PROVENANCE: provenance_text(known | {name: source})}).items():
             _write(stack, folder / file, content)
     return figure
+
+
+def save_rows(name: str, settings: Settings, rows: list[dict], folder: Path) -> Path:
+    """Write a table that no figure shows, <name>.csv, and what made it to provenance.json; return its path."""
+    data = {f"{name}.csv": table_text(rows).encode()}
+    known = _known(folder) | {name: _source(settings, data)}
+    with ExitStack() as stack:
+        for file, content in (data | {PROVENANCE: provenance_text(known)}).items():
+            _write(stack, folder / file, content)
+    return folder / f"{name}.csv"
+
+
+def _source(settings: Settings, data: dict[str, bytes]) -> dict[str, Any]:
+    """What made the results of a figure or table, whose files are `data`."""
+    return {
+        "profile": settings.profile,
+        "eval_prompts": settings.eval_prompts,
+        "params": hashlib.sha256(settings.model_dump_json().encode()).hexdigest()[:16],
+        "commit": git_commit(),
+        "device": device_name(settings.device),
+        "sha256": {file: hashlib.sha256(content).hexdigest() for file, content in data.items()},
+    }
 
 
 def _write(stack: ExitStack, path: Path, content: bytes) -> Path:
@@ -198,7 +216,7 @@ def _provenance(folder: Path) -> tuple[dict[str, Any], str]:
     try:
         with reading(path, "what made each figure"):
             known = TypeAdapter(dict[str, dict[str, Any]]).validate_json(path.read_bytes(), strict=True)
-            for name in known.keys() & FIGURES.keys():
+            for name in known.keys() & (FIGURES.keys() | WITHOUT_FIGURE):
                 Source.model_validate(known[name])
             return known, ""
     except InputError as error:

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from lora_distill.publish import plots_dial, plots_few_steps, plots_memory, plots_sweep
+from lora_distill.publish import plots_dial, plots_few_steps, plots_growth, plots_memory, plots_sweep
 from lora_distill.publish.style import (
     ALIGNMENTS,
     OBJECTS,
@@ -526,14 +526,19 @@ FIGURES = {
         "Guidance in one pass a step by the weight of a LoRA, on the val split, and guidance itself on the same noise; "
         "bands: 95 % intervals",
     ),
-    "trajectories": Plot(
-        plots_dial.fidelity_by_seconds,
-        "Students of one guidance scale on the val split, trained at noised images of the teacher or at points of its "
-        "sampling; bars: 95 % intervals",
+    "growth": Plot(
+        plots_growth.growth,
+        "Images a second and peak memory of a training step of two adapters, against one thing at a time; right: one "
+        "thread a process, memory of one of them",
     ),
     "sweep": Plot(
         plots_sweep.errors_by_value,
         "Errors and fit error on the val split by the value of one setting; ring: chosen, grey line: the profile's; "
         "bars: one standard error of the difference from the best value",
+    ),
+    "trajectories": Plot(
+        plots_dial.fidelity_by_seconds,
+        "Students of one guidance scale on the val split, trained at noised images of the teacher or at points of its "
+        "sampling; bars: 95 % intervals",
     ),
 }

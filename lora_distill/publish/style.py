@@ -94,10 +94,10 @@ def errors_with_interval(ax: Axes, rows: Rows, x: str, **style: Any) -> None:
     least = np.array([50 / (row["n"] * row.get("seeds", 1)) for row in rows])
     values, low, high = (np.maximum(100 * column(rows, key).astype(float), least) for key in ("errors", "low", "high"))
     ax.errorbar(column(rows, x), values, np.abs([low - values, high - values]), **style)
-    log_percent(ax)
+    log_axis(ax)
 
 
-def log_percent(ax: Axes) -> None:
+def log_axis(ax: Axes) -> None:
     """A log axis that says 0.5, 1, 2, 5, 10."""
     ax.set_yscale("log")
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -111,7 +111,7 @@ def calibration_lines(ax: Axes, rows: Rows) -> None:
         known = {row.get(f"fd_efficientnet_lite0{end}") for row in rows} - {None}
         if known:
             ax.axhline(known.pop(), **REFERENCE | {"linestyle": line, "marker": "", "label": label})
-            log_percent(ax)
+            log_axis(ax)
 
 
 def loss_by_method(rows: Rows, ylabel: str) -> Figure:

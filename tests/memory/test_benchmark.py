@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
 
 from lora_distill import __main__ as cli
 from lora_distill import settings as settings_module
@@ -23,7 +22,7 @@ from lora_distill.memory.parts import SAMPLERS, Part
 from lora_distill.memory.schemes import TRAINING
 from lora_distill.pipeline import load_pipeline
 from lora_distill.settings import Settings
-from lora_distill.shapes import SD15_SCHEDULER, unet_config
+from lora_distill.shapes import unet_config
 from lora_distill.storage import read_table, save_table
 from lora_distill.train.objectives import GuidanceDistillation
 
@@ -254,16 +253,15 @@ def test_training_is_timed_beside_the_conventional_step():
 def test_the_conventional_step_minimises_what_guided_distillation_does():
     """Its two forwards and encodings give the loss of guided distillation on the same latents and noise."""
     step, batch = parts._conventional(Part("training", batch=2, resolution=64), "bundled", "cpu")
-    theirs, vae = step.model, load_pipeline("bundled").vae
+    theirs, pipe = step.model, load_pipeline("bundled")
     torch.manual_seed(0)
     with torch.no_grad():
-        latents = vae.encode(batch["images"]).latent_dist.sample() * vae.config.scaling_factor
+        latents = pipe.vae.encode(batch["images"]).latent_dist.sample() * pipe.vae.config.scaling_factor
         eps = torch.randn_like(latents)
         embeds, empty = theirs.text_encoder(batch["ids"])[0], theirs.text_encoder(batch["empty_ids"][:1])[0]
-    scheduler = DDIMScheduler(**SD15_SCHEDULER)
     with torch.no_grad():
         theirs.student.conv_out.weight.mul_(0.5)  # else teacher and student agree but for guidance
-    ours = GuidanceDistillation(theirs.student, theirs.teacher, scheduler, parts.GUIDANCE, empty)
+    ours = GuidanceDistillation(theirs.student, theirs.teacher, pipe.scheduler, parts.GUIDANCE, empty)
     expected, _ = ours({"latents": latents, "eps": eps, "timesteps": batch["timesteps"], "prompt_embeds": embeds})
     torch.manual_seed(0)
     loss, _ = theirs(batch)

@@ -243,10 +243,11 @@ class TestSweep:
     """What the command `sweep` wrote, taken into figures/sweep/ whatever the notebooks of the run are."""
 
     @pytest.fixture
-    def swept(self, checkout):
+    def swept(self, checkout, monkeypatch):
         """Save a sweep of profile cpu whose row has some other values."""
 
         def save(**other):
+            monkeypatch.setattr(figures, "git_commit", lambda: "1a2b3c4d5e")
             figures.save("sweep", settings.load_settings("cpu"), [{**SWEPT, **other}])
             return checkout / "figures" / "sweep"
 
@@ -292,6 +293,52 @@ class TestSweep:
     def test_where_there_is_none_the_command_is_named(self, checkout):
         with pytest.raises(FileNotFoundError, match="no sweep of profile cpu; python -m lora_distill sweep --profile"):
             committed.publish_study("cpu", "sweep")
+
+
+class TestBench:
+    """What `bench` and `bench --growth` wrote, taken into figures/bench/."""
+
+    @pytest.fixture
+    def measured(self, checkout, monkeypatch):
+        """Save the table of bench, and that of growth where it has rows, as made by a commit."""
+
+        def save(commit: str | None = "1a2b3c4d5e", growth: bool = False) -> Path:
+            monkeypatch.setattr(figures, "git_commit", lambda: commit)
+            folder, chosen = checkout / "runs" / "cpu" / "figures" / "bench", settings.load_settings("cpu")
+            figures.save_rows("bench", chosen, [{"subject": "a", "times_as_fast": 1.5}], folder)
+            if growth:
+                row = {"panel": "batch", "value": 1, "method": "LCM-LoRA", "images_per_s": 3.0, "peak_mb": 500.0}
+                figures.save("growth", chosen, [row], folder=folder)
+            return checkout / "figures" / "bench"
+
+        return save
+
+    @pytest.mark.parametrize("growth", [False, True])
+    def test_tables_and_figure_are_taken_with_what_made_them(self, measured, growth):
+        folder = measured(growth=growth)
+        assert committed.publish_study("cpu", "bench") == [folder]
+        names = {"bench.csv", "provenance.json"} | ({"growth.csv"} if growth else set())
+        pictures = {"growth.svg", "growth.png"} if growth else set()
+        assert {path.name for path in folder.iterdir()} == names | pictures | {"SHA256SUMS"}
+        assert stamps.read_sums(folder).keys() == names
+        assert figures.read_provenance(folder)["bench"]["commit"] == "1a2b3c4d5e"
+
+    @pytest.mark.parametrize("commit", ["1a2b3c4d5e-dirty", None])
+    def test_what_no_commit_made_is_refused(self, measured, commit):
+        folder = measured(commit)
+        with pytest.raises(SeriesError, match="not made by committed code; delete what the run keeps"):
+            committed.publish_study("cpu", "bench")
+        assert not folder.exists()
+
+    def test_one_that_was_edited_is_refused(self, measured, checkout):
+        measured()
+        (checkout / "runs" / "cpu" / "figures" / "bench" / "bench.csv").write_text("subject\nb\n", encoding="utf-8")
+        with pytest.raises(ValueError, match=r"bench\.csv is damaged or was changed by hand"):
+            committed.publish_study("cpu", "bench")
+
+    def test_where_there_is_none_the_command_is_named(self, checkout):
+        with pytest.raises(FileNotFoundError, match="no bench of profile cpu; python -m lora_distill bench --profile"):
+            committed.publish_study("cpu", "bench")
 
 
 def test_the_readme_is_utf_8_whatever_the_locale(checkout, monkeypatch):

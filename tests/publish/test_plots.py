@@ -52,6 +52,24 @@ ROWS = {
         {"guidance_scale": w, "objects": o, "teacher_guidance_scale": 3.0, **QUALITY, "predicted": p}
         for w, p in ((1.0, 0.4), (3.0, None)) for o in ("all", *"1234")
     ],
+    "growth": [
+        {"panel": p, "value": v, "method": m, "images_per_s": 3.0, "peak_mb": 500.0}
+        for p in ("batch", "rank", "resolution", "captions", "processes") for v in (1, 2000)
+        for m in ("guided distillation", "LCM-LoRA")
+    ],
+    "dial": [
+        {"method": m, "w": w, "rank": rank, "fd_efficientnet_lite0": 90.0,
+         **{f"{name}{end}": value for end in ("", "_low", "_high")
+            for name, value in (("errors", 0.2), ("psnr_db", 25.0 if rank else None))}}
+        for m, rank in (("guidance, two passes", None), ("paper's student, scaled", 4), ("dial", 4),
+                        ("dial on trajectories", 4), ("dial on trajectories, rank 1", 1))
+        for w in (1.5, 3.0)
+    ],
+    "trajectories": [
+        {"method": m, "updates": 300, "training_seconds": s, "psnr_db": 25.0, "psnr_db_low": 24.0, "psnr_db_high": 26.0,
+         "fd_to_teacher": 5.0}
+        for m, s in (("paper's student", 90.0), ("on trajectories", 50.0), ("for as long", 90.0))
+    ],
     "sweep": [
         {"method": m, "setting": "learning_rate", "value": v, "default": v == 1e-3, "chosen": v == 2e-3, "n": 96,
          "errors": 0.2, "errors_se": 0.01, "fit_error": 0.1, "fit_error_se": 0.01}
