@@ -244,3 +244,20 @@ def test_an_export_that_cannot_be_is_one_line(command, lora, out):
     before = lora.read_bytes()
     code, _, err = command("export", lora, "--out", out)
     assert code in (1, 2) and err.count("\n") == 1 and out in err and lora.read_bytes() == before
+
+
+def test_a_dial_is_drawn_in_one_pass_with_the_weight_of_its_guidance(command, bundle, tmp_path):
+    with torch.no_grad():
+        for p in moved(bundle.unet, "student"):
+            p *= 0.2  # pictures stay pictures at twice the weight
+    header = HEADER | {"method": "guidance dial", "w0": "3", "w_min": "1", "w_max": "7.5", "guidance_scale": "3.0"}
+    save_adapter(bundle.unet, "student", tmp_path / "dial.safetensors", header)
+    for w, weight in (("3", "1"), ("5", "2"), ("1", "0")):
+        code, out, err = command("sample", LION, "--lora", "dial.safetensors", "--guidance-scale", w)
+        assert (
+            code == 0 and f"guidance {w} in one pass, the LoRA's weight {weight}," in out and "trained for" not in err
+        )
+    code, out, _ = command("sample", LION, "--lora", "dial.safetensors")
+    assert "guidance 3 in one pass, the LoRA's weight 1," in out
+    code, _, err = command("sample", LION, "--lora", "dial.safetensors", "--guidance-scale", "9")
+    assert code == 0 and "dial.safetensors: trained for guidance from 1 to 7.5, drawn with 9" in err
