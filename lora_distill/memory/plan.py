@@ -334,6 +334,13 @@ def disk(settings: Settings, model: Model) -> dict[str, float]:
     }
 
 
+def trajectories(settings: Settings, model: Model) -> float:
+    """Bytes of the teacher's guided trajectories, which `distill --method trajectories` and `dial` keep in 16 bits."""
+    s, side = settings, settings.resolution // 8
+    point, prompt = 3 * 4 * side**2, TOKENS * model.unet["cross_attention_dim"]  # x_t and both outputs
+    return 2.0 * s.teacher_images * (s.sampling_steps * point + prompt)
+
+
 def rate(device: str, dtype: torch.dtype, seconds: float = 0.3) -> float:
     """Operations a second of a matrix product on a device, the best of as many as fit in `seconds`."""
     side = 1024 if device == "cpu" else 8192
@@ -366,6 +373,7 @@ class Plan:
     rows: list[dict[str, Any]]
     downloads: dict[str, float]
     disk: dict[str, float]
+    trajectories: float  # bytes, of which the notebooks need none
     place: str  # the memory that it must fit in, in words
     room: float  # bytes of it
     rate: float  # operations a second of a matrix product
@@ -397,6 +405,7 @@ class Plan:
             for row in self.rows
         ]
         sizes = [_listed("downloads", self.downloads), _listed("disk", self.disk)]
+        sizes.append(f"guided trajectories, of distill --method trajectories or dial: {self.trajectories / GB:.2f} GB")
         return "\n".join([*sizes, *head, *lines, *self.last_lines])
 
 
@@ -421,7 +430,8 @@ def plan(settings: Settings, device: str, *, card: float | None = None, tflops: 
         row = {"notebook": notebook, "device_gb": memory / GB, "host_gb": beside / GB}
         rows.append(row | {"tflop": flops / TERA, "minutes": minutes})
     place, room = _room(device, card)
-    return Plan(rows, downloads(settings, model), disk(settings, model), place, room, speed, share)
+    sizes = downloads(settings, model), disk(settings, model), trajectories(settings, model)
+    return Plan(rows, *sizes, place, room, speed, share)
 
 
 def _room(device: str, card: float | None) -> tuple[str, float]:

@@ -4,6 +4,7 @@ import json
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -116,8 +117,9 @@ def command(monkeypatch, capsys):
 def test_the_plan_is_printed_a_row_a_notebook(command):
     code, out, _ = command("plan", "--profile", "sd15-flickr8k", "--card", "24", "--tflops", "150")
     lines = out.splitlines()
-    assert code == 0 and [line[:2] for line in lines[3:7]] == ["01", "02", "03", "04"]
+    assert code == 0 and [line[:2] for line in lines[4:8]] == ["01", "02", "03", "04"]
     assert lines[0].startswith("downloads: ") and lines[1].startswith("disk: ")
+    assert lines[2].startswith("guided trajectories, of distill --method trajectories or dial: ")
     assert lines[-2].startswith("about ") and lines[-1] == "fits in 24.3 GB of a card of 24 GiB"
 
 
@@ -175,3 +177,10 @@ def test_reproduce_of_the_bundled_pipeline_needs_no_plan(command, monkeypatch):
 def test_a_card_that_is_not_here_needs_its_rate_too():
     with pytest.raises(ValueError, match="tflops: needed with card"):
         of("sd15-t4", card=15)
+
+
+def test_trajectories_take_three_latents_a_step_and_a_prompt_an_image_in_16_bits():
+    settings = load_settings("sd15-t4")
+    found = plans.trajectories(settings, model_of(settings.pipeline, settings.resolution))
+    points = np.empty((settings.teacher_images, settings.sampling_steps, 3, 4, 64, 64), np.float16)
+    assert found == points.nbytes + np.empty((settings.teacher_images, 77, 768), np.float16).nbytes
