@@ -36,8 +36,8 @@ from lora_distill.train import recipes
 Rows = list[dict[str, Any]]
 SPLIT, PROMPTS = "val", 64  # what all is judged on; prompts a multiple of 4
 SEEDS = (0, 1, 2)  # of noise and of training
-SCALES = (1.5, 2.0, 3.0, 5.0, 7.5)
-RANKS = (1, 16)  # of further dials, beside the settings' own
+SCALES = (1.5, 3.0, 5.0, 7.5)
+RANKS = (1, 16)  # of further dials, beside the settings' own; of each one training, for the first seed
 LONGER = 1.8  # times the paper's updates that a student on trajectories makes in about the same seconds
 GUIDANCE = "guidance, two passes"
 SCALED, DIAL, RECORDED_DIAL = "paper's student, scaled", "dial", "dial on trajectories"
@@ -79,15 +79,17 @@ class Study:
         """The number of objects of each prompt, which prompts are drawn within."""
         return np.array([len(scene.objects) for scene in self.judge.prompts.scenes])
 
-    def draws(self, resamples: int = paired.RESAMPLES) -> Draws:
-        return paired.draws(self.strata, len(self.seeds), resamples)
+    def draws(self, seeds: int, resamples: int = paired.RESAMPLES) -> Draws:
+        return paired.draws(self.strata, seeds, resamples)
 
     # ------------------------------------------------------------------------------------------ training
 
-    def train(self, name: str, recipe: Callable[..., list[dict]], teacher: Any, **changes: Any) -> list[str]:
-        """Train an adapter for each seed; return their names."""
+    def train(
+        self, name: str, recipe: Callable[..., list[dict]], teacher: Any, trainings: int | None = None, **changes: Any
+    ) -> list[str]:
+        """Train an adapter for each seed, or for the first ones; return their names."""
         names = []
-        for seed in self.seeds:
+        for seed in self.seeds[:trainings]:
             adapter = f"{name}_{seed}"
             settings = self.settings.model_copy(update={**changes, "seed": seed})
             self.trained[adapter] = recipe(self.pipe, teacher, settings, self.folder / "dial", adapter)
@@ -97,14 +99,14 @@ class Study:
     # ------------------------------------------------------------------------------------------ judging
 
     def guided(self, w: float) -> list[Quality]:
-        """Guidance itself, with every seed of the noise."""
+        """Guidance itself, a judgement for every seed of the noise."""
         ready = deployed(self.pipe, None, self.cache)
         return [self.judge(multi_step(self.settings, w), seed, ready) for seed in self.seeds]
 
     def one_pass(self, adapters: list[str], w: float) -> list[Quality]:
-        """One pass a step, with the weight that stands for w, every seed of the noise with its training."""
+        """One pass a step, with the weight that stands for w: for every adapter, on the noise of its own seed."""
         weight, found = (w - 1) / (self.settings.guidance_scale - 1), []
-        for seed, adapter in zip(self.seeds, adapters, strict=True):
+        for seed, adapter in zip(self.seeds, adapters, strict=False):
             with role(self.pipe.unet, adapter, weight):
                 ready = deployed(self.pipe, adapter, self.cache)
                 found.append(self.judge(multi_step(self.settings), seed, ready))
@@ -131,7 +133,7 @@ def run(settings: Settings, folder: Path, prompts: int = PROMPTS, seeds: tuple[i
     }
     for other in RANKS:
         changes = {"lora_rank": other, "lora_alpha": other}
-        adapters = study.train(f"rank_{other}", recipes.distil_dial, study.recorded, **changes)
+        adapters = study.train(f"rank_{other}", recipes.distil_dial, study.recorded, trainings=1, **changes)
         methods[f"{RECORDED_DIAL}, rank {other}"] = other, adapters
     dial_rows = list(_dial_rows(study, methods))
     students = {PAPER: paper, RECORDED: recorded, EQUAL_SECONDS: same_seconds}
@@ -150,17 +152,18 @@ def _dial_rows(study: Study, methods: dict[str, tuple[int, list[str]]]) -> Itera
         yield _row(study, GUIDANCE, w, guidance, guidance, None)
         cells.update()
         for name, (rank, adapters) in methods.items():
-            ours = paired.judged(study.one_pass(adapters, w), len(adapters), teacher)
-            yield _row(study, name, w, ours, guidance, rank)
+            same_noise = teacher[: len(adapters)]
+            ours = paired.judged(study.one_pass(adapters, w), len(adapters), same_noise)
+            yield _row(study, name, w, ours, paired.judged(same_noise), rank)
             cells.update()
     cells.close()
 
 
 def _row(study: Study, name: str, w: float, ours: Judged, guidance: Judged, rank: int | None) -> dict[str, Any]:
-    drawn, settings = study.draws(), study.settings
+    seeds, settings = len(ours.features), study.settings
+    drawn, few = study.draws(seeds), study.draws(seeds, paired.DISTANCE_RESAMPLES)
     itself, reference = ours is guidance, np.asarray(study.judge.reference.frechet)
     weight = None if itself else (w - 1) / (settings.guidance_scale - 1)
-    few = study.draws(paired.DISTANCE_RESAMPLES)
     distances = paired.drawn_frechet(ours.features, reference, few)
     row = {"method": name, "w": w, "weight": weight, "rank": rank, "passes_a_step": 2 if itself else 1}
     row |= _interval("errors", _mean(~ours.right, drawn))
@@ -179,7 +182,8 @@ def _trajectory_rows(study: Study, students: dict[str, list[str]]) -> Rows:
 
     Differences are against the paper's student, with paired intervals.
     """
-    w, drawn, few = study.settings.guidance_scale, study.draws(), study.draws(paired.DISTANCE_RESAMPLES)
+    w, seeds = study.settings.guidance_scale, len(study.seeds)
+    drawn, few = study.draws(seeds), study.draws(seeds, paired.DISTANCE_RESAMPLES)
     teacher = study.guided(w)
     features = paired.judged(teacher).features
     found = {name: paired.judged(study.one_pass(a, w), len(a), teacher) for name, a in students.items()}
@@ -209,7 +213,7 @@ def _training(study: Study, adapters: list[str]) -> dict[str, Any]:
 def _made(study: Study, ours: Judged) -> dict[str, Any]:
     """How a row came about: N, seeds, sampler and machine."""
     settings = study.settings
-    made = {"split": SPLIT, "n": study.prompts, "seeds": len(study.seeds), "trainings": ours.trainings}
+    made = {"split": SPLIT, "n": study.prompts, "seeds": len(ours.features), "trainings": ours.trainings}
     made |= {"steps": settings.sampling_steps, "batch": settings.eval_batch, "dtype": settings.dtype}
     return made | {"device": device_name(settings.device), "commit": git_commit()}
 

@@ -108,6 +108,7 @@ class UNet:
         block, x, y = self.blocks[-1], args[0], sum(self._sizes(output).values())
         if isinstance(module, BaseTunerLayer):
             alive += 2 * y  # W0's output, and that of A and B beside their sum
+            block.trained += sum(p.numel() for p in module.lora_B.parameters() if p.requires_grad)  # not called itself
         elif isinstance(module, GEGLU):
             alive += 3 * y + 2 * block.input  # its halves and gelu of one; the block's stream and its last branch
         self.in_flight = max(self.in_flight, alive + y)
@@ -135,6 +136,10 @@ class UNet:
                 block.copied += shared * isinstance(module.to_out[0], BaseTunerLayer)
             case GEGLU():
                 kept = {id(module): 3 * y}
+            case BaseTunerLayer():
+                (b,) = (b.weight for b in module.lora_B.values())
+                block.casts[b.requires_grad] += b.numel()
+                kept = {id(module): y // b.shape[0] * b.shape[1]}  # A x
             case _:
                 return 0
         block.kept |= kept
