@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from lora_distill.judge import paired
 from lora_distill.judge.judge import FD, Judge, Quality, judge_for
 from lora_distill.judge.metrics import decibels
 from lora_distill.judge.paired import Contrast, Draws, Judged
+from lora_distill.memory.bench import Data, Method, in_turns, lora_guidance, lora_on_trajectories
 from lora_distill.pipeline import pipeline_for
 from lora_distill.sampling import multi_step
 from lora_distill.settings import Settings
@@ -39,6 +41,7 @@ SEEDS = (0, 1, 2)  # of noise and of training
 SCALES = (1.5, 3.0, 5.0, 7.5)
 RANKS = (1, 16)  # of further dials, beside the settings' own; of each one training, for the first seed
 LONGER = 1.8  # times the paper's updates that a student on trajectories makes in about the same seconds
+ROUNDS, MINUTES = 20, 2.0  # of timing two steps of each training
 GUIDANCE = "guidance, two passes"
 SCALED, DIAL, RECORDED_DIAL = "paper's student, scaled", "dial", "dial on trajectories"
 PAPER, RECORDED, EQUAL_SECONDS = "paper's student", "on trajectories", "on trajectories, about the same seconds"
@@ -188,9 +191,9 @@ def _trajectory_rows(study: Study, students: dict[str, list[str]]) -> Rows:
     features = paired.judged(teacher).features
     found = {name: paired.judged(study.one_pass(a, w), len(a), teacher) for name, a in students.items()}
     to_teacher = {name: paired.drawn_frechet(ours.features, features, few) for name, ours in found.items()}
-    rows, theirs = [], found[PAPER]
+    rows, theirs, rates = [], found[PAPER], _rates(study)
     for name, ours in found.items():
-        row = {"method": name, "w": w, **_training(study, students[name])}
+        row = {"method": name, "w": w, **_training(study, name, students[name], rates)}
         row |= _interval("errors", _mean(~ours.right, drawn)) | _interval("psnr_db", _psnr(ours.squared_error, drawn))
         row["fd_to_teacher"] = float(to_teacher[name][0])
         if name != PAPER:
@@ -202,12 +205,22 @@ def _trajectory_rows(study: Study, students: dict[str, list[str]]) -> Rows:
     return rows
 
 
-def _training(study: Study, adapters: list[str]) -> dict[str, Any]:
-    """Updates, images a second (the median over logged rows) and seconds of the mean training."""
-    rates = [row["images_per_s"] for name in adapters for row in study.trained[name] if "images_per_s" in row]
-    updates = max(row["step"] for row in study.trained[adapters[0]])
-    rate, images = median(rates), updates * study.settings.batch_size
-    return {"updates": updates, "images_per_s": rate, "training_seconds": round(images / rate, 1)}
+def _training(study: Study, name: str, adapters: list[str], rates: dict[str, float]) -> dict[str, Any]:
+    """Updates of a training, its images a second and the seconds that follow."""
+    updates, rate = max(row["step"] for row in study.trained[adapters[0]]), rates[name]
+    seconds = updates * study.settings.batch_size / rate
+    return {"updates": updates, "images_per_s": round(rate, 2), "training_seconds": round(seconds, 1)}
+
+
+def _rates(study: Study) -> dict[str, float]:
+    """Images a second of the students' training steps, timed in turns: the trainings themselves ran at other times."""
+    settings = study.settings
+    methods = {build: Method("", "", build) for build in (lora_guidance, lora_on_trajectories)}
+    with TemporaryDirectory() as folder:
+        timed, _ = in_turns(list(methods.values()), Data(study.pipe, settings, Path(folder)), ROUNDS, MINUTES)
+    paper, recorded = (median(seconds for seconds, _ in timed[method]) for method in methods.values())
+    size = settings.batch_size
+    return {PAPER: size / paper, RECORDED: size / recorded, EQUAL_SECONDS: size / recorded}
 
 
 def _made(study: Study, ours: Judged) -> dict[str, Any]:

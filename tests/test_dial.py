@@ -19,6 +19,7 @@ def tables(settings, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dial, "SCALES", (1.5, 3.0))
         patch.setattr(dial, "RANKS", (1,))
+        patch.setattr(dial, "ROUNDS", 2)
         return dial.run(settings, tmp_path_factory.mktemp("run"), prompts=4, seeds=(0, 1))
 
 
