@@ -14,6 +14,7 @@ from lora_distill import processes
 from lora_distill.adapters import adapter_parameters, add_adapter
 from lora_distill.data.encoded import consistency_batches
 from lora_distill.data.teacher import teacher_set
+from lora_distill.data.trajectories import dial_batches
 from lora_distill.devices import is_compiled
 from lora_distill.pipeline import load_pipeline
 from lora_distill.sampling import Sampler
@@ -21,7 +22,16 @@ from lora_distill.settings import Settings
 from lora_distill.train import optimizer
 from lora_distill.train.checkpoint import CHECKPOINT
 from lora_distill.train.loop import train
-from lora_distill.train.objectives import ConsistencyDistillation, ConsistencyMimicry, Denoising, GuidanceDistillation
+from lora_distill.train.objectives import (
+    ConsistencyDistillation,
+    ConsistencyMimicry,
+    Denoising,
+    GuidanceDial,
+    GuidanceDistillation,
+    RecordedOutputs,
+    TeacherOutputs,
+    TrajectoryDistillation,
+)
 from lora_distill.train.recipes import distil_full_copy, distil_lora
 from lora_distill.train.step import Schedule, TrainingStep
 
@@ -206,14 +216,35 @@ def mimic(unet):
     return ConsistencyMimicry(unet, small_unet(1), DDIMScheduler()), consistency_batches(draw, 1000, 20, 2.0, 5.0)
 
 
+def dial(unet):
+    outputs = TeacherOutputs(unet, DDIMScheduler(), EMPTY)
+    return GuidanceDial(unet, "student", outputs, 3.0), dial_batches(draw, 1.0, 7.5)
+
+
+def recorded(step, batch_size, generator):
+    latents = {name: torch.randn(batch_size, 4, 8, 8, generator=generator) for name in ("x_t", "uncond", "cond")}
+    return draw(step, batch_size, generator) | latents
+
+
+def on_trajectories(unet):
+    return TrajectoryDistillation(unet, 3.0), recorded
+
+
+def dial_on_trajectories(unet):
+    return GuidanceDial(unet, "student", RecordedOutputs(), 3.0), dial_batches(recorded, 1.0, 7.5)
+
+
 def denoising(unet):
     return Denoising(unet, DDIMScheduler()), draw
 
 
-@pytest.mark.parametrize("method", [guided, consistent, mimic, denoising])
+OBJECTIVES = [guided, on_trajectories, dial, dial_on_trajectories, consistent, mimic, denoising]
+
+
+@pytest.mark.parametrize("method", OBJECTIVES)
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_a_step_asks_no_tensor_for_its_value(method, precision, monkeypatch):
-    """AdamW apart, which reads its step counts: on a CPU they lie there, on a GPU it is fused and does not."""
+    """AdamW apart: it is fused, which asks for nothing on a GPU."""
     unet = small_unet()
     add_adapter(unet, "student", rank=2, alpha=2)
     objective, draw_batch = method(unet)
@@ -228,9 +259,9 @@ def test_the_tables_of_an_objective_lie_on_its_device():
     """Else every step would copy them to the GPU, and wait."""
     unet = small_unet()
     add_adapter(unet, "student", rank=2, alpha=2)
-    for method in (guided, consistent, mimic, denoising):
+    for method in OBJECTIVES:
         objective = method(unet)[0].to("meta")
-        assert objective.alphas_cumprod.device.type == "meta"
+        assert all(table.device.type == "meta" for table in objective.buffers())
         unet = small_unet()
         add_adapter(unet, "student", rank=2, alpha=2)
 
