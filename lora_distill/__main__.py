@@ -226,13 +226,17 @@ def settings(profile: Profile = "cpu") -> None:
 @app.command(rich_help_panel=MODELS)
 def distill(
     profile: Profile = "cpu",
-    method: Annotated[
-        Literal["paper", "trajectories", "dial"],
+    dial: Annotated[
+        bool, typer.Option("--dial", help="train for all guidance scales from 1 to 7.5: the LoRA's weight is the scale")
+    ] = False,
+    trajectories: Annotated[
+        bool,
         typer.Option(
-            help="paper: at noised images of the teacher; trajectories: at points of its sampling, kept on disk, so "
-            "that no teacher runs; dial: there too, for w from 1 to 7.5, and the LoRA's weight is the guidance scale"
+            "--trajectories",
+            help="train at points of the teacher's sampling, kept on disk, not at noised images of it: no teacher runs "
+            "in a step, which takes about half the time",
         ),
-    ] = "paper",
+    ] = False,
 ) -> None:
     """Distil guidance into a LoRA on one W0 and write the LoRA file, which stock diffusers loads.
 
@@ -247,15 +251,13 @@ def distill(
     from lora_distill.train import recipes
     from lora_distill.writing import locked
 
-    teacher_of, distil, name = {
-        "paper": (teacher_for, recipes.distil_lora, "student"),
-        "trajectories": (trajectories_for, recipes.distil_on_trajectories, "trajectories"),
-        "dial": (trajectories_for, recipes.distil_dial, "dial"),
-    }[method]
+    distil = recipes.distil_dial if dial else recipes.distil_on_trajectories if trajectories else recipes.distil_lora
+    name = ("dial" if dial else "student") + "_on_trajectories" * trajectories
     checked = _runnable(profile)
     with locked(folder := run_dir(checked)):
         pipe = pipeline_for(checked)
-        distil(pipe, teacher_of(pipe, checked, folder / "cache"), checked, folder, name)
+        teacher = (trajectories_for if trajectories else teacher_for)(pipe, checked, folder / "cache")
+        distil(pipe, teacher, checked, folder, name)
     if processes.is_main():
         print(recipes.lora_file(folder, name))
 

@@ -335,7 +335,7 @@ def disk(settings: Settings, model: Model) -> dict[str, float]:
 
 
 def trajectories(settings: Settings, model: Model) -> float:
-    """Bytes of the teacher's guided trajectories, which `distill --method trajectories` and `dial` keep in 16 bits."""
+    """Bytes of the teacher's guided trajectories, which `distill --trajectories` keeps in 16 bits."""
     s, side = settings, settings.resolution // 8
     point, prompt = 3 * 4 * side**2, TOKENS * model.unet["cross_attention_dim"]  # x_t and both outputs
     return 2.0 * s.teacher_images * (s.sampling_steps * point + prompt)
@@ -405,7 +405,7 @@ class Plan:
             for row in self.rows
         ]
         sizes = [_listed("downloads", self.downloads), _listed("disk", self.disk)]
-        sizes.append(f"guided trajectories, of distill --method trajectories or dial: {self.trajectories / GB:.2f} GB")
+        sizes.append(f"guided trajectories, of distill --trajectories: {self.trajectories / GB:.2f} GB")
         return "\n".join([*sizes, *head, *lines, *self.last_lines])
 
 
