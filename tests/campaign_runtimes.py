@@ -5,7 +5,7 @@ at 64 and 96 px, at batch 1, 8 and 16. In each round every runtime has one turn,
 the caches, and one that is timed. A matrix product of PyTorch has a turn too, so that its rate is that of the same
 seconds. Writes a table (--out), with what made it in provenance.json and SHA256SUMS beside it; --table prints the
 table that is there as Markdown. About four minutes; torch.compile takes longer than that to compile all sizes, so
-those that it has not compiled in half of --minutes are not run: --minutes 15 runs them all.
+those that it has not compiled in half of --minutes are not run.
 
 OpenVINO is the project's extra [cpu]. ONNX and ONNX Runtime belong to no extra: pip install onnx onnxruntime.
 torch.compile needs a C++ compiler; without one its rows say so.
