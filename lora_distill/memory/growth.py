@@ -31,7 +31,7 @@ from lora_distill.train.loop import peak_memory_mb
 
 TABLE = "growth"
 MINUTES = 3.5
-SECONDS, LEAST = 1.5, 3  # how long a case is timed, and how many steps of it at least
+SECONDS, LEAST = 3.0, 3  # how long a case is timed, and how many steps of it at least
 CAPTIONS, RANK = 1000, 4  # of a case, unless its panel says another
 SHARES = (0.5, 1.0, 1.5, 2.0)  # of the profile's resolution
 METHODS: dict[str, Callable[[Data], Update]] = {GUIDANCE: lora_guidance, LCM_LORA: lcm_lora}
