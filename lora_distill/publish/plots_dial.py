@@ -60,7 +60,8 @@ def fidelity_by_seconds(rows: Rows) -> Figure:
         label = f"{row['method']}, {row['updates']} updates"
         axes[0].errorbar(row["training_seconds"], row["psnr_db"], spread, linestyle="", label=label, **style)
         axes[1].plot(row["training_seconds"], row["fd_to_teacher"], linestyle="", **style)
-    axes[0].set(xlabel="seconds of training", ylabel="PSNR to the teacher, dB", xlim=(0, None))
-    axes[1].set(xlabel="seconds of training", ylabel="FD to the teacher", xlim=(0, None), ylim=(0, None))
+    seconds, distance = (1.15 * max(column(rows, name)) for name in ("training_seconds", "fd_to_teacher"))
+    axes[0].set(xlabel="seconds of training", ylabel="PSNR to the teacher, dB", xlim=(0, seconds))
+    axes[1].set(xlabel="seconds of training", ylabel="FD to the teacher", xlim=(0, seconds), ylim=(0, distance))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=1)
     return figure
