@@ -164,10 +164,12 @@ def set_weight(unet: UNet2DConditionModel, adapter: str, weight: float | torch.T
 def folded(unet: UNet2DConditionModel) -> Iterator[None]:
     """Inside the block a layer with one adapter on computes (W0 + s B A) x without gradients: one product, not three.
 
-    The sum is made layer by layer, never a second W0. In float32 alone: 16 bits would round a small update away.
+    The sum is made layer by layer, never a second W0. In float32 alone, without autocast: 16 bits would round a small
+    update away.
     """
     layers = [layer for layer in lora_layers(unet) if isinstance(layer, LeanLinear | LeanConv2d)]
-    layers = [layer for layer in layers if layer.base_layer.weight.dtype == torch.float32]
+    exact = not torch.is_autocast_enabled(unet.device.type)
+    layers = [layer for layer in layers if exact and layer.base_layer.weight.dtype == torch.float32]
     try:
         for layer in layers:
             layer.folded = True

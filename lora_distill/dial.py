@@ -18,6 +18,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from tqdm import tqdm
 
+from lora_distill import processes
 from lora_distill.adapters import role
 from lora_distill.data.captioned import bundled_scenes
 from lora_distill.data.teacher import teacher_for
@@ -44,7 +45,8 @@ LONGER = 1.8  # times the paper's updates that a student on trajectories makes i
 ROUNDS, MINUTES = 20, 2.0  # of timing two steps of each training
 GUIDANCE = "guidance, two passes"
 SCALED, DIAL, RECORDED_DIAL = "paper's student, scaled", "dial", "dial on trajectories"
-PAPER, RECORDED, EQUAL_SECONDS = "paper's student", "on trajectories", "on trajectories, about the same seconds"
+PAPER, RECORDED = "paper's student", "on trajectories"
+EQUAL_SECONDS = f"on trajectories, {LONGER:g} times the updates"
 
 
 @dataclass
@@ -119,8 +121,13 @@ class Study:
 def run(settings: Settings, folder: Path, prompts: int = PROMPTS, seeds: tuple[int, ...] = SEEDS) -> tuple[Rows, Rows]:
     """Train and judge all; return the rows of the dial's table and those of the trajectories'.
 
-    What was trained or drawn before is read again. Raises InputError for photographs, whose objects nobody counts.
+    What was trained or drawn before is read again. Raises InputError for photographs, whose objects nobody counts, for
+    a profile without guidance and for several processes, whose steps would be timed together.
     """
+    if processes.count() > 1:
+        raise InputError("dial: expected one process; distill trains a dial with several")
+    if settings.guidance_scale == 1:
+        raise InputError("guidance_scale: a dial's w0 must be above 1, which is no guidance")
     if not (bundled_scenes(settings.data) or settings.data == "scenes"):
         raise InputError(f"profile {settings.profile}: dials are judged on scenes, for their errors can be counted")
     study = Study(settings, folder, prompts, seeds)
@@ -134,7 +141,7 @@ def run(settings: Settings, folder: Path, prompts: int = PROMPTS, seeds: tuple[i
         DIAL: (rank, study.train("dial", recipes.distil_dial, study.noised)),
         RECORDED_DIAL: (rank, study.train("recorded_dial", recipes.distil_dial, study.recorded)),
     }
-    for other in RANKS:
+    for other in sorted(set(RANKS) - {rank}):
         changes = {"lora_rank": other, "lora_alpha": other}
         adapters = study.train(f"rank_{other}", recipes.distil_dial, study.recorded, trainings=1, **changes)
         methods[f"{RECORDED_DIAL}, rank {other}"] = other, adapters
@@ -176,7 +183,7 @@ def _row(study: Study, name: str, w: float, ours: Judged, guidance: Judged, rank
         row |= _interval("errors_of_guidance_times", ratio) | _interval("psnr_db", _psnr(ours.squared_error, drawn))
         gap = paired.distance_ratio(distances, paired.drawn_frechet(guidance.features, reference, few))
         row |= _interval("fd_of_guidance_times", gap)
-        row["fd_to_guidance"] = float(paired.drawn_frechet(ours.features, guidance.features, few)[0])
+        row["fd_to_guidance"] = float(paired.drawn_frechet(ours.features, guidance.features, study.draws(seeds, 0))[0])
     return row | _made(study, ours)
 
 
@@ -208,7 +215,7 @@ def _trajectory_rows(study: Study, students: dict[str, list[str]]) -> Rows:
 def _training(study: Study, name: str, adapters: list[str], rates: dict[str, float]) -> dict[str, Any]:
     """Updates of a training, its images a second and the seconds that follow."""
     updates, rate = max(row["step"] for row in study.trained[adapters[0]]), rates[name]
-    seconds = updates * study.settings.batch_size / rate
+    seconds = updates * study.settings.gradient_accumulation * study.settings.batch_size / rate
     return {"updates": updates, "images_per_s": round(rate, 2), "training_seconds": round(seconds, 1)}
 
 
@@ -227,8 +234,10 @@ def _made(study: Study, ours: Judged) -> dict[str, Any]:
     """How a row came about: N, seeds, sampler and machine."""
     settings = study.settings
     made = {"split": SPLIT, "n": study.prompts, "seeds": len(ours.features), "trainings": ours.trainings}
-    made |= {"steps": settings.sampling_steps, "batch": settings.eval_batch, "dtype": settings.dtype}
-    return made | {"device": device_name(settings.device), "commit": git_commit()}
+    made |= {"w0": settings.guidance_scale, "train_steps": settings.train_steps, "batch_size": settings.batch_size}
+    made |= {"teacher_images": settings.teacher_images, "sampling_steps": settings.sampling_steps}
+    made |= {"batch": settings.eval_batch, "dtype": settings.dtype, "device": device_name(settings.device)}
+    return made | {"commit": git_commit()}
 
 
 def _mean(values: np.ndarray, drawn: Draws) -> Contrast:

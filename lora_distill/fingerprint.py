@@ -30,10 +30,15 @@ def fingerprint(pipe: StableDiffusionPipeline, adapter: str | None = None) -> st
 
 
 def _adapter(unet: UNet2DConditionModel, name: str) -> list[Any]:
-    """What an adapter does to W0: its matrices and their scale."""
+    """What an adapter does to W0: its matrices, their scale and the weight that it has at this moment."""
     config = unet.peft_config[name]
     matrices = {key: value for key, value in unet.state_dict().items() if "lora_" in key and f".{name}." in key}
-    return [digest(matrices), config.r, config.lora_alpha, sorted(config.alpha_pattern.items())]
+    scales = [
+        (key, float(layer.scaling[name]))
+        for key, layer in unet.named_modules()
+        if isinstance(layer, BaseTunerLayer) and name in layer.scaling
+    ]
+    return [digest(matrices), config.r, scales]
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -65,6 +65,15 @@ def test_both_tables_can_be_drawn_and_said(tables):
     assert SCALED in said and EQUAL_SECONDS in said
 
 
+def test_no_guidance_and_several_processes_are_refused_before_anything_is_trained(settings, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="guidance_scale: a dial's w0 must be above 1"):
+        dial.run(settings.model_copy(update={"guidance_scale": 1.0}), tmp_path)
+    monkeypatch.setattr(dial.processes, "count", lambda: 2)
+    with pytest.raises(ValueError, match="dial: expected one process"):
+        dial.run(settings, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_photographs_are_refused(settings, tmp_path):
     with pytest.raises(ValueError, match="dials are judged on scenes"):
         dial.run(settings.model_copy(update={"data": "my-photographs"}), tmp_path)

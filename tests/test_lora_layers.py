@@ -81,6 +81,13 @@ def test_folded_layers_in_the_teachers_role_are_w0(unet, bundled):
         assert torch.equal(unet(*inputs(unet)).sample, bundled(*inputs(unet)).sample)
 
 
+def test_under_autocast_nothing_is_folded_for_the_sum_would_have_16_bits(unet):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = unet(*inputs(unet)).sample
+        with folded(unet):
+            assert torch.equal(unet(*inputs(unet)).sample, expected)
+
+
 def test_in_16_bits_nothing_is_folded(unet):
     unet.to(torch.bfloat16)
     x, t, embeds = inputs(unet)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import moved
 
-from lora_distill.adapters import add_adapter
+from lora_distill.adapters import add_adapter, role
 from lora_distill.fingerprint import fingerprint
 from lora_distill.pipeline import BUNDLED, decode_latents, load_pipeline, to_uint8, with_unet
 from lora_distill.storage import digest
@@ -49,6 +49,14 @@ def test_the_fingerprint_changes_with_the_configuration_of(part, change):
     before = fingerprint(pipe)
     getattr(pipe, part).register_to_config(**change)
     assert fingerprint(pipe) != before
+
+
+def test_the_fingerprint_changes_with_the_weight_of_an_adapter(bundle):
+    moved(bundle.unet, "student")
+    before = fingerprint(bundle, "student")
+    with role(bundle.unet, "student", 2.0):
+        assert fingerprint(bundle, "student") != before
+    assert fingerprint(bundle, "student") == before
 
 
 def test_the_fingerprint_is_the_same_each_time_it_is_loaded(bundle):

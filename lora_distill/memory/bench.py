@@ -24,7 +24,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lora_distill import storage
+from lora_distill import processes, storage
 from lora_distill.adapters import add_adapter, merged_copy, plain_copy
 from lora_distill.arrays import mapped_rows
 from lora_distill.data.encoded import EncodedImages, caption_dropout, consistency_batches, image_batches
@@ -45,7 +45,6 @@ from lora_distill.memory.conventional import (
 from lora_distill.memory.measure import Tracker
 from lora_distill.memory.parts import does_not_fit
 from lora_distill.pipeline import encode_prompts, load_pipeline
-from lora_distill.processes import is_main
 from lora_distill.settings import Settings
 from lora_distill.train import recipes
 from lora_distill.train.loop import peak_memory_mb
@@ -305,11 +304,18 @@ def settings_for(settings: Settings, device: str, batch: int) -> Settings:
     return settings.model_copy(update=changed | {"mixed_precision": "no", "compile": False})
 
 
+def check_one_process() -> None:
+    """Raise InputError where several were started: each would have data of its own and time the others."""
+    if processes.count() > 1:
+        raise InputError("bench: expected one process; --growth starts two by itself")
+
+
 def run(settings: Settings, rounds: int = ROUNDS, minutes: float = MINUTES) -> Rows:
     """Measure all methods with settings from `settings_for`, with PyTorch's threads of now; a row each.
 
     After `minutes` no further round is begun. Raises RunError where the machine cannot hold all methods side by side.
     """
+    check_one_process()
     with TemporaryDirectory() as place:
         folder = Path(place)
         data = Data(load(settings), settings, folder)
@@ -387,7 +393,7 @@ def in_turns(
     timed: dict[Method, list[tuple[float, float]]] = {method: [] for method in methods}
     rates: list[float] = []
     device, start = str(data.pipe.device), time.monotonic()
-    options = {"desc": "rounds", "mininterval": 2, "file": sys.stdout, "ncols": 100, "disable": not is_main()}
+    options = {"desc": "rounds", "mininterval": 2, "file": sys.stdout, "ncols": 100, "disable": not processes.is_main()}
     for number in tqdm(range(1 + rounds), **options):
         if number > 3 and time.monotonic() - start > 60 * minutes:
             break

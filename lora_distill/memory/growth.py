@@ -23,7 +23,17 @@ from tqdm import tqdm
 from lora_distill import processes, storage
 from lora_distill.devices import choose_device
 from lora_distill.errors import RunError
-from lora_distill.memory.bench import GUIDANCE, LCM_LORA, Data, Update, lcm_lora, load, lora_guidance, timed_steps
+from lora_distill.memory.bench import (
+    GUIDANCE,
+    LCM_LORA,
+    Data,
+    Update,
+    check_one_process,
+    lcm_lora,
+    load,
+    lora_guidance,
+    timed_steps,
+)
 from lora_distill.memory.benchmark import in_own_process
 from lora_distill.memory.parts import does_not_fit
 from lora_distill.settings import Settings
@@ -77,6 +87,7 @@ def run(settings: Settings, minutes: float = MINUTES) -> Rows:
 
     After `minutes` no further one is begun. Raises RunError where none was measured.
     """
+    check_one_process()
     deadline, found, written = time.monotonic() + 60 * minutes, {}, set()
     wanted = cases(settings, torch.get_num_threads())
     options = {"desc": "growth", "mininterval": 2, "file": sys.stdout, "ncols": 100}

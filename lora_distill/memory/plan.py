@@ -405,7 +405,7 @@ class Plan:
             for row in self.rows
         ]
         sizes = [_listed("downloads", self.downloads), _listed("disk", self.disk)]
-        sizes.append(f"guided trajectories, of distill --trajectories: {self.trajectories / GB:.2f} GB")
+        sizes.append(f"guided trajectories, of distill --trajectories: about {self.trajectories / GB:.2f} GB")
         return "\n".join([*sizes, *head, *lines, *self.last_lines])
 
 

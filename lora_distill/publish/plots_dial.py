@@ -29,7 +29,7 @@ def quality_by_scale(rows: Rows) -> Figure:
     ranked = sorted((own for own in methods.values() if own[0]["rank"] and "trajectories" in own[0]["method"]),
                     key=lambda own: own[0]["rank"])  # fmt: skip
     for own, linestyle in zip(ranked, (":", "--", "-"), strict=False):
-        _line(axes[1, 1], own, "psnr_db", 1, f"rank {own[0]['rank']}", RANKS | {"linestyle": linestyle})
+        _line(axes[1, 1], own, "psnr_db", 1, _rank(own), RANKS | {"linestyle": linestyle})
     ticks = sorted(set(column(rows, "w")))
     for ax in axes.flat:
         ax.set(xscale="log", xlabel="guidance scale w")
@@ -38,10 +38,15 @@ def quality_by_scale(rows: Rows) -> Figure:
     axes[0, 0].set(ylabel="pictures with an error, %", ylim=(0, None))
     axes[0, 1].set(ylabel="FD-EfficientNet-Lite0", yscale="log")
     axes[1, 0].set_ylabel("PSNR to guidance, dB")
-    axes[1, 1].set(ylabel="PSNR to guidance, dB", title="dials on trajectories")
+    axes[1, 1].set(ylabel="PSNR to guidance, dB", title="dials on trajectories, rank")
     axes[1, 1].legend()
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
+
+
+def _rank(rows: Rows) -> str:
+    trainings = rows[0].get("trainings") or 1
+    return f"{rows[0]['rank']}, {trainings} training{'s' * (trainings > 1)}"
 
 
 def _line(ax: Axes, rows: Rows, name: str, unit: float, label: str, style: dict) -> None:

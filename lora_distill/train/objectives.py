@@ -119,8 +119,8 @@ class GuidanceDial(nn.Module):
     """student with its adapter at weight (w - 1) / (w0 - 1) <- uncond + w (cond - uncond), MSE / (w - 1), for many w.
 
     So the weight of one LoRA, in any tool that has such weights, is the guidance scale: 0 is w = 1, no guidance, and 1
-    is w0. A batch has one w, in `guidance_scale` (b,). Division by w - 1 keeps large w from outweighing small ones: an
-    untrained student's loss goes with its square. `outputs` are `TeacherOutputs` or `RecordedOutputs`.
+    is w0. A batch has one w, in `guidance_scale` (b,). Division by w - 1 lessens how much large w outweigh small ones:
+    an untrained student's loss goes with its square. `outputs` are `TeacherOutputs` or `RecordedOutputs`.
     """
 
     def __init__(self, student: UNet2DConditionModel, adapter: str, outputs: nn.Module, w0: float):

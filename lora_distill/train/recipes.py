@@ -7,6 +7,7 @@ Each recipe trains in a folder named by a key of all that decides its result: no
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
 from lora_distill import processes
-from lora_distill.adapters import adapter_names, add_adapter, plain_copy, save_adapter, set_weight
+from lora_distill.adapters import adapter_names, add_adapter, plain_copy, role, save_adapter, set_weight
 from lora_distill.data.encoded import EncodedImages, caption_dropout, consistency_batches, image_batches
 from lora_distill.data.teacher import noised_batches
 from lora_distill.data.trajectories import Trajectories, dial_batches, trajectory_batches
@@ -107,9 +108,10 @@ def distil_dial(
     """A LoRA whose weight is the guidance scale: 1 is `guidance_scale`, w0, and 0 is no guidance; return the log.
 
     At each step w is drawn anew from `w_range`. `teacher` is a teacher set, whose images are noised, or trajectories.
-    The file's header holds w0 and the range. Raises InputError for a w0 of 1: no weight would change it.
+    A w0 above the range extends it. The file's header holds w0 and the range. Milestones are measured at weight 1, or
+    at that of a sampler's own. Raises InputError for a w0 of 1: no weight would change it.
     """
-    w0, (low, high) = settings.guidance_scale, w_range
+    w0, low, high = settings.guidance_scale, w_range[0], max(w_range[1], settings.guidance_scale)
     if w0 == 1:
         raise InputError("guidance_scale: a dial's w0 must be above 1, which is no guidance")
     _new_adapter(pipe, name, settings.lora_rank, settings.lora_targets, settings, alpha=settings.lora_alpha)
@@ -121,6 +123,9 @@ def distil_dial(
         depends_on = {"teacher": digest(teacher)}
     objective, plan = GuidanceDial(pipe.unet, name, outputs, w0), schedule(settings, settings.learning_rate)
     draw_batch = dial_batches(draw_batch, low, high)
+    if milestones:
+        every, measure, measured = milestones
+        milestones = every, partial(_at_weight_1, measure, name), measured
     key = {**depends_on, "w0": w0, "range": [low, high], **_adapter_key(settings)}
     try:
         log = fit("dial", objective, draw_batch, pipe, plan, settings, folder, milestones, **key)
@@ -129,6 +134,12 @@ def distil_dial(
     said = {"w0": f"{w0:g}", "w_min": f"{low:g}", "w_max": f"{high:g}", "data": _public(settings.data)}
     _save(pipe, name, folder, settings, DIAL, plan, said)
     return log
+
+
+def _at_weight_1(measure: Callable, name: str, step: int, pipe: StableDiffusionPipeline) -> dict:
+    """`measure(step, pipe)` with an adapter at weight 1, whatever weight the last step of its training had."""
+    with role(pipe.unet, name, 1.0):
+        return measure(step, pipe)
 
 
 def distil_full_copy(

@@ -119,7 +119,7 @@ def test_the_plan_is_printed_a_row_a_notebook(command):
     lines = out.splitlines()
     assert code == 0 and [line[:2] for line in lines[4:8]] == ["01", "02", "03", "04"]
     assert lines[0].startswith("downloads: ") and lines[1].startswith("disk: ")
-    assert lines[2].startswith("guided trajectories, of distill --trajectories: ")
+    assert lines[2].startswith("guided trajectories, of distill --trajectories: about ")
     assert lines[-2].startswith("about ") and lines[-1] == "fits in 24.3 GB of a card of 24 GiB"
 
 

@@ -195,6 +195,22 @@ def test_a_student_on_trajectories_trains_from_where_it_was_cut(made, tmp_path):
     assert read_lora(tmp_path / "cut" / "trajectories.safetensors").metadata["guidance_scale"] == "1.0"
 
 
+def test_milestones_are_measured_at_weight_1(made, tmp_path):
+    pipe, seen = made[0], []
+
+    def measure(step, measured):
+        seen.append({layer.scaling["dial"] for layer in lora_layers(pipe.unet) if "dial" in layer.scaling})
+        return {}
+
+    distil_dial(pipe, made[2], SETTINGS, tmp_path, milestones=(1, measure, "weights"))
+    assert seen == [{1.0}] * 5
+
+
+def test_a_w0_above_the_range_extends_it(made, tmp_path):
+    distil_dial(made[0], made[2], SETTINGS.model_copy(update={"guidance_scale": 9.0, "train_steps": 1}), tmp_path)
+    assert read_lora(tmp_path / "dial.safetensors").metadata["w_max"] == "9"
+
+
 def test_a_dial_for_no_guidance_is_refused(made, tmp_path):
     with pytest.raises(ValueError, match="guidance_scale: a dial's w0 must be above 1"):
         distil_dial(made[0], made[2], SETTINGS.model_copy(update={"guidance_scale": 1.0}), tmp_path)
