@@ -96,11 +96,11 @@ def publish_study(profile: str | Path, study: str) -> list[Path]:
 
 def _taken(source: Path, target: Path, made: dict[str, dict]) -> Path:
     """Copy tables of a command, with their figures and what made them, into a folder; return it."""
+    known = read_provenance(target) if (target / PROVENANCE).is_file() else {}
     for name in made:
         for path in (source / f"{name}.{kind}" for kind in ("csv", "svg", "png")):
             if path.exists() or name in FIGURES:
                 _copy(path, target)
-    known = read_provenance(target) if (target / PROVENANCE).is_file() else {}
     atomic_write(target / PROVENANCE, provenance_text(known | made))
     stamps.write_sums(target)
     return target
